@@ -3,19 +3,18 @@
     python nano_asymflow.py --toy swissroll                     # one model, held against the sample floor
     python nano_asymflow.py --toy swissroll --prediction all    # the same next to x0-, u- and eps-prediction
 
-The problem. A flow model turns noise into data. On the straight path between a clean point `x0` and standard normal
-noise `eps`, at noise level `sigma` in [0, 1],
+The problem. A flow model turns noise into data. Between a clean point `x0` and standard normal noise `eps` runs a
+straight path, x_sigma = (1 - sigma) x0 + sigma eps, with the noise level sigma in [0, 1]. Its velocity is
 
-    x_sigma = (1 - sigma) x0 + sigma eps,
+    dx_sigma / dsigma = u = eps - x0.
 
-the velocity is dx_sigma/dsigma = u = eps - x0. A network learns E[u | x_sigma] by least squares; integrating
-dx/dsigma = u from sigma = 1, pure noise, down to 0 then gives samples. What should the network put out?
-
+A network learns E[u | x_sigma] by least squares; integrating dx/dsigma = u from sigma = 1, pure noise, down to 0 then
+gives samples. What should the network put out?
   * u itself (flow matching). Then it has to repeat the noise in all D dimensions. Data such as images lives near a few
     of them; a network that is narrower than D spends all it has on letting noise through, and fails all the same.
   * x0 (JiT). Data is easy to put out. But u = (x_sigma - x0) / sigma, so near the data every error of the network is
     divided by a small sigma, and that in the very directions that make up the picture.
-  * eps. Noise again, and u = (eps - x_sigma) / (1 - sigma) divides by nothing where sampling starts.
+  * eps. Noise again, and u = (eps - x_sigma) / (1 - sigma) divides by zero where sampling starts.
 
 Asymmetric flow (Chen et al. 2026, arXiv 2605.12964) takes the best of each: the velocity inside the r-dimensional
 subspace where the data lives, only the data outside of it. Section 1 is the whole method. The rest is what it takes
@@ -25,7 +24,6 @@ to see it work: toy data (2), a network (3), training (4), sampling (5), evidenc
 import argparse
 import itertools
 import json
-import math
 import signal
 import sys
 import tempfile
@@ -33,31 +31,28 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from math import pi
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+
 # ---- 1. The parameterization, and why the velocity comes back --------------------------------------------------------
-#
 # Let `basis` be a (D, r) matrix A with orthonormal columns, P = A A^T the projection onto their span, and split every
 # vector into v_par = P v and v_perp = v - P v. The network predicts the *asymmetric velocity*
 #
 #     u_a = P eps - x0                          data at full rank, noise at rank r.
 #
-# Inside the subspace this is the velocity: P u_a = P (eps - x0) = u_par. Outside, it holds no noise: u_a_perp is
-# -x0_perp. But there the input tells what the noise was. On the path x_sigma = x0 + sigma u, so
+# Inside the subspace this is the velocity: P u_a = P (eps - x0) = u_par. Outside it is -x0_perp, without any noise. But
+# there the input tells what the noise was, since x_sigma = x0 + sigma u on the path:
 #
 #     u_perp = (x_sigma_perp - x0_perp) / sigma = (x_sigma_perp + u_a_perp) / sigma.
 #
 # With r = 0 nothing is inside, and this is x0-prediction (with a minus sign). With r = D nothing is outside, and it is
 # u-prediction. Neither needs code of its own, and the ranks between them cost no more.
-
-
 def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
     """What the network learns to predict: `u_a = P eps - x0` (paper, section 3).
 
@@ -71,10 +66,8 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
 def recover_velocity(u_a: Tensor, x_sigma: Tensor, sigma: Tensor, basis: Tensor, sigma_min: float = 0.0) -> Tensor:
     """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (paper, section 3).
 
-    u_a, x_sigma: (..., D). sigma: in (0, 1], broadcastable to them, such as (batch, 1). basis: (D, r) with orthonormal
-    columns, 0 <= r <= D. Returns (..., D), in the dtype given. Only the complement is divided by sigma, and there
-    rounding errors grow as 1 / sigma; `sigma_min` bounds that division.
-    Raises ValueError if the basis has another shape or is not orthonormal.
+    u_a, x_sigma: (..., D). sigma: in (0, 1], broadcastable to them, e.g. (batch, 1). basis: as above. Returns (..., D).
+    Only the complement is divided by sigma, there rounding errors grow as 1 / sigma; `sigma_min` bounds the divisor.
     """
     check_basis(basis, x_sigma.shape[-1])
     rest = x_sigma + u_a  # its complement is sigma u_perp
@@ -92,61 +85,48 @@ def check_basis(basis: Tensor, dim: int) -> None:
         raise ValueError(f"basis must have the shape ({dim}, r) with r <= {dim}, but it has {tuple(basis.shape)}")
     gram = basis.detach().mT @ basis.detach()
     if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rtol=0, atol=1e-4):
-        raise ValueError(
-            "basis is not orthonormal: basis.T @ basis must be the identity (try torch.linalg.qr(basis).Q)"
-        )
+        raise ValueError("basis is not orthonormal: basis.T @ basis is not the identity (see torch.linalg.qr)")
 
 
 def pca_basis(samples: Tensor, rank: int) -> Tensor:
-    """The `rank` orthonormal directions that hold most of the energy of samples (n, D), as a basis (D, rank).
-
-    Eigenvectors of the uncentred Gram matrix, in float64. Uncentred, because the noise is centred at the origin.
-    """
-    gram = samples.double().mT @ samples.double()
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank].to(samples.dtype)
+    """The `rank` orthonormal directions (D, rank) that hold most of the energy, not centred, of samples (n, D)."""
+    return torch.linalg.eigh(samples.double().mT @ samples.double()).eigenvectors.flip(-1)[:, :rank].to(samples.dtype)
 
 
 # ---- 2. Toy data: a picture in the plane, lifted into D dimensions ---------------------------------------------------
-#
 # Images have many pixels and few degrees of freedom. The toys imitate that: points of a plane times a random
 # orthonormal frame. `detail` adds a curved component outside the plane, a fixed nonlinear function of the position:
 # then the data has full rank and is nearly low-rank, as images are.
-
-
 def polar(radius: Tensor | float, angle: Tensor) -> Tensor:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
 PREDICTIONS = ("asym", "x0", "u", "eps")
 TOYS = {  # from uniform a, b (n,) and standard normal z (n, 2) to points (n, 2), standardized below
-    "swissroll": lambda a, b, z: polar(1 + 2 * a, 1.5 * math.pi * (1 + 2 * a)) + 0.085 * z,
-    "spirals": lambda a, b, z: polar(a.sqrt(), 3 * math.pi * a.sqrt() + math.pi * (b < 0.5)) + 0.025 * z,
-    "moons": lambda a, b, z: (polar(1, math.pi * a) - z.new_tensor([0.5, 0.25])) * (b - 0.5).sign()[:, None] + 0.07 * z,
+    "swissroll": lambda a, b, z: polar(1 + 2 * a, 1.5 * pi * (1 + 2 * a)) + 0.085 * z,
+    "spirals": lambda a, b, z: polar(a.sqrt(), 3 * pi * a.sqrt() + pi * (b < 0.5)) + 0.025 * z,
+    "moons": lambda a, b, z: (polar(1, pi * a) - z.new_tensor([0.5, 0.25])) * (b - 0.5).sign()[:, None] + 0.07 * z,
     "checkerboard": lambda a, b, z: torch.stack([4 * a, 2 * b + (2 * b).floor() + (4 * a).floor() % 2], dim=-1),
-    "gaussians": lambda a, b, z: polar(1, (8 * a).floor() * math.pi / 4) + 0.1 * z,
-    "rings": lambda a, b, z: polar(1 + (3 * a).floor(), 2 * math.pi * b) + 0.08 * z,
+    "gaussians": lambda a, b, z: polar(1, (8 * a).floor() * pi / 4) + 0.1 * z,
+    "rings": lambda a, b, z: polar(1 + (3 * a).floor(), 2 * pi * b) + 0.08 * z,
 }
 
 
 class ToyData:
-    """A toy in `dim` dimensions: `sample(n, generator)` gives points (n, dim) in float32.
+    """A toy in `dim` dimensions. `detail`: the rms norm of its component outside the plane over that inside, about.
 
     `frame` (dim, 2) and `outside` (dim, dim - 2) span the true plane and its complement; only the evaluation uses them.
-    `detail` is the rms norm of the component outside the plane over that of the component inside, about.
     """
 
     def __init__(self, toy: str, dim: int, detail: float = 0.0, seed: int = 0, device: str = "cpu"):
         g = random_stream(seed, "frame")
-        self.frame, self.outside = (
-            torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q.to(device).split([2, dim - 2], 1)
-        )
+        axes = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q.to(device)
+        self.frame, self.outside = axes[:, :2], axes[:, 2:]
         self.frequency = 3 * torch.randn(2, dim - 2, generator=g).to(device)
-        self.phase = 2 * math.pi * torch.rand(dim - 2, generator=g).to(device)
+        self.phase = 2 * pi * torch.rand(dim - 2, generator=g).to(device)
         self.amplitude = 2 * detail / max(dim - 2, 1) ** 0.5  # energy: 2 in the plane, 1/2 in each cosine
-        self.toy, self.dim, self.device = TOYS[toy], dim, device
-        self.mean, self.std = 0.0, 1.0
-        raw = self.position(2**18, random_stream(0, "standardize", device))
-        self.mean, self.std = raw.mean(0), raw.std(0)
+        self.toy, self.dim, self.device, self.mean, self.std = TOYS[toy], dim, device, 0.0, 1.0
+        self.std, self.mean = torch.std_mean(self.position(2**18, random_stream(0, "standardize", device)), dim=0)
 
     def position(self, n: int, generator: torch.Generator) -> Tensor:
         """Points (n, 2) of the picture; each axis has mean 0 and variance 1."""
@@ -162,6 +142,7 @@ class ToyData:
         return x
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Points (n, dim) of the data, in float32."""
         return self.lift(self.position(n, generator))
 
 
@@ -171,29 +152,26 @@ def random_stream(seed: int, purpose: str, device: str = "cpu") -> torch.Generat
 
 
 # ---- 3. The network, and the wrapper that makes it a velocity --------------------------------------------------------
-#
 # The network is a residual MLP that is narrower than the data, as every transformer on pixels is: whatever it puts out
 # has to pass through `width` numbers. It knows nothing of asymmetric flow. `Flow` does.
-
-
 class MLP(nn.Module):
     """Five linear layers from x (n, dim) and sigma (n, 1) to (n, dim). The last one starts at zero."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.register_buffer("frequency", math.pi * torch.arange(1, 33))
+        self.register_buffer("frequency", pi * torch.arange(1, 33))
         self.noise_level = nn.Linear(64, width)
         self.input = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.output = nn.Linear(width, dim)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        for weights in self.output.parameters():
+            nn.init.zeros_(weights)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         waves = sigma * self.frequency
-        h = F.gelu(self.input(x) + self.noise_level(torch.cat([waves.cos(), waves.sin()], dim=-1)))
+        h = nn.functional.gelu(self.input(x) + self.noise_level(torch.cat([waves.cos(), waves.sin()], dim=-1)))
         for layer in self.hidden:
-            h = h + F.gelu(layer(h))
+            h = h + nn.functional.gelu(layer(h))
         return self.output(h)
 
 
@@ -213,21 +191,16 @@ class Flow(nn.Module):
 
 
 # ---- 4. Training: flow matching on the recovered velocity, whatever the network predicts -----------------------------
-
-
 def flow_loss(flow: Callable, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     """Mean of `((u_pred - u) sigma / max(sigma, 0.05))^2`: plain, but for the last steps before the data."""
     u = flow(torch.lerp(x0, eps, sigma), sigma)  # lerp is (1 - sigma) x0 + sigma eps
     return ((u - (eps - x0)) * (sigma / sigma.clamp(min=0.05))).square().mean()
 
 
-def train(
-    flow, sample, steps, batch, generator, *, loss=flow_loss, lr=2e-3, stop=lambda: False, name="training"
-) -> int:
-    """Train the module `flow` in place on `sample(n, generator)`, and leave the average of its weights in it.
+def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=None, name="training") -> int:
+    """Train the module `flow` on `sample(n, generator)` and leave the moving average of its weights in it.
 
-    Adam with cosine decay to zero; exponential moving average of the weights (0.999, shorter at first). Ends early when
-    `stop()` is true. Returns the number of steps done.
+    Adam with cosine decay; average over 1,000 steps, fewer at first. Ends early if `stop()`. Returns the steps done.
     """
     weights = list(flow.parameters())
     average = [w.detach().clone() for w in weights]
@@ -239,8 +212,8 @@ def train(
         x0 = sample(batch, generator)
         eps = torch.randn(x0.shape, **options)
         # Uniform noise levels in (0, 1], one in each of `batch` equal intervals: less variance for nothing.
-        ends = torch.arange(1, batch + 1, device=generator.device)[:, None]
-        value = loss(flow, x0, eps, sigma=(ends - torch.rand(batch, 1, **options)) / batch)
+        sigma = (torch.arange(1, batch + 1, device=generator.device)[:, None] - torch.rand(batch, 1, **options)) / batch
+        value = loss(flow, x0, eps, sigma)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -249,7 +222,7 @@ def train(
             a.lerp_(w.detach(), max(0.001, 10 / (done + 10)))
         if done % 100 == 1:
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-        if stop():
+        if stop and stop():
             break
     for a, w in zip(average, weights, strict=True):
         w.data.copy_(a)
@@ -257,39 +230,35 @@ def train(
 
 
 # ---- 5. Sampling: integrate dx/dsigma = u(x, sigma) from noise to data -----------------------------------------------
-
-
 @torch.no_grad()
 def integrate(velocity: Callable, x: Tensor, steps: int = 50, heun: bool = True) -> Iterator[Tensor]:
     """Yield x at sigma = 1, 1 - 1/steps, ..., 0: from x (n, D), the noise, to the samples.
 
-    Euler's method (order 1), or Heun's (order 2), which averages the velocities at both ends of a step. The last step
-    is always Euler's: at sigma = 0 it lands on the prediction of x0, and there is nothing left to divide by.
+    Euler's method (order 1) or Heun's (order 2), which averages the velocities at both ends of a step. The last step is
+    always Euler's: it lands on the prediction of x0, and at sigma = 0 there is nothing to divide by.
     """
     yield x
     for sigma, target in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         u = velocity(x, torch.full_like(x[:, :1], sigma))
         if heun and target > 0:
-            ahead = velocity(x + (target - sigma) * u, torch.full_like(x[:, :1], target))
-            u = (u + ahead) / 2
+            u = (u + velocity(x + (target - sigma) * u, torch.full_like(x[:, :1], target))) / 2
         x = x + (target - sigma) * u
         yield x
 
 
 # ---- 6. The evidence: samples held against fresh data ----------------------------------------------------------------
-
 SETS, FRESH, POINTS = 4, 16, 4096  # sets of samples, sets of data to hold each of them against, points in a set
 
 
 def projections(points: Tensor) -> Tensor:
     """Points (n, 2) seen along 64 evenly spaced directions of the plane, each sorted: (64, n)."""
-    angle = torch.arange(64, device=points.device) * math.pi / 64
+    angle = torch.arange(64, device=points.device) * pi / 64
     return (polar(1, angle) @ points.mT).sort(dim=-1).values
 
 
 def sliced_wasserstein(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Sliced Wasserstein-1 distance, the mean over pairs of sets that are given by their `projections`."""
-    return float(np.mean([(a - b).abs().mean().item() for a, b in pairs]))
+    return torch.stack([(a - b).abs().mean() for a, b in pairs]).mean().item()
 
 
 def off_plane_rms(x: Tensor, data: ToyData) -> float:
@@ -297,18 +266,15 @@ def off_plane_rms(x: Tensor, data: ToyData) -> float:
     return (x @ data.outside).square().mean().sqrt().item() if data.dim > 2 else 0.0
 
 
-def evaluate(flow: Callable, data: ToyData, fresh: list[Tensor], seed: int) -> tuple[dict, Tensor]:
-    """Sample; return the scores against the projections `fresh`, and paths in the plane (steps + 1, POINTS, 2)."""
+def evaluate(flow: Callable, data: ToyData, fresh: list[Tensor], seed: int) -> tuple[float, float, Tensor]:
+    """Sample. (SWD to the projections `fresh`, rms off the plane, paths in the plane (steps + 1, POINTS, 2))."""
     generator = random_stream(seed, "sampling", data.device)
-    sets, outside = [], []
-    for _ in range(SETS):
-        path = []
-        for x in integrate(flow, torch.randn(POINTS, data.dim, generator=generator, device=data.device)):
-            path.append(x @ data.frame)
+    sets, off = [], 0.0
+    for noise in torch.randn(SETS, POINTS, data.dim, generator=generator, device=data.device):
+        path = [(last := x) @ data.frame for x in integrate(flow, noise)]
         sets.append(projections(path[-1]))
-        outside.append(off_plane_rms(x, data))
-    swd = sliced_wasserstein(itertools.product(sets, fresh))
-    return {"swd": swd, "off_subspace_rms": float(np.mean(outside))}, torch.stack(path).cpu()
+        off += off_plane_rms(last, data) / SETS
+    return sliced_wasserstein(itertools.product(sets, fresh)), off, torch.stack(path).cpu()
 
 
 def recovery_error(dim: int, rank: int, dtype: torch.dtype) -> float:
@@ -324,7 +290,8 @@ def recovery_error(dim: int, rank: int, dtype: torch.dtype) -> float:
 def draw(file: Path, title: str, points: Tensor, panels: list[tuple[str, Tensor]]) -> None:
     """Above, the data and the samples of each (name, paths), in the plane; below, the paths of 100 samples."""
     figure = Figure(figsize=(3 * len(panels) + 3, 6.5), layout="constrained")
-    columns = figure.subplots(2, len(panels) + 1).T
+    frame = {"xlim": (-3, 3), "ylim": (-3, 3), "aspect": "equal", "xticks": [], "yticks": []}
+    columns = figure.subplots(2, len(panels) + 1, subplot_kw=frame).T
     for (above, below), (name, path) in zip(columns, [("data", points.cpu()[None]), *panels], strict=True):
         unseen = (path[-1].abs() > 3).any(-1).float().mean().item()
         above.set_title(name + (f"\n({unseen:.0%} outside this frame)" if unseen > 0.005 else ""), fontsize=10)
@@ -332,15 +299,11 @@ def draw(file: Path, title: str, points: Tensor, panels: list[tuple[str, Tensor]
         below.plot(*path[:, :100].permute(2, 0, 1), color="0.8", linewidth=0.6)
         below.scatter(*path[0, :100].T, s=5, color="0.4")
         below.scatter(*path[-1, :100].T, s=5, color="C3" if len(path) > 1 else "C0")
-        for axis in (above, below):
-            axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
 
 
 # ---- 7. The command line ---------------------------------------------------------------------------------------------
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parsed and checked. What makes no sense ends the program with one line and exit code 2."""
     p = argparse.ArgumentParser(prog="nano_asymflow.py", description="Asymmetric flow on toy data, and its evidence.")
@@ -366,13 +329,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         p.error("--detail needs --dim 3 or more: in two dimensions nothing lies outside the plane")
     try:
         torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
-    try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as e:
         p.error(f"--out {args.out} cannot be written to: {e.strerror}")
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
     return args
 
 
@@ -384,13 +346,13 @@ def experiment(args: argparse.Namespace, stop: threading.Event) -> None:
     points = [data.sample(POINTS, generator) for _ in range(FRESH)]
     fresh = [projections(x @ data.frame) for x in points]
     floor = sliced_wasserstein(itertools.combinations(fresh, 2))
-    errors = {dtype: recovery_error(args.dim, args.rank, dtype) for dtype in (torch.float64, torch.float32)}
+    errors = [recovery_error(args.dim, args.rank, dtype) for dtype in (torch.float64, torch.float32)]
 
     print(f"{args.toy} in D = {args.dim} dimensions, {args.steps} steps of {args.batch}, seed {args.seed}")
-    print("recovery of the velocity, largest error: {:.1e} in float64, {:.1e} in float32".format(*errors.values()))
+    print("recovery of the velocity, largest error: {:.1e} in float64, {:.1e} in float32".format(*errors))
     print("\nprediction   rank     SWD  SWD / floor  off-plane rms  seconds")
     row = "{:11} {:>5} {:7.4f} {:12.2f} {:14.4f} {:>8}".format
-    print(row("fresh data", "", floor, 1, np.mean([off_plane_rms(x, data) for x in points]), ""))
+    print(row("fresh data", "", floor, 1, off_plane_rms(points[0], data), ""))
     runs, panels = [], []
     for prediction in PREDICTIONS if args.prediction == "all" else [args.prediction]:
         start = time.perf_counter()
@@ -398,20 +360,17 @@ def experiment(args: argparse.Namespace, stop: threading.Event) -> None:
         flow = Flow(MLP(args.dim, args.width), bases[prediction]).to(args.device)
         stream = random_stream(args.seed, "training", args.device)
         steps = train(flow, data.sample, args.steps, args.batch, stream, stop=stop.is_set, name=prediction)
-        scores, path = evaluate(flow, data, fresh, args.seed)
+        swd, off, path = evaluate(flow, data, fresh, args.seed)
         rank = None if prediction == "eps" else bases[prediction].shape[1]
         seconds = round(time.perf_counter() - start, 1)
-        runs.append({"prediction": prediction, "rank": rank, **scores, "seconds": seconds, "steps": steps})
-        panels.append((f"{prediction}: SWD {scores['swd'] / floor:.2f} x floor", path))
-        swd, outside = scores.values()
-        print(row(prediction, "-" if rank is None else rank, swd, swd / floor, outside, seconds), flush=True)
+        runs.append(dict(prediction=prediction, rank=rank, swd=swd, off_subspace_rms=off, seconds=seconds, steps=steps))
+        panels.append((f"{prediction}: SWD {swd / floor:.2f} x floor", path))
+        print(row(prediction, "-" if rank is None else rank, swd, swd / floor, off, seconds), flush=True)
         if stop.is_set():
             print(f"Interrupted at step {steps} of {prediction}: what was trained so far is evaluated and written.")
             break
-
-    results = {name: getattr(args, name) for name in "toy dim rank steps seed batch width detail device".split()}
-    results |= {"torch": torch.__version__, "interrupted": stop.is_set(), "floor_swd": floor}
-    results |= {"recovery_max_error": errors[torch.float64], "recovery_max_error_float32": errors[torch.float32]}
+    results = vars(args) | {"out": str(args.out), "torch": torch.__version__, "interrupted": stop.is_set()}
+    results |= {"recovery_max_error": errors[0], "recovery_max_error_float32": errors[1], "floor_swd": floor}
     picture, file = (keep_earlier(args.out / name) for name in (f"{args.toy}.png", "results.json"))
     draw(picture, f"{args.toy} in D = {args.dim}, seen in its plane", points[0] @ data.frame, panels)
     file.write_text(json.dumps(results | {"runs": runs}, indent=2) + "\n")
@@ -426,25 +385,16 @@ def keep_earlier(file: Path) -> Path:
     return file
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    stop = threading.Event()
-
-    def on_ctrl_c(*_) -> None:  # the first ends the training, a second one everything
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.set()
-
-    signal.signal(signal.SIGINT, on_ctrl_c)
+def main(argv: list[str] | None = None, stop: threading.Event | None = None) -> int:
     try:
-        experiment(args, stop)
+        experiment(arguments(argv), stop or threading.Event())
     except (ValueError, OSError) as e:
         print(f"nano_asymflow.py: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted again: nothing more is written.", file=sys.stderr)
-        return 130
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the first Ctrl-C ends the training, a second one everything
+    ctrl_c = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: (ctrl_c.set(), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    sys.exit(main(stop=ctrl_c))
