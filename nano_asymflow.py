@@ -66,7 +66,7 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
 def recover_velocity(u_a: Tensor, x_sigma: Tensor, sigma: Tensor, basis: Tensor, sigma_min: float = 0.0) -> Tensor:
     """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (paper, section 3).
 
-    u_a, x_sigma: (..., D). sigma: in (0, 1], broadcastable to them, e.g. (batch, 1). basis: as above. Returns (..., D).
+    u_a, x_sigma: (..., D). sigma: in (0, 1], one for each vector, e.g. (batch, 1). basis: as above. Returns (..., D).
     Only the complement is divided by sigma, there rounding errors grow as 1 / sigma; `sigma_min` bounds the divisor.
     """
     check_basis(basis, x_sigma.shape[-1])
@@ -388,8 +388,8 @@ def keep_earlier(file: Path) -> Path:
 def main(argv: list[str] | None = None, stop: threading.Event | None = None) -> int:
     try:
         experiment(arguments(argv), stop or threading.Event())
-    except (ValueError, OSError) as e:
-        print(f"nano_asymflow.py: error: {e}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as e:  # a RuntimeError: mostly, not enough memory
+        print(f"nano_asymflow.py: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,281 @@
+"""The command line: what it writes, what it refuses and how, what Ctrl-C does. And what the file itself promises."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+import nano_asymflow
+from nano_asymflow import PREDICTIONS, TOYS, keep_earlier, main
+
+FILE = Path(nano_asymflow.__file__)
+SMALL = ["--dim=6", "--steps=3", "--batch=8", "--width=4"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Evaluate on a few points. What is tested here does not depend on their number."""
+    for name, value in {"POINTS": 64, "SETS": 2, "FRESH": 3}.items():
+        monkeypatch.setattr(nano_asymflow, name, value)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run the program in this process, successfully; return results.json, the folder, and the picture of TOY.png."""
+
+    def run(*argv, out=tmp_path / "out"):
+        assert main([*SMALL, "--out", str(out), *argv]) == 0
+        results = json.loads((out / "results.json").read_text())
+        return results, out, matplotlib.image.imread(out / f"{results['toy']}.png")
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run the program, which is to end with exit code 2 and one line on stderr; return that line."""
+
+    def refused(*argv):
+        try:
+            code = main([*SMALL, "--out", str(tmp_path / "out"), *argv])
+        except SystemExit as end:
+            code = end.code
+        text = capsys.readouterr()
+        assert code == 2
+        assert "Traceback" not in text.out + text.err
+        assert text.err.endswith("\n")
+        (line,) = (line.rpartition("\r")[2] for line in text.err[:-1].split("\n"))  # a terminal shows no more
+        assert not (tmp_path / "out" / "results.json").exists()
+        return line
+
+    return refused
+
+
+# ---- What it writes --------------------------------------------------------------------------------------------------
+
+
+def test_results_hold_the_settings_the_floor_and_a_run_for_each_prediction(run):
+    results, _, _ = run("--prediction", "all", "--toy", "rings", "--rank", "3", "--seed", "5")
+    settings = {"toy": "rings", "dim": 6, "rank": 3, "steps": 3, "batch": 8, "width": 4, "seed": 5, "detail": 0}
+    assert {name: results[name] for name in settings} == settings
+    assert results["floor_swd"] > 0
+    assert 0 < results["recovery_max_error"] < 1e-8
+    assert [(r["prediction"], r["rank"]) for r in results["runs"]] == [("asym", 3), ("x0", 0), ("u", 6), ("eps", None)]
+    for r in results["runs"]:
+        assert {"prediction", "rank", "swd", "off_subspace_rms", "seconds"} <= r.keys()
+        assert r["swd"] > 0
+        assert r["off_subspace_rms"] >= 0
+        assert r["seconds"] >= 0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_one_prediction_alone_has_the_figures_it_has_among_all(run, tmp_path, prediction):
+    """What one part draws at random does not shift another's."""
+    alone = run("--prediction", prediction, out=tmp_path / "alone")[0]
+    among = run("--prediction", "all", out=tmp_path / "all")[0]
+    (one,) = alone["runs"]
+    other = among["runs"][PREDICTIONS.index(prediction)]
+    assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert alone["floor_swd"] == among["floor_swd"]
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_picture_shows_the_data_and_the_samples(run, toy):
+    """Above and below, left and right: the frames and titles are grey, so all that has a color is a point."""
+    results, _, picture = run("--toy", toy)
+    assert results["toy"] == toy
+    height, width, _ = picture.shape
+    assert min(height, width) > 300
+    color = picture[..., :3].max(-1) - picture[..., :3].min(-1) > 0.1
+    for rows in (slice(height // 2), slice(height // 2, None)):
+        for columns in (slice(width // 2), slice(width // 2, None)):
+            assert color[rows, columns].sum() > 50
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--dim 2", "--dim 2 --rank 0", "--rank 0", "--rank 6", "--detail 0.3", "--steps 0", "--batch 1 --width 1"],
+)
+def test_settings_at_the_edge_of_what_makes_sense_work(run, argv):
+    results, _, _ = run(*argv.split(), "--prediction", "all")
+    assert len(results["runs"]) == 4
+
+
+def test_two_runs_with_a_seed_are_identical_and_another_seed_is_not(run, tmp_path):
+    """In every figure but the seconds, and in every pixel: the samples are the same."""
+
+    def scores(seed, out):
+        results, _, picture = run("--prediction", "all", "--seed", seed, out=tmp_path / out)
+        return results | {"out": "", "runs": [r | {"seconds": 0} for r in results["runs"]]}, picture.tobytes()
+
+    first, again, other = scores("0", "a"), scores("0", "b"), scores("1", "c")
+    assert first == again
+    assert first[0]["runs"] != other[0]["runs"]
+    assert first[1] != other[1]
+
+
+def test_a_second_run_keeps_the_files_of_the_first(run):
+    _, out, _ = run("--seed", "0")
+    first = {file.name: file.read_bytes() for file in out.iterdir()}
+    run("--seed", "1")
+    run("--seed", "2")
+    now = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert len(first) == 2
+    assert len(now) == 6
+    assert set(first) <= set(now)
+    assert set(first.values()) <= set(now.values())
+    assert [json.loads(v)["seed"] for k, v in sorted(now.items()) if k.endswith(".json")].count(2) == 1
+    assert json.loads(now["results.json"])["seed"] == 2
+
+
+def test_an_earlier_file_is_renamed_and_never_overwritten(tmp_path):
+    file = tmp_path / "results.json"
+    assert keep_earlier(file) == file
+    for n in range(5):
+        file.write_text(str(n))
+        assert keep_earlier(file) == file
+        assert not file.exists()
+    assert sorted(f.read_text() for f in tmp_path.iterdir()) == list("01234")
+    assert all(f.suffix == ".json" for f in tmp_path.iterdir())
+
+
+def test_folders_are_made_as_needed(run, tmp_path):
+    assert run(out=tmp_path / "a" / "b" / "c")[1].is_dir()
+
+
+# ---- What it refuses -------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "--toy": ["nonsense", "", "swissroll,rings"],
+    "--prediction": ["v", "ALL", ""],
+    "--dim": ["1", "0", "-3", "2.5", "many", "nan"],
+    "--rank": ["7", "-1", "1.5", "two"],
+    "--steps": ["-1", "1e3", "inf"],
+    "--batch": ["0", "-4", "0.5"],
+    "--width": ["0", "-4", "wide"],
+    "--detail": ["-0.1", "nan", "inf", "-inf", "much"],
+    "--seed": ["-1", "0.5", "99999999999999999999"],
+    "--device": ["cuda:99", "nonsense", "meta", ""],
+}
+FLAGS = [*REFUSED, "--out"]
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in REFUSED for value in REFUSED[flag]])
+def test_a_value_that_makes_no_sense_is_refused_in_one_line_that_names_the_flag(refused, flag, value):
+    line = refused(f"{flag}={value}")
+    assert flag in line
+    assert value in line
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["--nonsense", "1"], ["nonsense"], ["--dim"], ["--out"]])
+def test_what_is_no_flag_or_lacks_its_value_is_refused(refused, argv):
+    assert argv[0] in refused(*argv)
+
+
+def test_detail_in_two_dimensions_is_refused(refused):
+    assert "--detail" in refused("--dim", "2", "--detail", "0.3")
+
+
+@pytest.mark.parametrize("below", [".", "folder", "a/b"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(refused, tmp_path, below):
+    """A path at or below a regular file: that stops even root."""
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / "file" / below
+    line = refused("--out", str(out))
+    assert "--out" in line
+    assert str(out) in line
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_that_exists_and_takes_no_files_is_refused(refused):
+    """On Linux, nobody can write to /proc; elsewhere, nobody can make it."""
+    assert "--out" in refused("--out", "/proc")
+
+
+def test_a_basis_that_is_not_orthonormal_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(nano_asymflow, "pca_basis", lambda samples, rank: 2 * torch.eye(samples.shape[1])[:, :rank])
+    assert "orthonormal" in refused()
+
+
+def test_a_refusal_in_a_process_of_its_own(tmp_path):
+    argv = [sys.executable, FILE, "--toy", "nonsense", "--out", tmp_path]
+    end = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stdout) == (2, "")
+    assert len(end.stderr.splitlines()) == 1
+
+
+def test_help_tells_of_every_flag_and_no_other(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert set(re.findall(r"--[a-z]+", text)) == {"--help", *FLAGS}
+    for name in (*TOYS, *PREDICTIONS, "all"):
+        assert name in text
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A training that would take hours, in a process of its own, under way: it has shown a step."""
+    argv = ["--dim=8", "--width=128", "--batch=16", "--steps=10000000", "--prediction=all", "--out", tmp_path]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, FILE, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
+        shown = b""
+        while b"step/s, loss" not in shown:
+            byte = process.stderr.read(1)
+            assert byte, shown
+            shown += byte
+        yield process
+        process.kill()
+
+
+def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(training, tmp_path):
+    training.send_signal(signal.SIGINT)
+    out, err = (text.decode() for text in training.communicate(timeout=120))
+    assert training.returncode == 0
+    assert "Traceback" not in out + err
+    assert sum("Interrupted" in line for line in out.splitlines()) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    (only,) = results["runs"]
+    assert only["prediction"] == "asym"
+    assert only["swd"] > 0
+    assert matplotlib.image.imread(tmp_path / "swissroll.png").std() > 0.01
+
+
+def test_two_ctrl_c_end_everything_at_once(training, tmp_path):
+    training.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # two signals at once would be one; the evaluation takes a second or more
+    training.send_signal(signal.SIGINT)
+    out, err = (text.decode() for text in training.communicate(timeout=60))
+    assert training.returncode != 0
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "results.json").exists()
+
+
+# ---- The file itself -------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_short_and_needs_little():
+    source = FILE.read_text()
+    assert len(source.splitlines()) <= 400
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add(node.module)
+    needed = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+    assert needed <= {"torch", "numpy", "tqdm", "matplotlib"}
