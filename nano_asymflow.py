@@ -193,8 +193,8 @@ class Flow(nn.Module):
 # ---- 4. Training: flow matching on the recovered velocity, whatever the network predicts -----------------------------
 def flow_loss(flow: Callable, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     """Mean of `((u_pred - u) sigma / max(sigma, 0.05))^2`: plain, but for the last steps before the data."""
-    u = flow(torch.lerp(x0, eps, sigma), sigma)  # lerp is (1 - sigma) x0 + sigma eps
-    return ((u - (eps - x0)) * (sigma / sigma.clamp(min=0.05))).square().mean()
+    error = flow(torch.lerp(x0, eps, sigma), sigma) - (eps - x0)  # lerp is (1 - sigma) x0 + sigma eps
+    return (error.square().mean(-1, keepdim=True) * (sigma / sigma.clamp(min=0.05)).square()).mean()
 
 
 def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=None, name="training") -> int:
@@ -312,7 +312,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dim", type=int, default=256, help="D, the dimension that it is lifted into")
     p.add_argument("--rank", type=int, default=2, help="r, the rank of the basis of asym")
     p.add_argument("--prediction", choices=[*PREDICTIONS, "all"], default="asym", help="what the network predicts")
-    p.add_argument("--steps", type=int, default=6000, help="training steps")
+    p.add_argument("--steps", type=int, default=5000, help="training steps")
     p.add_argument("--batch", type=int, default=512, help="samples in a step")
     p.add_argument("--width", type=int, default=128, help="width of the network")
     p.add_argument("--detail", type=float, default=0.0, help="size of the component outside the plane, such as 0.3")

@@ -1,0 +1,102 @@
+"""What the experiments share: their command line, a trained flow, its samples, and the two files that each leaves.
+
+An experiment is a function from the parsed arguments to its figure and its results. `main` does the rest:
+
+    def experiment(args) -> tuple[Figure, dict]: ...
+
+    if __name__ == "__main__":
+        sys.exit(main("rank_sweep", experiment, __doc__, steps=3000, quick_steps=200))
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nano_asymflow import MLP, Flow, integrate, keep_earlier, random_stream, train
+
+
+def main(
+    name: str,
+    experiment: Callable[[argparse.Namespace], tuple[Figure, dict]],
+    about: str,
+    *,
+    steps: int,
+    quick_steps: int,
+    argv: list[str] | None = None,
+) -> int:
+    """Run `experiment(args)` and save its figure and results as NAME.png and NAME.json. Returns the exit code.
+
+    args has `quick`, `seed`, `steps` (`quick_steps` under --quick, unless given), `out` and `device`. What the user
+    got wrong, a ValueError and an OSError end in one line and code 2, Ctrl-C in one line and code 130.
+    """
+    args = arguments(name, about, steps, quick_steps, argv)
+    start = time.perf_counter()
+    try:
+        figure, results = experiment(args)
+        seconds = round(time.perf_counter() - start, 1)
+        settings = {k: getattr(args, k) for k in ("quick", "seed", "steps", "device")} | {"torch": torch.__version__}
+        picture, file = (keep_earlier(args.out / f"{name}.{kind}") for kind in ("png", "json"))
+        figure.savefig(picture, dpi=110)
+        file.write_text(json.dumps({"experiment": name, **settings, **results, "seconds": seconds}, indent=2) + "\n")
+    except (ValueError, OSError) as e:
+        print(f"toy.{name}: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing is written.", file=sys.stderr)
+        return 130
+    print(f"\nwrote {picture} and {file} after {seconds:.0f} s")
+    return 0
+
+
+def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[str] | None) -> argparse.Namespace:
+    """Parsed and checked. What makes no sense ends the program with one line and exit code 2."""
+    p = argparse.ArgumentParser(f"python -m toy.{name}", description=about.strip().splitlines()[0])
+    p.error = lambda message: p.exit(2, f"toy.{name}: error: {message}\n")
+    p.add_argument("--quick", action="store_true", help="a small version, well within a minute: a look, not a result")
+    p.add_argument("--seed", type=int, default=0, help="fixes every bit on a CPU")
+    p.add_argument("--steps", type=int, help=f"training steps of each model ({steps}, with --quick {quick_steps})")
+    p.add_argument("--out", type=Path, default=Path("runs/toy") / name, help=f"folder for {name}.png and {name}.json")
+    p.add_argument("--device", default="cpu", help="such as cpu, cuda, cuda:1 or mps")
+    args = p.parse_args(argv)
+    if args.steps is None:
+        args.steps = quick_steps if args.quick else steps
+    for option in ("seed", "steps"):
+        if not 0 <= (value := getattr(args, option)) < 2**63:
+            p.error(f"--{option} must be at least 0 and finite, but it is {value}")
+    try:
+        torch.ones(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as e:
+        p.error(f"--out {args.out} cannot be written to: {e.strerror}")
+    return args
+
+
+def trained_flow(
+    args: argparse.Namespace, name: str, sample: Callable, dim: int, width: int, basis: Tensor | None, batch: int = 512
+) -> Flow:
+    """A `Flow` with an MLP of `width`, trained for `args.steps` on `sample(n, generator)`, which gives (n, dim).
+
+    The same network, data and noise for every basis (dim, r): models that are compared differ in nothing else.
+    """
+    torch.manual_seed(args.seed)
+    flow = Flow(MLP(dim, width), basis).to(args.device)
+    train(flow, sample, args.steps, batch, random_stream(args.seed, "training", args.device), name=name)
+    return flow
+
+
+def generate(velocity: Callable, noise: Tensor, steps: int = 50) -> Tensor:
+    """Samples (n, D) for noise (n, D): the end of the path, by Heun's method."""
+    return deque(integrate(velocity, noise, steps), maxlen=1).pop()
