@@ -94,9 +94,8 @@ def pca_basis(samples: Tensor, rank: int) -> Tensor:
 
 
 # ---- 2. Toy data: a picture in the plane, lifted into D dimensions ---------------------------------------------------
-# Images have many pixels and few degrees of freedom. The toys imitate that: points of a plane times a random
-# orthonormal frame. `detail` adds a curved component outside the plane, a fixed nonlinear function of the position:
-# then the data has full rank and is nearly low-rank, as images are.
+# Images have many pixels and few degrees of freedom. So have the toys: points of a plane, times a random orthonormal
+# frame. `detail` adds a curved component outside the plane: full rank and yet nearly low-rank, again as images are.
 def polar(radius: Tensor | float, angle: Tensor) -> Tensor:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
@@ -142,7 +141,6 @@ class ToyData:
         return x
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Points (n, dim) of the data, in float32."""
         return self.lift(self.position(n, generator))
 
 
@@ -208,7 +206,7 @@ def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=N
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
     options = {"generator": generator, "device": generator.device}
     done = 0
-    for done in (bar := tqdm(range(1, steps + 1), desc=name, unit="step", leave=False)):
+    for done in (bar := tqdm(range(1, steps + 1), desc=name, unit="step", leave=False, mininterval=0.5)):
         x0 = sample(batch, generator)
         eps = torch.randn(x0.shape, **options)
         # Uniform noise levels in (0, 1], one in each of `batch` equal intervals: less variance for nothing.
@@ -224,8 +222,7 @@ def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=N
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
         if stop and stop():
             break
-    for a, w in zip(average, weights, strict=True):
-        w.data.copy_(a)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(average), weights)
     return done
 
 
@@ -234,8 +231,7 @@ def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=N
 def integrate(velocity: Callable, x: Tensor, steps: int = 50, heun: bool = True) -> Iterator[Tensor]:
     """Yield x at sigma = 1, 1 - 1/steps, ..., 0: from x (n, D), the noise, to the samples.
 
-    Euler's method (order 1) or Heun's (order 2), which averages the velocities at both ends of a step. The last step is
-    always Euler's: it lands on the prediction of x0, and at sigma = 0 there is nothing to divide by.
+    Euler's method (order 1) or Heun's (order 2). The last step is always Euler's: at sigma = 0, u may not exist.
     """
     yield x
     for sigma, target in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
@@ -305,28 +301,33 @@ def draw(file: Path, title: str, points: Tensor, panels: list[tuple[str, Tensor]
 
 # ---- 7. The command line ---------------------------------------------------------------------------------------------
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parsed and checked. What makes no sense ends the program with one line and exit code 2."""
     p = argparse.ArgumentParser(prog="nano_asymflow.py", description="Asymmetric flow on toy data, and its evidence.")
-    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     p.add_argument("--toy", choices=TOYS, default="swissroll", help="the picture in the plane")
     p.add_argument("--dim", type=int, default=256, help="D, the dimension that it is lifted into")
     p.add_argument("--rank", type=int, default=2, help="r, the rank of the basis of asym")
     p.add_argument("--prediction", choices=[*PREDICTIONS, "all"], default="asym", help="what the network predicts")
-    p.add_argument("--steps", type=int, default=5000, help="training steps")
+    p.add_argument("--steps", type=int, default=3000, help="training steps")
     p.add_argument("--batch", type=int, default=512, help="samples in a step")
     p.add_argument("--width", type=int, default=128, help="width of the network")
     p.add_argument("--detail", type=float, default=0.0, help="size of the component outside the plane, such as 0.3")
     p.add_argument("--seed", type=int, default=0, help="fixes every bit on a CPU")
     p.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder for TOY.png and results.json")
     p.add_argument("--device", default="cpu", help="such as cpu, cuda, cuda:1 or mps")
-    args = p.parse_args(argv)
-    for name, low in {"dim": 2, "rank": 0, "steps": 0, "batch": 1, "width": 1, "detail": 0, "seed": 0}.items():
-        if not low <= (value := getattr(args, name)) < 2**63:  # refuses NaN and infinity too
-            p.error(f"--{name} must be at least {low} and finite, but it is {value}")
+    args = parse(p, argv, {"dim": 2, "rank": 0, "steps": 0, "batch": 1, "width": 1, "detail": 0, "seed": 0})
     if args.rank > args.dim:
         p.error(f"--rank {args.rank} is more than --dim {args.dim}: a subspace of D dimensions has at most rank D")
     if args.detail and args.dim == 2:
         p.error("--detail needs --dim 3 or more: in two dimensions nothing lies outside the plane")
+    return args
+
+
+def parse(p: argparse.ArgumentParser, argv: list[str] | None, lowest: dict[str, int]) -> argparse.Namespace:
+    """Parse, check the `lowest` values, --device and --out. What makes no sense ends in one line and exit code 2."""
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
+    args = p.parse_args(argv)
+    for name, low in lowest.items():
+        if not low <= (value := getattr(args, name)) < 2**63:  # refuses NaN and infinity too
+            p.error(f"--{name} must be at least {low} and finite, but it is {value}")
     try:
         torch.ones(1, device=args.device).item()
         args.out.mkdir(parents=True, exist_ok=True)
@@ -347,7 +348,6 @@ def experiment(args: argparse.Namespace, stop: threading.Event) -> None:
     fresh = [projections(x @ data.frame) for x in points]
     floor = sliced_wasserstein(itertools.combinations(fresh, 2))
     errors = [recovery_error(args.dim, args.rank, dtype) for dtype in (torch.float64, torch.float32)]
-
     print(f"{args.toy} in D = {args.dim} dimensions, {args.steps} steps of {args.batch}, seed {args.seed}")
     print("recovery of the velocity, largest error: {:.1e} in float64, {:.1e} in float32".format(*errors))
     print("\nprediction   rank     SWD  SWD / floor  off-plane rms  seconds")

@@ -11,7 +11,6 @@ An experiment is a function from the parsed arguments to its figure and its resu
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nano_asymflow import MLP, Flow, integrate, keep_earlier, random_stream, train
+from nano_asymflow import MLP, Flow, integrate, keep_earlier, parse, random_stream, train
 
 
 def main(
@@ -36,9 +35,9 @@ def main(
     """Run `experiment(args)` and save its figure and results as NAME.png and NAME.json. Returns the exit code.
 
     args has `quick`, `seed`, `steps` (`quick_steps` under --quick, unless given), `out` and `device`. What the user
-    got wrong, a ValueError and an OSError end in one line and code 2, Ctrl-C in one line and code 130.
+    got wrong ends in one line and code 2, Ctrl-C in one line and code 130.
     """
-    args = arguments(name, about, steps, quick_steps, argv)
+    args = arguments(name, about, steps, quick_steps, sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
     try:
         figure, results = experiment(args)
@@ -47,8 +46,8 @@ def main(
         picture, file = (keep_earlier(args.out / f"{name}.{kind}") for kind in ("png", "json"))
         figure.savefig(picture, dpi=110)
         file.write_text(json.dumps({"experiment": name, **settings, **results, "seconds": seconds}, indent=2) + "\n")
-    except (ValueError, OSError) as e:
-        print(f"toy.{name}: error: {e}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as e:  # a RuntimeError: mostly, not enough memory
+        print(f"toy.{name}: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted: nothing is written.", file=sys.stderr)
@@ -57,31 +56,19 @@ def main(
     return 0
 
 
-def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[str] | None) -> argparse.Namespace:
-    """Parsed and checked. What makes no sense ends the program with one line and exit code 2."""
-    p = argparse.ArgumentParser(f"python -m toy.{name}", description=about.strip().splitlines()[0])
-    p.error = lambda message: p.exit(2, f"toy.{name}: error: {message}\n")
+def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[str]) -> argparse.Namespace:
+    p = argparse.ArgumentParser(f"toy.{name}", description=about.strip().splitlines()[0], allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="a small version, well within a minute: a look, not a result")
     p.add_argument("--seed", type=int, default=0, help="fixes every bit on a CPU")
-    p.add_argument("--steps", type=int, help=f"training steps of each model ({steps}, with --quick {quick_steps})")
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=quick_steps if "--quick" in argv else steps,
+        help=f"training steps of each model ({steps}, with --quick {quick_steps})",
+    )
     p.add_argument("--out", type=Path, default=Path("runs/toy") / name, help=f"folder for {name}.png and {name}.json")
     p.add_argument("--device", default="cpu", help="such as cpu, cuda, cuda:1 or mps")
-    args = p.parse_args(argv)
-    if args.steps is None:
-        args.steps = quick_steps if args.quick else steps
-    for option in ("seed", "steps"):
-        if not 0 <= (value := getattr(args, option)) < 2**63:
-            p.error(f"--{option} must be at least 0 and finite, but it is {value}")
-    try:
-        torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as e:
-        p.error(f"--out {args.out} cannot be written to: {e.strerror}")
-    return args
+    return parse(p, argv, {"seed": 0, "steps": 0})
 
 
 def trained_flow(
