@@ -52,7 +52,7 @@ from tqdm import tqdm
 #     u_perp = (x_sigma_perp - x0_perp) / sigma = (x_sigma_perp + u_a_perp) / sigma.
 #
 # With r = 0 nothing is inside, and this is x0-prediction (with a minus sign). With r = D nothing is outside, and it is
-# u-prediction. Neither needs code of its own, and the ranks between them cost no more.
+# u-prediction. Neither needs code of its own.
 def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
     """What the network learns to predict: `u_a = P eps - x0` (paper, section 3).
 
@@ -66,12 +66,12 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
 def recover_velocity(u_a: Tensor, x_sigma: Tensor, sigma: Tensor, basis: Tensor, sigma_min: float = 0.0) -> Tensor:
     """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (paper, section 3).
 
-    u_a, x_sigma: (..., D). sigma: in (0, 1], one for each vector, e.g. (batch, 1). basis: as above. Returns (..., D).
-    Only the complement is divided by sigma, there rounding errors grow as 1 / sigma; `sigma_min` bounds the divisor.
+    u_a, x_sigma: (..., D). sigma: a tensor in (0, 1], one for each vector, e.g. (batch, 1). basis: as above.
+    Returns (..., D). Only the complement is divided by sigma, at least `sigma_min`: rounding errors there grow with it.
     """
     check_basis(basis, x_sigma.shape[-1])
-    rest = x_sigma + u_a  # its complement is sigma u_perp
-    return project(u_a, basis) + (rest - project(rest, basis)) / sigma.clamp(min=sigma_min)
+    outside = (x_sigma + u_a - project(x_sigma + u_a, basis)) / sigma.clamp(min=sigma_min)
+    return outside + project(u_a - outside, basis)  # u_a inside, and there P takes away what rounding left of `outside`
 
 
 def project(v: Tensor, basis: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def check_basis(basis: Tensor, dim: int) -> None:
 
 
 def pca_basis(samples: Tensor, rank: int) -> Tensor:
-    """The `rank` orthonormal directions (D, rank) that hold most of the energy, not centred, of samples (n, D)."""
+    """The `rank` orthonormal directions (D, rank) that hold most of the (uncentred) energy of samples (n, D)."""
     return torch.linalg.eigh(samples.double().mT @ samples.double()).eigenvectors.flip(-1)[:, :rank].to(samples.dtype)
 
 
@@ -153,7 +153,7 @@ def random_stream(seed: int, purpose: str, device: str = "cpu") -> torch.Generat
 # The network is a residual MLP that is narrower than the data, as every transformer on pixels is: whatever it puts out
 # has to pass through `width` numbers. It knows nothing of asymmetric flow. `Flow` does.
 class MLP(nn.Module):
-    """Five linear layers from x (n, dim) and sigma (n, 1) to (n, dim). The last one starts at zero."""
+    """Five linear layers from x (n, dim) to (n, dim), the last zero at first, and one for sigma (n, 1)."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -183,14 +183,14 @@ class Flow(nn.Module):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
         prediction = self.network(x_sigma, sigma)
-        if self.basis is None:  # eps-prediction is not a rank; it alone needs its own line
+        if self.basis is None:  # eps-prediction is not a rank: its own line, inexact above sigma = 0.95
             return (prediction - x_sigma) / (1 - sigma).clamp(min=0.05)
         return recover_velocity(prediction, x_sigma, sigma, self.basis, sigma_min=1e-6)
 
 
 # ---- 4. Training: flow matching on the recovered velocity, whatever the network predicts -----------------------------
 def flow_loss(flow: Callable, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """Mean of `((u_pred - u) sigma / max(sigma, 0.05))^2`: plain, but for the last steps before the data."""
+    """Mean of `((u_pred - u) sigma / max(sigma, 0.05))^2`: plain above sigma = 0.05, softer below."""
     error = flow(torch.lerp(x0, eps, sigma), sigma) - (eps - x0)  # lerp is (1 - sigma) x0 + sigma eps
     return (error.square().mean(-1, keepdim=True) * (sigma / sigma.clamp(min=0.05)).square()).mean()
 
@@ -198,7 +198,7 @@ def flow_loss(flow: Callable, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
 def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=None, name="training") -> int:
     """Train the module `flow` on `sample(n, generator)` and leave the moving average of its weights in it.
 
-    Adam with cosine decay; average over 1,000 steps, fewer at first. Ends early if `stop()`. Returns the steps done.
+    Adam with cosine decay; the average is over a tenth of the steps. Ends early if `stop()`. Returns the steps done.
     """
     weights = list(flow.parameters())
     average = [w.detach().clone() for w in weights]
@@ -209,7 +209,7 @@ def train(flow, sample, steps, batch, generator, loss=flow_loss, lr=2e-3, stop=N
     for done in (bar := tqdm(range(1, steps + 1), desc=name, unit="step", leave=False, mininterval=0.5)):
         x0 = sample(batch, generator)
         eps = torch.randn(x0.shape, **options)
-        # Uniform noise levels in (0, 1], one in each of `batch` equal intervals: less variance for nothing.
+        # Uniform noise levels in (0, 1], one in each of `batch` equal intervals: less variance, at no cost.
         sigma = (torch.arange(1, batch + 1, device=generator.device)[:, None] - torch.rand(batch, 1, **options)) / batch
         value = loss(flow, x0, eps, sigma)
         optimizer.zero_grad()
@@ -274,7 +274,7 @@ def evaluate(flow: Callable, data: ToyData, fresh: list[Tensor], seed: int) -> t
 
 
 def recovery_error(dim: int, rank: int, dtype: torch.dtype) -> float:
-    """Largest |recover_velocity(asymmetric_velocity(x0, eps)) - (eps - x0)| over 4,096 random draws of everything."""
+    """Largest |recover_velocity(asymmetric_velocity(x0, eps)) - (eps - x0)| over 4,096 random points and sigmas."""
     options = {"generator": random_stream(0, "recovery"), "dtype": dtype}
     basis = torch.linalg.qr(torch.randn(dim, dim, **options)).Q[:, :rank]
     x0, eps = torch.randn(2, 4096, dim, **options)
@@ -310,9 +310,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=512, help="samples in a step")
     p.add_argument("--width", type=int, default=128, help="width of the network")
     p.add_argument("--detail", type=float, default=0.0, help="size of the component outside the plane, such as 0.3")
-    p.add_argument("--seed", type=int, default=0, help="fixes every bit on a CPU")
+    p.add_argument("--seed", type=int, default=0, help="fixes every bit, on one CPU and number of threads")
     p.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder for TOY.png and results.json")
-    p.add_argument("--device", default="cpu", help="such as cpu, cuda, cuda:1 or mps")
+    p.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1")
     args = parse(p, argv, {"dim": 2, "rank": 0, "steps": 0, "batch": 1, "width": 1, "detail": 0, "seed": 0})
     if args.rank > args.dim:
         p.error(f"--rank {args.rank} is more than --dim {args.dim}: a subspace of D dimensions has at most rank D")
@@ -327,15 +327,15 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, lowest: dict[str, 
     args = p.parse_args(argv)
     for name, low in lowest.items():
         if not low <= (value := getattr(args, name)) < 2**63:  # refuses NaN and infinity too
-            p.error(f"--{name} must be at least {low} and finite, but it is {value}")
+            p.error(f"--{name} must be at least {low} and below 2^63, but it is {value}")
     try:
         torch.ones(1, device=args.device).item()
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as e:
         p.error(f"--out {args.out} cannot be written to: {e.strerror}")
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+    except (RuntimeError, AssertionError, ImportError) as e:
+        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0].split('. ')[0]}")
     return args
 
 
@@ -347,9 +347,9 @@ def experiment(args: argparse.Namespace, stop: threading.Event) -> None:
     points = [data.sample(POINTS, generator) for _ in range(FRESH)]
     fresh = [projections(x @ data.frame) for x in points]
     floor = sliced_wasserstein(itertools.combinations(fresh, 2))
-    errors = [recovery_error(args.dim, args.rank, dtype) for dtype in (torch.float64, torch.float32)]
+    double, single = (recovery_error(args.dim, args.rank, dtype) for dtype in (torch.float64, torch.float32))
     print(f"{args.toy} in D = {args.dim} dimensions, {args.steps} steps of {args.batch}, seed {args.seed}")
-    print("recovery of the velocity, largest error: {:.1e} in float64, {:.1e} in float32".format(*errors))
+    print(f"recovery of the velocity, largest error: {double:.1e} in float64, {single:.1e} in float32")
     print("\nprediction   rank     SWD  SWD / floor  off-plane rms  seconds")
     row = "{:11} {:>5} {:7.4f} {:12.2f} {:14.4f} {:>8}".format
     print(row("fresh data", "", floor, 1, off_plane_rms(points[0], data), ""))
@@ -369,17 +369,17 @@ def experiment(args: argparse.Namespace, stop: threading.Event) -> None:
         if stop.is_set():
             print(f"Interrupted at step {steps} of {prediction}: what was trained so far is evaluated and written.")
             break
-    results = vars(args) | {"out": str(args.out), "torch": torch.__version__, "interrupted": stop.is_set()}
-    results |= {"recovery_max_error": errors[0], "recovery_max_error_float32": errors[1], "floor_swd": floor}
+    results = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads(), "floor_swd": floor}
+    results |= {"recovery_max_error": double, "recovery_max_error_float32": single, "runs": runs}
     picture, file = (keep_earlier(args.out / name) for name in (f"{args.toy}.png", "results.json"))
+    file.write_text(json.dumps(results | {"interrupted": stop.is_set()}, indent=2, default=str) + "\n")
     draw(picture, f"{args.toy} in D = {args.dim}, seen in its plane", points[0] @ data.frame, panels)
-    file.write_text(json.dumps(results | {"runs": runs}, indent=2) + "\n")
     print(f"\nwrote {picture} and {file}")
 
 
 def keep_earlier(file: Path) -> Path:
     """Make way for `file`: what an earlier run wrote is renamed, never overwritten."""
-    if file.exists():
+    if file.exists() or file.is_symlink():
         older = next(o for n in itertools.count(1) if not (o := file.with_stem(f"{file.stem}.{n}")).exists())
         print(f"{file} of an earlier run is now {file.rename(older)}")
     return file

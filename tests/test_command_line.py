@@ -148,6 +148,13 @@ def test_an_earlier_file_is_renamed_and_never_overwritten(tmp_path):
     assert all(f.suffix == ".json" for f in tmp_path.iterdir())
 
 
+def test_a_link_to_nowhere_is_kept_as_well(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").symlink_to(tmp_path / "nowhere" / "results.json")
+    run()
+    assert (tmp_path / "out" / "results.1.json").is_symlink()
+
+
 def test_folders_are_made_as_needed(run, tmp_path):
     assert run(out=tmp_path / "a" / "b" / "c")[1].is_dir()
 
@@ -164,7 +171,7 @@ REFUSED = {
     "--width": ["0", "-4", "wide"],
     "--detail": ["-0.1", "nan", "inf", "-inf", "much"],
     "--seed": ["-1", "0.5", "99999999999999999999"],
-    "--device": ["cuda:99", "nonsense", "meta", ""],
+    "--device": ["cuda:99", "nonsense", "meta", "hpu", "mtia", ""],
 }
 FLAGS = [*REFUSED, "--out"]
 

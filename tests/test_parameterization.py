@@ -160,6 +160,20 @@ def test_an_error_inside_the_subspace_changes_the_velocity_by_itself(problem, se
     assert within(recover_velocity(u_a + outside, x_sigma, sigma, basis) - before, outside / sigma, tolerance)
 
 
+@given(problems(torch.float32))
+def test_rounding_inside_the_subspace_is_not_divided(problem):
+    """Inside, the error is that of sigma = 1 at every sigma: rounding outside comes in only to second order.
+
+    That is, times the rounding of one more projection: 4 (dim + rank + 2) (rank + 1) e and the skew, as in `rounding`.
+    """
+    x0, eps, sigma, basis = problem
+    x_sigma, u_a = path_and_prediction(x0, eps, sigma, basis)
+    error = (recover_velocity(u_a, x_sigma, sigma, basis) - (eps - x0)).double() @ basis.double()
+    once = rounding(basis, 1, torch.ones(1))
+    inside = rounding(basis, 1, x0, eps) + rounding(basis, sigma, x0, eps) * once
+    assert within(error, torch.zeros_like(error), inside)
+
+
 @given(problems(), st.floats(0.01, 0.99))
 def test_sigma_min_bounds_the_division_and_nothing_else(problem, sigma_min):
     x_sigma, u_a, sigma, basis = problem

@@ -3,7 +3,7 @@
     python -m toy.closed_form            # minutes
     python -m toy.closed_form --quick    # seconds: a look at the code path, not a result
 
-Setup. Gaussian data in D = 64 dimensions, x0 ~ N(0, C) with C = A diag(lambda) A^T + delta^2 I: four strong directions
+Setup. Gaussian data in D = 32 dimensions, x0 ~ N(0, C) with C = A diag(lambda) A^T + delta^2 I: four strong directions
 and a faint variance in all. With x_sigma = (1 - sigma) x0 + sigma eps and u = eps - x0, everything is jointly Gaussian:
 
     Cov(x_sigma) = S = (1 - sigma)^2 C + sigma^2 I,     Cov(u, x_sigma) = sigma I - (1 - sigma) C,
@@ -36,10 +36,10 @@ from torch import Tensor
 from nano_asymflow import flow_loss, random_stream
 from toy.common import generate, main, trained_flow
 
-DIM, WIDTH, DELTA = 64, 32, 0.05
+DIM, WIDTH, DELTA = 32, 16, 0.05
 STRONG = (4.0, 2.0, 1.0, 0.5)  # lambda
-RANKS = (0, 1, 2, 4, 8, 16, 32, DIM)
-CURVES = {0: "C0", 4: "C2", 16: "C1", DIM: "C3"}  # ranks that are drawn against sigma
+TICKS = (0, 1, 2, 4, 8, 16, DIM)  # every rank is trained, these are named
+CURVES = {0: "C0", 4: "C2", 8: "C1", DIM: "C3"}  # ranks that are drawn against sigma
 weight = lambda sigma: ((sigma / sigma.clamp(min=0.05)) ** 2)[:, 0]  # of the training loss, sigma (n, 1) to (n,)
 
 
@@ -85,7 +85,7 @@ class Gaussian:
 
 
 def experiment(args: argparse.Namespace) -> tuple[Figure, dict]:
-    ranks, points, levels, draws = ((0, 4, DIM), 512, 50, 16) if args.quick else (RANKS, 2048, 100, 128)
+    ranks, points, levels, draws = ((0, 4, DIM), 512, 50, 16) if args.quick else (range(DIM + 1), 2048, 100, 128)
     data, generator = Gaussian(args.seed, args.device), random_stream(args.seed, "evaluation", args.device)
     normal = lambda n: torch.randn(n, DIM, generator=generator, device=args.device)
     midpoints = lambda n: ((torch.arange(n, device=args.device) + 0.5) / n)[:, None]
@@ -129,7 +129,7 @@ def draw(results: dict) -> Figure:
     left.plot(results["forced_at_rank"], "k:", label=f"forced by the width: no network of {WIDTH} has less excess")
     left.axhline(results["irreducible"], color="C4", ls="--", label="irreducible loss")
     left.set_xscale("symlog", linthresh=1)
-    left.set_xticks(ranks, [{0: "0\n(x0-prediction)", DIM: f"{DIM}\n(u-prediction)"}.get(r, r) for r in ranks])
+    left.set_xticks(TICKS, [{0: "0\n(x0-prediction)", DIM: f"{DIM}\n(u-prediction)"}.get(r, r) for r in TICKS])
     left.set(title="averaged over sigma", xlabel="rank of the basis", xlim=(-0.2, DIM * 1.2))
     for run in (r for r in runs if r["rank"] in CURVES):
         color = CURVES[run["rank"]]

@@ -59,7 +59,7 @@ def main(
 def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(f"toy.{name}", description=about.strip().splitlines()[0], allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="a small version, well within a minute: a look, not a result")
-    p.add_argument("--seed", type=int, default=0, help="fixes every bit on a CPU")
+    p.add_argument("--seed", type=int, default=0, help="fixes every bit, on one CPU and number of threads")
     p.add_argument(
         "--steps",
         type=int,
@@ -67,7 +67,7 @@ def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[st
         help=f"training steps of each model ({steps}, with --quick {quick_steps})",
     )
     p.add_argument("--out", type=Path, default=Path("runs/toy") / name, help=f"folder for {name}.png and {name}.json")
-    p.add_argument("--device", default="cpu", help="such as cpu, cuda, cuda:1 or mps")
+    p.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1")
     return parse(p, argv, {"seed": 0, "steps": 0})
 
 

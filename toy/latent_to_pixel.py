@@ -72,8 +72,8 @@ class ScaledFlow(nn.Module):
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
         s, k = self.scale, zoom(sigma, self.scale)
         u_a = self.network(k * x_sigma, k * sigma)
-        inside = k * (s * u_a + (1 - s) * x_sigma)
-        outside = (x_sigma + s * u_a) / sigma.clamp(min=1e-6)
+        inside, outside = k * (s * u_a + (1 - s) * x_sigma), x_sigma + s * u_a
+        outside = (outside - nano.project(outside, self.basis)) / sigma.clamp(min=1e-6)
         return outside + nano.project(inside - outside, self.basis)
 
 

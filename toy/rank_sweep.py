@@ -63,7 +63,7 @@ def off_surface(x: Tensor, data: ToyData) -> float:
 
 
 def best_ranks(runs: list[dict], detail: float, measure: str) -> str:
-    """The best rank of one curve, and those within 5 % of it, which another seed may put first: "2 or 3"."""
+    """The best rank of one curve, and those within 5 % of it: "2 or 3"."""
     values = {r["rank"]: r[measure] for r in runs if r["detail"] == detail}
     return " or ".join(str(rank) for rank, value in values.items() if value <= 1.05 * min(values.values()))
 
