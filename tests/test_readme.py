@@ -1,0 +1,35 @@
+"""What the README shows is what the repository does."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import nano_asymflow
+from nano_asymflow import random_stream
+
+ROOT = Path(nano_asymflow.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_code_computes_what_nano_asymflow_computes():
+    """Bit for bit: the same products in the same order."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shown = {}
+    exec(code, shown)
+    x, y = torch.randn(2, 5, 7, generator=random_stream(0, "test"))
+    basis, sigma = torch.linalg.qr(y.mT).Q[:, :3], torch.linspace(0.1, 1, 5)[:, None]
+    assert torch.equal(shown["asymmetric_velocity"](x, y, basis), nano_asymflow.asymmetric_velocity(x, y, basis))
+    recovered = (f.recover_velocity(x, y, sigma, basis) for f in (type("shown", (), shown), nano_asymflow))
+    assert torch.equal(*recovered)
+
+
+def test_its_links_lead_to_files():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_its_experiments_are_those_in_toy():
+    listed = set(re.findall(r"^\| `(\w+)` \(", README, re.MULTILINE))
+    assert listed == {file.stem for file in (ROOT / "toy").glob("*.py")} - {"__init__", "common"}
