@@ -67,7 +67,7 @@ def recover_velocity(u_a: Tensor, x_sigma: Tensor, sigma: Tensor, basis: Tensor,
     """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (paper, section 3).
 
     u_a, x_sigma: (..., D). sigma: a tensor in (0, 1], one for each vector, e.g. (batch, 1). basis: as above.
-    Returns (..., D). Only the complement is divided by sigma, at least `sigma_min`: rounding errors there grow with it.
+    Returns (..., D). Only the complement is divided, by sigma or `sigma_min`; rounding errors there grow as 1 / sigma.
     """
     check_basis(basis, x_sigma.shape[-1])
     outside = (x_sigma + u_a - project(x_sigma + u_a, basis)) / sigma.clamp(min=sigma_min)
