@@ -54,7 +54,7 @@ from tqdm import tqdm
 # With r = 0 nothing is inside, and this is x0-prediction (with a minus sign). With r = D nothing is outside, and it is
 # u-prediction. Neither needs code of its own.
 def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
-    """What the network learns to predict: `u_a = P eps - x0` (paper, section 3).
+    """What the network learns to predict: `u_a = P eps - x0` (arXiv 2605.12964).
 
     x0, eps: (..., D). basis: (D, r) with orthonormal columns, 0 <= r <= D. Returns (..., D), in the dtype given.
     Raises ValueError if the basis has another shape or is not orthonormal.
@@ -64,7 +64,7 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, basis: Tensor) -> Tensor:
 
 
 def recover_velocity(u_a: Tensor, x_sigma: Tensor, sigma: Tensor, basis: Tensor, sigma_min: float = 0.0) -> Tensor:
-    """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (paper, section 3).
+    """The full velocity `u = eps - x0`, in closed form, from the asymmetric one (arXiv 2605.12964).
 
     u_a, x_sigma: (..., D). sigma: a tensor in (0, 1], one for each vector, e.g. (batch, 1). basis: as above.
     Returns (..., D). Only the complement is divided, by sigma or `sigma_min`; rounding errors there grow as 1 / sigma.
