@@ -1,0 +1,1 @@
+"""Networks that an asymmetric flow can wrap. None of them knows about asymmetric flow."""

@@ -1,0 +1,319 @@
+"""JiT: the plain pixel transformer of Li and He (arXiv 2511.13720), as a network on tokens.
+
+Shape letters: B images, N tokens of the image, n tokens with those of the class in context, D numbers in a token,
+W width, H heads, d numbers in a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from asymflow.errors import InputError
+from asymflow.subspace import Subspace, at_least_float32
+
+SIZES = {  # B, L, H as published; tiny for tests, S for laptops
+    "tiny": dict(width=64, depth=4, heads=2, bottleneck=32, in_context_start=1, in_context_tokens=4),
+    "S": dict(width=384, depth=12, heads=6, bottleneck=64, in_context_start=4),
+    "B": dict(width=768, depth=12, heads=12, bottleneck=128, in_context_start=4),
+    "L": dict(width=1024, depth=24, heads=16, bottleneck=128, in_context_start=8),
+    "H": dict(width=1280, depth=32, heads=16, bottleneck=256, in_context_start=10, dropout=0.2),
+}
+
+
+class JiT(nn.Module):
+    """Tokens and their noise level to a prediction of the same shape; the condition is a class.
+
+    `jit(tokens (B, N, D), tau (B,), labels (B,), grid=(h, w))` returns (B, N, D). Labels run from 0 to num_classes - 1;
+    num_classes, the last index, means "no class".
+
+    patch_size, channels: D = channels * patch_size^2. image_size: in pixels, of square images; `grid` overrides it.
+    width, depth, heads: of the transformer. bottleneck: the rank of the patch embedding.
+    in_context_start, in_context_tokens: before that block, so many tokens made from the label join the sequence.
+    dropout: of the projections, attention_dropout: of the attention, in the middle half of the blocks.
+    checkpoint_every: recompute every n-th block in the backward pass to save memory; 1 all of them, 0 none.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        bottleneck: int,
+        in_context_start: int,
+        image_size: int = 256,
+        channels: int = 3,
+        num_classes: int = 1000,
+        in_context_tokens: int = 32,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        checkpoint_every: int = 0,
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_sizes(self.config)
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.in_context_start, self.checkpoint_every = in_context_start, checkpoint_every
+        self.dim = channels * patch_size**2
+        self.grid = (image_size // patch_size,) * 2
+        self.head_dim = width // heads
+
+        self.x_embedder = PatchEmbedding(self.dim, bottleneck, width)
+        self.t_embedder = NoiseLevelEmbedding(width)
+        self.y_embedder = nn.Embedding(num_classes + 1, width)
+        self.in_context_positions = nn.Parameter(torch.empty(in_context_tokens, width))
+        middle = range(depth // 4, depth // 4 * 3)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, *((dropout, attention_dropout) if i in middle else (0.0, 0.0)))
+            for i in range(depth)
+        )
+        self.head = Head(width, self.dim)
+        self.reset_parameters()
+
+    @classmethod
+    def from_name(cls, name: str, **options) -> "JiT":
+        """A published size by name, such as "B/16": sizes B, L, H, and S and tiny, at any patch size.
+
+        Unless given, the image size is 16 patches: 256 pixels for /16, 512 for /32. `options`: as for the class.
+        """
+        size, _, patch = name.partition("/")
+        if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
+            raise InputError(
+                f"{name!r} is not a JiT: expected SIZE/PATCH, such as B/16, with SIZE in {', '.join(SIZES)}"
+            )
+        return cls(**{"patch_size": int(patch), "image_size": 16 * int(patch), **SIZES[size], **options})
+
+    def forward(
+        self,
+        tokens: Tensor,
+        tau: Tensor,
+        labels: Tensor,
+        grid: tuple[int, int] | None = None,
+        return_tokens_after: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction (B, N, D). With `return_tokens_after=n` also the image tokens (B, N, W) after n blocks.
+
+        grid: rows and columns of tokens; by default those of `image_size`. Raises InputError if shapes do not fit.
+        """
+        grid = grid or self.grid
+        self.check_inputs(tokens, labels, grid, return_tokens_after)
+        label = self.y_embedder(labels)
+        condition = F.silu(self.t_embedder(tau) + label)
+        x = self.x_embedder(tokens)
+        x = x + sincos_positions(grid, x.shape[-1], x.device).to(x.dtype)
+        rotation = rope(grid, self.head_dim, x.device, at_least_float32(x))
+        in_context, after = 0, None
+        for i, block in enumerate(self.blocks):
+            if i == self.in_context_start:
+                prefix = (label[:, None] + self.in_context_positions).to(x.dtype)
+                in_context = prefix.shape[1]
+                x = torch.cat([prefix, x], dim=1)
+                rotation = F.pad(rotation, (0, 0, in_context, 0), value=0.0)
+                rotation[0, :in_context] = 1.0  # cos 0, sin 0: these tokens have no place in the image
+            if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
+                x = checkpoint(block, x, condition, rotation, use_reentrant=False)
+            else:
+                x = block(x, condition, rotation)
+            if i + 1 == return_tokens_after:
+                after = x[:, in_context:]
+        prediction = self.head(x[:, in_context:], condition)
+        return prediction if return_tokens_after is None else (prediction, after)
+
+    def check_inputs(self, tokens: Tensor, labels: Tensor, grid: tuple[int, ...], return_tokens_after: int | None):
+        if len(grid) != 2:
+            raise InputError(f"JiT is for images, with a grid of rows and columns, but the grid is {grid}")
+        if tokens.shape[1:] != (grid[0] * grid[1], self.dim):
+            raise InputError(
+                f"JiT expects tokens (B, {grid[0] * grid[1]}, {self.dim}), but got {tuple(tokens.shape)}: see its "
+                "image_size, patch_size and channels"
+            )
+        if labels.shape != tokens.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InputError(
+                f"labels must be {len(tokens)} integers, one for each image, but they are {labels.dtype} of shape "
+                f"{tuple(labels.shape)}"
+            )
+        if return_tokens_after is not None and not 1 <= return_tokens_after <= len(self.blocks):
+            raise InputError(
+                f"return_tokens_after must be from 1 to {len(self.blocks)}, but it is {return_tokens_after}"
+            )
+        # On a GPU, looking at the values would make the CPU wait for it: samplers and data sets check them beforehand.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels, self.num_classes)
+
+    @torch.no_grad()
+    def seed_patch_embedding(self, subspace: Subspace) -> None:
+        """Start the first rows of the bottleneck as the directions of the subspace (arXiv 2605.12964, section 4).
+
+        They get the norm that Xavier initialization gives to the others. Of a subspace of a rank above the bottleneck,
+        the leading directions are taken. Raises InputError if the subspace is of other tokens.
+        """
+        weight = self.x_embedder.proj1.weight
+        if subspace.dim != self.dim:
+            raise InputError(f"the subspace is of tokens of dimension {subspace.dim}, the backbone's have {self.dim}")
+        rows = min(subspace.rank, len(weight))
+        norm = math.sqrt(2 * self.dim / (self.dim + len(weight)))
+        weight[:rows] = norm * subspace.basis[:, :rows].mT.to(weight)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As published: Xavier-uniform, N(0, 0.02) for the embeddings; zero for the modulation and the head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for weight in (
+            self.y_embedder.weight,
+            self.in_context_positions,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        for module in (*(block.modulation for block in self.blocks), self.head.modulation, self.head.linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Through a bottleneck, without bias, to the width. A convolution with the patch as its stride, on tokens."""
+
+    def __init__(self, dim: int, bottleneck: int, width: int):
+        super().__init__()
+        self.proj1 = nn.Linear(dim, bottleneck, bias=False)
+        self.proj2 = nn.Linear(bottleneck, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj2(self.proj1(tokens))
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """256 sinusoids of the noise level in [0, 1], cosines first, periods up to 10,000 * 2 pi, and two layers."""
+
+    WAVES = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.WAVES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, tau: Tensor) -> Tensor:
+        waves = tau[:, None] * self.frequencies(tau.device, at_least_float32(tau))
+        return self.mlp(torch.cat([waves.cos(), waves.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+    @classmethod
+    def frequencies(cls, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        half = cls.WAVES // 2
+        return torch.exp(-math.log(10000) * torch.arange(half, device=device, dtype=dtype) / half)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each after RMSNorm, shifted, scaled and gated by the condition (adaLN)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, attention_dropout: float):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, dropout, attention_dropout)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width, int(width * mlp_ratio * 2 / 3), dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMSNorm and rotary positions on queries and keys."""
+
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float):
+        super().__init__()
+        self.heads, self.attention_dropout = heads, attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
+        q, k = rotate(self.q_norm(q), rotation).to(v.dtype), rotate(self.k_norm(k), rotation).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.dropout(F.silu(gate) * value))
+
+
+class Head(nn.Module):
+    """RMSNorm, shifted and scaled by the condition, and a linear layer to tokens."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, dim)
+        self.modulation = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+# ---- Positions: computed where they are used, so that any grid works and no checkpoint has to carry them -------------
+def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Fixed positions (h * w, width): sines, then cosines of the column in the first half, of the row in the second."""
+    omega = 10000.0 ** -(torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float64) for n in grid), indexing="ij")
+    waves = [axis.flatten()[:, None] * omega for axis in (column, row)]
+    return torch.cat([f(w) for w in waves for f in (torch.sin, torch.cos)], dim=-1)
+
+
+def rope(grid: tuple[int, int], head_dim: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Rotations (2, h * w, head_dim / 2), cosines and sines, of adjacent pairs: half of them by row, half by column."""
+    quarter = head_dim // 4
+    omega = 10000.0 ** -(torch.arange(quarter, device=device, dtype=dtype) / quarter)
+    row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=dtype) for n in grid), indexing="ij")
+    angle = torch.cat([axis.flatten()[:, None] * omega for axis in (row, column)], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x (B, H, n, d) by `rotation` (2, n, d / 2)."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+def check_sizes(config: dict) -> None:
+    for name in ("patch_size", "width", "depth", "heads", "bottleneck", "image_size", "channels"):
+        if config[name] < 1:
+            raise InputError(f"{name} of a JiT must be at least 1, but it is {config[name]}")
+    for name in ("num_classes", "in_context_start", "in_context_tokens", "checkpoint_every"):
+        if config[name] < 0:
+            raise InputError(f"{name} of a JiT must be at least 0, but it is {config[name]}")
+    if config["image_size"] % config["patch_size"]:
+        raise InputError(f"image_size {config['image_size']} is not a multiple of patch_size {config['patch_size']}")
+    if config["width"] % (4 * config["heads"]):
+        raise InputError(f"width {config['width']} is not a multiple of 4 * heads: rotary positions need that")
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """InputError, naming the first, unless all labels are classes or `num_classes`, which means "no class"."""
+    wrong = labels[(labels < 0) | (labels > num_classes)]
+    if len(wrong):
+        raise InputError(
+            f"label {wrong[0].item()} is not a class: they run from 0 to {num_classes - 1}, and {num_classes} means no "
+            "class"
+        )

@@ -1,0 +1,92 @@
+"""Writing so that nothing half-written is ever left, and reading tensors without ever running what is in the file."""
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from asymflow.errors import InputError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to. It becomes `path` when the block ends well, and is removed when it does not.
+
+    The folder is made if it is not there. The content is on the disk before the name is: a reader sees the old file or
+    the whole new one, also after a power cut.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. Tensors may be on any device, and may share memory."""
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as beside:
+        save_file(own, beside, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. InputError if it is cut off or something else."""
+    path = existing_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as e:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({e}). If it was downloaded or copied, do that again"
+        ) from None
+
+
+def read_pickle(path: str | Path) -> object:
+    """What `torch.save` wrote, if it is tensors in plain containers; anything else in it is refused, and never run."""
+    path = existing_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch reports a damaged or hostile file by exceptions of many types
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(
+            f"{path} cannot be read as plain tensors ({reason}). Files that carry code are never run: ask whoever made "
+            "it for safetensors"
+        ) from None
+
+
+def existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, where a file is expected")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    return path
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """InputError, naming the tensors, unless `found` has exactly the `expected` names, each with its shape."""
+    missing = [f"{name} {tuple(shape)}" for name, shape in expected.items() if name not in found]
+    extra = [f"{name} {tuple(tensor.shape)}" for name, tensor in found.items() if name not in expected]
+    misshaped = [
+        f"{name} has {tuple(found[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(shape)
+    ]
+    faults = [
+        f"{title}: {'; '.join(names[:5])}{f'; and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for title, names in [("missing tensors", missing), ("unexpected tensors", extra), ("wrong shapes", misshaped)]
+        if names
+    ]
+    if faults:
+        raise InputError(f"{source} does not fit: {'. '.join(faults)}")

@@ -1,0 +1,244 @@
+"""`AsymFlow`: any network on tokens becomes a velocity model of images."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import Tensor, nn
+
+from asymflow import files
+from asymflow.backbones.jit import JiT
+from asymflow.errors import InputError
+from asymflow.parameterization import calibration, no_autocast, recover_velocity
+from asymflow.patches import CHANNEL_LAST, check_token_order, patchify, token_grid, unpatchify
+from asymflow.subspace import Subspace, at_least_float32
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+BACKBONES = {"JiT": JiT}  # what `from_pretrained` may build; a name in a file is looked up here, never imported
+FORMAT = "asymflow 1"
+OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
+SIGMA_MIN_TRAINING = 1e-6
+
+
+class AsymFlow(
+    nn.Module,
+    ModelHubMixin,
+    library_name="asymflow",
+    tags=["asymflow", "flow-matching"],
+    paper_url="https://arxiv.org/abs/2605.12964",
+):
+    """A velocity model of images: a backbone that predicts the asymmetric velocity of tokens, and its subspace.
+
+    `flow(x_sigma, sigma, **conditions)` is the velocity u = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps
+    (arXiv 2605.12964, sections 3 and 5). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
+
+    backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. It gets the calibrated
+        tokens k x_sigma in its own dtype, and their noise level tau in float32. If its forward has an argument `grid`,
+        it gets the number of tokens along each axis, (h, w), or (T, h, w) for a video. It may return a tuple, whose
+        first element is the prediction: `flow` then returns (velocity, *the others), untouched.
+    subspace: of tokens of dimension D = channels * patch_size^2.
+    patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
+    sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,
+        by max(sigma, 1e-6).
+    noise_scale: the standard deviation of `eps` that the model is trained and sampled with (JiT: 2 at 512 pixels).
+        The model itself does not use it; samplers and training loops do.
+    Raises InputError if these do not fit together.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        subspace: Subspace,
+        patch_size: int | None = None,
+        token_order: str | None = None,
+        sigma_min: float = 0.04,
+        noise_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.patch_size = agreed("patch_size", patch_size, subspace, backbone)
+        self.token_order = agreed("token_order", token_order, subspace, backbone) or CHANNEL_LAST
+        check_token_order(self.token_order)
+        if self.patch_size is None:
+            raise InputError("give AsymFlow a patch_size: neither the subspace nor the backbone has one")
+        if self.patch_size < 1 or subspace.dim % self.patch_size**2:
+            raise InputError(
+                f"a subspace of tokens of dimension {subspace.dim} does not fit patches of {self.patch_size} x "
+                f"{self.patch_size} pixels: {subspace.dim} is not a multiple of {self.patch_size**2}"
+            )
+        if not (sigma_min >= 0 and noise_scale > 0):
+            raise InputError(
+                f"sigma_min must be at least 0 and noise_scale above 0, but they are {sigma_min} and {noise_scale}"
+            )
+        self.backbone, self.subspace = backbone, subspace
+        self.sigma_min, self.noise_scale = float(sigma_min), float(noise_scale)
+        self.channels = subspace.dim // self.patch_size**2
+        self.backbone_takes_grid = "grid" in inspect.signature(backbone.forward).parameters
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor | float, **conditions) -> Tensor | tuple:
+        """The velocity at x_sigma (B, C, H, W), or a video (B, T, C, H, W), at the noise levels sigma (B,) in [0, 1].
+
+        The result has the shape of x_sigma, in float32, or float64 if x_sigma or sigma has it, under autocast too.
+        conditions: passed to the backbone as they are; for JiT `labels` (B,), whose last index means "no class".
+        Raises InputError if the image does not fit patch size or channels, or there is not one sigma for each image.
+        """
+        grid = token_grid(x_sigma, self.patch_size)
+        if x_sigma.shape[-3] != self.channels:
+            raise InputError(
+                f"the model is for images of {self.channels} channels, but these have {x_sigma.shape[-3]} (their shape "
+                f"is {tuple(x_sigma.shape)})"
+            )
+        sigma = torch.as_tensor(sigma, device=x_sigma.device)
+        if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
+            raise InputError(
+                f"sigma must be one noise level for each of the {len(x_sigma)} images, but its shape is "
+                f"{tuple(sigma.shape)}"
+            )
+        dtype = at_least_float32(x_sigma, sigma)
+        with no_autocast(x_sigma):
+            sigma = sigma.to(dtype).expand(len(x_sigma))
+            tokens = patchify(x_sigma.to(dtype), self.patch_size, self.token_order)
+            k, tau = calibration(sigma, self.subspace.scale)
+            calibrated = (k[:, None, None] * tokens).to(self.backbone_dtype or dtype)
+        if self.backbone_takes_grid:
+            conditions["grid"] = grid
+        output = self.backbone(calibrated, tau, **conditions)
+        prediction, *others = output if isinstance(output, tuple) else (output,)
+        if prediction.shape != tokens.shape:
+            raise InputError(
+                f"the backbone must return tokens of the shape that it gets, {tuple(tokens.shape)}, but it returned "
+                f"{tuple(prediction.shape)}"
+            )
+        sigma_min = SIGMA_MIN_TRAINING if self.training else self.sigma_min
+        velocity = recover_velocity(prediction.to(dtype), tokens, sigma, self.subspace, sigma_min)
+        velocity = unpatchify(velocity, grid, self.patch_size, self.token_order)
+        return (velocity, *others) if others else velocity
+
+    @property
+    def backbone_dtype(self) -> torch.dtype | None:
+        """The dtype of the backbone's weights; None if it has none."""
+        return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), None)
+
+    @property
+    def config(self) -> dict:
+        """What `config.json` holds: everything but the tensors."""
+        return {
+            "format": FORMAT,
+            "flow": {name: getattr(self, name) for name in OPTIONS},
+            "tokens": {name: getattr(self.subspace, name) for name in ("dim", "rank", *RECORD)},
+            "network": {"class": type(self.backbone).__name__, "config": dict(getattr(self.backbone, "config", {}))},
+        }
+
+    # ---- Saving and loading: config.json and model.safetensors, by huggingface_hub's mixin (push_to_hub is its own) --
+    def save_pretrained(self, save_directory: str | Path, **options) -> str | None:
+        """Write `config.json`, `model.safetensors` (the subspace is in it) and a model card to a folder.
+
+        options: see `huggingface_hub.ModelHubMixin.save_pretrained`. If it fails, what was there before is still there.
+        """
+        config = Path(save_directory) / CONFIG
+        before = config.read_bytes() if config.is_file() else None
+        try:
+            return super().save_pretrained(save_directory, **options)
+        finally:
+            if before is not None and not config.exists():  # the mixin removes it first
+                config.write_bytes(before)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        files.write_tensors(save_directory / WEIGHTS, self.state_dict())
+        with files.replacing(save_directory / CONFIG) as beside:
+            beside.write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backbone: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **hub_options,
+    ) -> "AsymFlow":
+        """A model in eval mode, from a folder that `save_pretrained` wrote or a repository of the Hugging Face Hub.
+
+        backbone: needed if its class is not in this library; it gets the weights of the file.
+        dtype: of the backbone's weights, if not as in the file. hub_options: revision, token, cache_dir, ...
+        Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
+        is missing, unexpected or misshaped.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            read_config(folder / CONFIG)  # before the mixin does, for a message that helps
+        options = dict(backbone=backbone, dtype=dtype, device=device, **hub_options)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
+            reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            raise InputError(f"{folder} is neither a folder here nor a model that the Hub gave: {reason}") from None
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, backbone, dtype, device, **hub_options) -> "AsymFlow":
+        folder = Path(model_id)
+        paths = [
+            folder / n if folder.is_dir() else hf_hub_download(model_id, n, **hub_options) for n in (CONFIG, WEIGHTS)
+        ]
+        flow = build(read_config(paths[0]), files.read_tensors(paths[1])[0], backbone, source=str(paths[1]))
+        if dtype is not None:
+            flow.backbone.to(dtype)
+        return flow.to(device).eval()
+
+
+def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, source: str) -> AsymFlow:
+    """The model that `config` describes, with exactly these tensors."""
+    try:
+        options, tokens, network = config["flow"], config["tokens"], config["network"]
+        if backbone is None:
+            backbone = make_backbone(network["class"], network["config"])
+        shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
+        shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
+        files.check_tensors(tensors, shapes, source)
+        subspace = Subspace(
+            tensors["subspace.basis"], tensors["subspace.scale"], **{name: tokens[name] for name in RECORD}
+        )
+        flow = AsymFlow(backbone, subspace, **{name: options[name] for name in OPTIONS})
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{source}: the {CONFIG} beside it does not describe an asymmetric flow ({e!r})") from None
+    prefix = "backbone."
+    backbone.load_state_dict(
+        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, assign=True
+    )
+    return flow
+
+
+def make_backbone(name: str, config: dict) -> nn.Module:
+    if name not in BACKBONES:
+        raise InputError(
+            f"the model has a backbone of the class {name}, which this library does not have: make one yourself and "
+            "pass it as from_pretrained(..., backbone=...)"
+        )
+    with torch.device("meta"):  # the weights come from the file: none are drawn, no memory is taken twice
+        return BACKBONES[name](**config)
+
+
+def read_config(path: Path) -> dict:
+    try:
+        config = json.loads(files.existing_file(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not JSON: {e}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise InputError(f'{path} is not the configuration of an asymmetric flow: it has no "format": "{FORMAT}"')
+    return config
+
+
+def agreed(name: str, given: object, subspace: Subspace, backbone: nn.Module) -> object:
+    """The value of an option that is given, or that subspace or backbone have; InputError if those that do differ."""
+    sources = {
+        "the argument": given,
+        "the subspace": getattr(subspace, name),
+        "the backbone": getattr(backbone, name, None),
+    }
+    known = {source: value for source, value in sources.items() if value is not None}
+    if len(set(known.values())) > 1:
+        raise InputError(f"{name} differs: " + ", ".join(f"{value} by {source}" for source, value in known.items()))
+    return next(iter(known.values()), None)

@@ -1,0 +1,94 @@
+"""The asymmetric parameterization (arXiv 2605.12964) as pure functions of tokens.
+
+On the path x_sigma = (1 - sigma) x0 + sigma eps, the velocity is u = eps - x0. With the orthonormal basis A (D, r) of a
+subspace, P = A A^T and a scale s, the network predicts
+
+    u_a = P eps - x0 / s,
+
+the noise inside the subspace only, and the data everywhere. `recover_velocity` gives u back in closed form.
+
+All of it is differentiable any number of times, and works under torch.compile(fullgraph=True) and torch.func.vmap. It
+is computed in float32, or float64 if an argument has it, whatever autocast says: outside of the subspace, rounding
+errors are divided by sigma.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from asymflow.errors import InputError
+from asymflow.subspace import Subspace, at_least_float32
+
+
+def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:
+    """What the network learns to predict: `u_a = P eps - x0 / s`.
+
+    x0, eps: (..., D). Returns (..., D) in float32, or float64 if given. Raises InputError if D is not the subspace's.
+    """
+    check_dim(subspace, x0, eps)
+    dtype = at_least_float32(x0, eps)
+    with no_autocast(x0):
+        return subspace.project(eps.to(dtype)) - x0.to(dtype) / subspace.scale
+
+
+def recover_velocity(
+    u_a: Tensor, x_sigma: Tensor, sigma: Tensor | float, subspace: Subspace, sigma_min: float = 0.0
+) -> Tensor:
+    """The velocity `u = eps - x0`, in closed form, from the asymmetric one.
+
+        inside of the subspace      k (s u_a + (1 - s) x_sigma)        with k = 1 / (s + (1 - s) sigma)
+        outside                     (x_sigma + s u_a) / max(sigma, sigma_min)
+
+    u_a, x_sigma: (..., D). sigma in [0, 1]: a number, or one for each leading axis or vector: (B,), (B, 1), (B, N) and
+    (B, N, 1) all go with x_sigma (B, N, D). Returns (..., D) in float32, or float64 if given.
+
+    Inside nothing is divided by sigma: exact down to 0. Outside, rounding errors grow as 1 / sigma; at sigma = 0 with
+    sigma_min = 0, where x_sigma says nothing about the noise any more, u is there given its mean, -x0 = s u_a.
+    Raises InputError if D is not the subspace's, or sigma has more axes than x_sigma.
+    """
+    check_dim(subspace, u_a, x_sigma)
+    dtype = at_least_float32(u_a, x_sigma)
+    with no_autocast(x_sigma):
+        u_a, x_sigma, sigma = u_a.to(dtype), x_sigma.to(dtype), one_per_vector(sigma, x_sigma, dtype)
+        s = subspace.scale
+        k, _ = calibration(sigma, s)
+        divisor = sigma.clamp(min=sigma_min)
+        rest = s * u_a + x_sigma * (divisor > 0)
+        outside = (rest - subspace.project(rest)) / torch.where(divisor > 0, divisor, 1)
+        inside = k * (s * u_a + (1 - s) * x_sigma)
+        return outside + subspace.project(inside - outside)  # inside, P takes away what rounding left of `outside`
+
+
+def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """`(k, tau)`: the network gets `k x_sigma` at the noise level `tau`, where
+
+        k = 1 / (s + (1 - s) sigma),        tau = k sigma.
+
+    If the data inside of the subspace is `s z`, then k x_sigma is there the latent path (1 - tau) z + tau eps.
+    sigma: any shape, in [0, 1]; scale: s > 0. Both results have the shape of sigma. At sigma = 0 they are 1 / s and 0,
+    at sigma = 1 both are 1, without rounding; with s = 1, k is 1 and tau is sigma.
+    """
+    sigma = torch.as_tensor(sigma)
+    sigma = sigma.to(at_least_float32(sigma))
+    k = (1 / (scale * (1 - sigma) + sigma)).to(sigma.dtype)
+    return k, k * sigma
+
+
+def one_per_vector(sigma: Tensor | float, vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Line sigma up with the leading axes of `vectors` (..., D), so that it broadcasts against them."""
+    sigma = torch.as_tensor(sigma, device=vectors.device).to(dtype)
+    if sigma.ndim > vectors.ndim:
+        raise InputError(f"sigma of shape {tuple(sigma.shape)} has more axes than the vectors, {tuple(vectors.shape)}")
+    return sigma.reshape(sigma.shape + (1,) * (vectors.ndim - sigma.ndim))
+
+
+def check_dim(subspace: Subspace, *vectors: Tensor) -> None:
+    for v in vectors:
+        if v.shape[-1:] != (subspace.dim,):
+            raise InputError(f"the subspace is for vectors of dimension {subspace.dim}, but these are {tuple(v.shape)}")
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager:
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

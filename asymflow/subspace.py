@@ -1,0 +1,162 @@
+"""The low-rank subspace in which the noise is predicted: an orthonormal basis, a scale, and where they came from."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from asymflow import files
+from asymflow.errors import InputError
+from asymflow.patches import check_token_order
+
+TOLERANCE = 1e-4  # of orthonormality, in float32
+
+
+class Subspace(nn.Module):
+    """An r-dimensional subspace of token space, `P = A A^T`, and the scale s (arXiv 2605.12964; scale: section 5).
+
+    basis: A, (D, r) with orthonormal columns, 0 <= r <= D; float32 or float64. Rank 0 makes x0-prediction of an
+        asymmetric flow, rank D u-prediction.
+    scale: s > 0, the ratio of pixel units to the units in which the network works inside the subspace.
+    The rest is for the record, and for checks against the model: patch_size and token_order (see `patchify`) say how
+    tokens are cut, `color_space` and `fitted_on` what of, `spectrum` (n,) the energy along the principal directions.
+
+    A module only so that it moves between devices, and is saved, with the model that it belongs to. It has no weights,
+    and casts to less than float32 leave it alone: a basis rounded to bfloat16 would not be orthonormal.
+    Raises InputError if the basis is not (D, r), not finite or not orthonormal to 1e-4, or the scale not positive.
+    """
+
+    def __init__(
+        self,
+        basis: Tensor,
+        scale: float | Tensor = 1.0,
+        *,
+        patch_size: int | None = None,
+        token_order: str | None = None,
+        color_space: str | None = None,
+        fitted_on: str | None = None,
+        spectrum: Tensor | None = None,
+    ):
+        super().__init__()
+        basis = torch.as_tensor(basis).detach()
+        check_basis(basis)
+        scale = float(scale)
+        if not (math.isfinite(scale) and scale > 0):
+            raise InputError(f"the scale of a subspace must be a positive number, but it is {scale}")
+        if token_order is not None:
+            check_token_order(token_order)
+        if patch_size is not None and (patch_size < 1 or basis.shape[0] % patch_size**2):
+            raise InputError(
+                f"a basis for tokens of dimension {basis.shape[0]} cannot be for patches of {patch_size} x {patch_size}"
+            )
+        self.register_buffer("basis", basis if basis.dtype == torch.float64 else basis.float())
+        # In float64, so that the number that was fitted or given comes back from a file to the last bit.
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64, device=basis.device))
+        self.patch_size, self.token_order, self.color_space = patch_size, token_order, color_space
+        self.fitted_on, self.spectrum = fitted_on, spectrum
+
+    @property
+    def dim(self) -> int:
+        """D, the dimension of a token."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r, the dimension of the subspace."""
+        return self.basis.shape[1]
+
+    def project(self, v: Tensor) -> Tensor:
+        """`P v` for v (..., D), in float32 or better, by two thin products: no D x D matrix."""
+        if self.rank == self.dim:
+            return v
+        # What rounding leaves of these products is divided by sigma afterwards. Where a user allows float32 products to
+        # be rounded to TF32 or bfloat16, as training scripts do for the backbone, they are made in float64.
+        exact = at_least_float32(v) if float32_products_are_exact() else torch.float64
+        basis = self.basis.to(exact)
+        return ((v.to(exact) @ basis) @ basis.mT).to(at_least_float32(v))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the tensors `basis`, `scale`, `spectrum`, and the rest as metadata.
+
+        All or nothing: a file that was there before is replaced only by a whole new one.
+        """
+        tensors = {"basis": self.basis, "scale": self.scale}
+        if self.spectrum is not None:
+            tensors["spectrum"] = self.spectrum
+        record = {name: getattr(self, name) for name in ("patch_size", "token_order", "color_space", "fitted_on")}
+        files.write_tensors(path, tensors, {name: str(value) for name, value in record.items() if value is not None})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Subspace":
+        """Read what `save` wrote, bit for bit. Raises InputError, naming the file, if it is anything else."""
+        tensors, metadata = files.read_tensors(path)
+        if not {"basis", "scale"} <= tensors.keys() <= {"basis", "scale", "spectrum"}:
+            raise InputError(
+                f"{path} is not a subspace file: it has the tensors {', '.join(sorted(tensors)) or '(none)'}"
+            )
+        try:
+            patch_size = int(metadata["patch_size"]) if "patch_size" in metadata else None
+            record = {name: metadata.get(name) for name in ("token_order", "color_space", "fitted_on")}
+            return cls(**tensors, patch_size=patch_size, **record)
+        except (ValueError, RuntimeError) as e:
+            raise InputError(f"{path}: {e}") from None
+
+    @classmethod
+    def random(cls, dim: int, rank: int, seed: int = 0, scale: float = 1.0, **record) -> "Subspace":
+        """A uniformly random subspace; the seed fixes every bit."""
+        if not 0 <= rank <= dim:
+            raise InputError(f"rank must be between 0 and the dimension {dim}, but it is {rank}")
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(dim, rank, generator=generator, dtype=torch.float64)).Q
+        return cls(basis.float(), scale, **record)
+
+    @classmethod
+    def full(cls, dim: int, scale: float = 1.0, **record) -> "Subspace":
+        """All of token space: u-prediction."""
+        return cls(torch.eye(dim), scale, **record)
+
+    @classmethod
+    def empty(cls, dim: int, scale: float = 1.0, **record) -> "Subspace":
+        """The subspace of rank 0: x0-prediction."""
+        return cls(torch.empty(dim, 0), scale, **record)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, dim={self.dim}, scale={self.scale.item():.6g}"
+
+    def _apply(self, fn, recurse=True):
+        """Move and widen with the module around it, but never narrow below float32."""
+
+        def no_narrower(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            narrow = moved.dtype not in (torch.float32, torch.float64) or buffer is self.scale
+            return buffer.to(moved.device) if narrow else moved
+
+        return super()._apply(no_narrower, recurse)
+
+
+def check_basis(basis: Tensor) -> None:
+    """InputError unless `basis` is (D, r), r <= D, finite, with columns orthonormal to 1e-4."""
+    if basis.ndim != 2 or basis.shape[0] == 0 or basis.shape[1] > basis.shape[0]:
+        raise InputError(f"a basis must have the shape (D, r) with 0 <= r <= D, but it has {tuple(basis.shape)}")
+    if not basis.is_floating_point():
+        raise InputError(f"a basis must be of floating point numbers, but it has the dtype {basis.dtype}")
+    if not basis.isfinite().all():
+        raise InputError("the basis has entries that are not finite (NaN or infinity): fit it again")
+    exact = basis.double()
+    error = (exact.mT @ exact - torch.eye(basis.shape[1], dtype=exact.dtype, device=exact.device)).abs()
+    if error.numel() and error.max() > TOLERANCE:
+        raise InputError(
+            f"the basis is not orthonormal: basis.T @ basis differs from the identity by {error.max():.2g}, more than "
+            f"{TOLERANCE:g} (torch.linalg.qr(basis).Q has orthonormal columns with the same span)"
+        )
+
+
+@torch.compiler.assume_constant_result  # under torch.compile, which compiles anew when the setting changes
+def float32_products_are_exact() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if one of the tensors has it, and float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
