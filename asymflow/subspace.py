@@ -39,7 +39,7 @@ class Subspace(nn.Module):
         spectrum: Tensor | None = None,
     ):
         super().__init__()
-        basis = torch.as_tensor(basis).detach()
+        basis = torch.as_tensor(basis).detach().contiguous()  # one layout: the same bits after saving and loading
         check_basis(basis)
         scale = float(scale)
         if not (math.isfinite(scale) and scale > 0):
