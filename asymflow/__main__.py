@@ -1,0 +1,5 @@
+import sys
+
+from asymflow.cli import main
+
+sys.exit(main())
