@@ -1,5 +1,6 @@
 """Writing so that nothing half-written is ever left, and reading tensors without ever running what is in the file."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -90,3 +91,12 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
     ]
     if faults:
         raise InputError(f"{source} does not fit: {'. '.join(faults)}")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,2 +1,232 @@
-def add_command(commands):
-    pass
+"""`asymflow sample`: images of a class-conditional model, each of which can be made again by itself."""
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import files
+from asymflow.cli.common import default_device, usable_device
+from asymflow.color import clamp_to_gamut, oklab_to_rgb
+from asymflow.data.images import to_image, to_tensor
+from asymflow.errors import InputError
+from asymflow.model import WEIGHTS, AsymFlow
+from asymflow.patches import token_grid
+from asymflow.pictures import image_grid
+from asymflow.published import load_published
+from asymflow.sampling import METHODS, generate, guided, sigma_grid
+
+EXAMPLES = """\
+examples:
+  asymflow sample --model runs/h16 --classes 207,360 --num 16 --out runs/dogs
+  asymflow sample --model asymflow_h_16_r8_imagenet.safetensors --classes all --num 50000 --out runs/fid
+  torchrun --nproc-per-node 8 -m asymflow sample ...       the same images, shared among 8 GPUs
+
+Image i is of the i-th class of the list, over and over, from its own noise: neither --batch, nor the number of
+processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes image 17 again. The same command goes on
+where it stopped. The default guidance and interval are the paper's for ImageNet."""
+RECORD = "samples.json"
+GRID_AT_MOST = 64
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "sample",
+        help="draw images from a model",
+        description="Draw images from a class-conditional model: PNG files, a grid of the first ones, a JSON record.",
+        epilog=EXAMPLES,
+    )
+    p.add_argument(
+        "--model", type=Path, required=True, help="folder of save_pretrained, or a published checkpoint file"
+    )
+    p.add_argument("--out", type=Path, required=True, help=f"folder for 000000.png, ..., grid.png and {RECORD}")
+    p.add_argument("--classes", default="all", help='class numbers such as 207,360, or "all"')
+    p.add_argument("--num", type=int, default=16, help="how many images")
+    p.add_argument("--first", type=int, default=0, help="index of the first image")
+    p.add_argument("--seed", type=int, default=0, help="with its index, fixes the noise of an image")
+    p.add_argument("--steps", type=int, default=50, help="steps of the sampler")
+    p.add_argument("--method", choices=METHODS, default="heun", help="heun evaluates the model twice a step")
+    p.add_argument("--shift", type=float, default=1.0, help="above 1: more steps at high noise levels")
+    p.add_argument("--guidance", type=float, default=2.3, help="scale of classifier-free guidance; 1 is none")
+    p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels LOW,HIGH where guidance acts")
+    p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
+    p.add_argument("--clamp", action="store_true", help="keep the denoised image within displayable colours on the way")
+    p.add_argument("--size", type=size, default=None, help="HEIGHTxWIDTH in pixels, if not as trained")
+    p.add_argument("--batch", type=int, default=16, help="images at a time")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone")
+    p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = usable_device(args.device)
+    flow = load(args.model, getattr(torch, args.dtype), device)
+    classes = class_list(args.classes, flow.backbone.num_classes)
+    height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
+    token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
+    plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
+    open_record(args, settings(args, flow, classes), plan, write=rank == 0)
+
+    # Each process takes its share of the plan first: what is missing changes while the others are at work.
+    share = plan[rank::world]
+    todo = [(i, label) for i, label in share if not (args.out / name(i)).exists()]
+    if rank == 0 and len(todo) < len(share):
+        print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
+    with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
+        for start in range(0, len(todo), args.batch):
+            indices = [i for i, _ in todo[start : start + args.batch]]
+            labels = [label for _, label in todo[start : start + args.batch]]
+            for i, image in zip(indices, draw(flow, args, labels, indices), strict=True):
+                with files.replacing(args.out / name(i)) as beside:
+                    to_image(image).save(beside)
+            bar.update(len(indices))
+    finish(args, plan)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before the model is read."""
+    for option, lowest in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0)):
+        if getattr(args, option) < lowest:
+            raise InputError(f"--{option} must be at least {lowest}, but it is {getattr(args, option)}")
+    sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
+    guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file, where a folder is expected")
+
+
+def load(path: Path, dtype: torch.dtype, device: torch.device) -> AsymFlow:
+    if path.is_dir():
+        return AsymFlow.from_pretrained(path, dtype=dtype, device=device)
+    flow = load_published(path)
+    if not isinstance(flow, AsymFlow):
+        raise InputError(f"{path} is a subspace, not a model: see asymflow subspace show {path}")
+    flow.backbone.to(dtype)
+    return flow.to(device).eval()
+
+
+def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: list[int]) -> Tensor:
+    """Images (n, 3, H, W) in [-1, 1], on the CPU."""
+    oklab = flow.subspace.color_space == "oklab"
+    clamp = clamp_to_gamut if oklab else lambda x0: x0.clamp(-1, 1)
+    images = generate(
+        flow,
+        labels,
+        indices,
+        seed=args.seed,
+        size=args.size,
+        steps=args.steps,
+        guidance=args.guidance,
+        interval=args.interval,
+        method=args.method,
+        shift=args.shift,
+        orthogonal=args.orthogonal,
+        denoised_hook=(lambda x0, sigma: clamp(x0)) if args.clamp else None,
+    )
+    return (oklab_to_rgb(images) if oklab else images).float().cpu()
+
+
+# ---- The record: what made the images, so that a folder never holds those of two different runs ----------------------
+def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> dict:
+    """Everything that an image depends on besides its index."""
+    weights = args.model / WEIGHTS if args.model.is_dir() else args.model
+    return {
+        "model_sha256": files.sha256(weights),
+        "sigma_min": flow.sigma_min,
+        "noise_scale": flow.noise_scale,
+        "classes": "all" if args.classes == "all" else classes,
+        "seed": args.seed,
+        "steps": args.steps,
+        "method": args.method,
+        "shift": args.shift,
+        "guidance": args.guidance,
+        "interval": list(args.interval),
+        "orthogonal": args.orthogonal,
+        "clamp": args.clamp,
+        "size": list(args.size),
+        "dtype": args.dtype,
+    }
+
+
+def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]], write: bool) -> None:
+    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another."""
+    path = args.out / RECORD
+    images = {}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+            before, images = record["settings"], {entry["index"]: entry["class"] for entry in record["images"]}
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
+        differing = [
+            f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
+        ]
+        if differing:
+            raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
+    elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
+        raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
+    if write:
+        images |= dict(plan)
+        entries = [{"file": name(i), "index": i, "class": images[i]} for i in sorted(images)]
+        record = {"make_again": make_again(args), "settings": now, "images": entries}
+        with files.replacing(path) as beside:
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def make_again(args: argparse.Namespace) -> str:
+    options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "dtype", "classes"]
+    words = ["asymflow", "sample", "--model", str(args.model), "--first", "INDEX", "--num", "1", "--out", "FOLDER"]
+    for option in options:
+        words += [f"--{option}", str(getattr(args, option))]
+    words += ["--interval", ",".join(map(str, args.interval))]
+    words += ["--size", "x".join(map(str, args.size))]
+    words += ["--clamp"] if args.clamp else []
+    return shlex.join(words)
+
+
+def finish(args: argparse.Namespace, plan: list[tuple[int, int]]) -> None:
+    """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
+    shown = [args.out / name(i) for i, _ in plan]
+    if all(path.exists() for path in shown):
+        with files.replacing(args.out / "grid.png") as beside:
+            image_grid(torch.stack([to_tensor(Image.open(path)) for path in shown[:GRID_AT_MOST]])).save(beside)
+        print(f"{len(shown)} images, grid.png and {RECORD} are in {args.out}")
+
+
+def name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+# ---- Values of options -----------------------------------------------------------------------------------------------
+def class_list(text: str, num_classes: int) -> list[int]:
+    if text == "all":
+        return list(range(num_classes))
+    try:
+        classes = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f'--classes must be numbers such as 207,360, or "all", but it is {text!r}') from None
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise InputError(f"--classes {label} is not a class of this model: they run from 0 to {num_classes - 1}")
+    return classes
+
+
+def interval(text: str) -> tuple[float, float]:
+    low, high = (float(word) for word in text.split(","))
+    if not 0 <= low <= high <= 1:
+        raise ValueError
+    return low, high
+
+
+def size(text: str) -> tuple[int, int]:
+    height, width = (int(word) for word in text.split("x"))
+    return height, width

@@ -1,0 +1,214 @@
+"""From noise to images: integrate dx/dsigma = u(x, sigma) from sigma = 1 down to 0, guided or not.
+
+A `Velocity` is any function of x (B, ...) and sigma (B,), such as `guided(...)`, or
+`lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow.backbones.jit import check_labels
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.subspace import at_least_float32
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Hook = Callable[[Tensor, Tensor], Tensor]
+METHODS = ("heun", "euler")
+
+
+# ---- The grid of noise levels ----------------------------------------------------------------------------------------
+def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """`steps` + 1 noise levels from 1 to 0, evenly spaced, then shifted: float64, (steps + 1,)."""
+    if steps < 1:
+        raise InputError(f"sampling takes at least 1 step, but {steps} were asked for")
+    return time_shift(torch.arange(steps, -1, -1, dtype=torch.float64) / steps, shift)
+
+
+def time_shift(sigma: Tensor, shift: float) -> Tensor:
+    """`shift sigma / (1 + (shift - 1) sigma)`: more steps at high noise levels for shift > 1; 0 and 1 stay.
+
+    Larger images need it: at the same sigma, more pixels tell more about what they show (arXiv 2605.12964, section 5).
+    """
+    if not shift > 0:
+        raise InputError(f"shift must be above 0, but it is {shift}")
+    return shift * sigma / (shift * sigma + (1 - sigma))  # exact at both ends
+
+
+# ---- Samplers --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    method: str = "heun",
+    denoised_hook: Hook | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Integrate along `sigmas` and return what x has become, in float32, or float64 if x has it.
+
+    x: (B, ...) at the noise level sigmas[0]; pure noise if that is 1.
+    sigmas: any strictly decreasing levels within [0, 1], see `sigma_grid`.
+    method: "euler" (order 1) or "heun" (order 2, two evaluations a step). A step that ends at sigma = 0 is Euler's
+        always: the velocity is never evaluated there.
+    denoised_hook: gets the denoised image x0 = x - sigma u of every evaluation, and sigma (B,), and returns the one to
+        steer towards, such as one clamped to displayable colours.
+    Raises InputError if the grid or the method is not as described.
+    """
+    levels = checked_levels(sigmas)
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, but it is {method!r}")
+    x = x.to(at_least_float32(x))
+
+    def steered(x: Tensor, sigma: float) -> Tensor:
+        level = x.new_full(x.shape[:1], sigma)
+        u = velocity(x, level).to(x.dtype)
+        if denoised_hook is None:
+            return u
+        x0 = x - sigma * u
+        return u + (x0 - denoised_hook(x0, level)) / sigma
+
+    for sigma, target in tqdm(list(pairwise(levels)), desc="sampling", unit="step", leave=False, disable=not progress):
+        u = steered(x, sigma)
+        if method == "heun" and target > 0:
+            u = (u + steered(x + (target - sigma) * u, target)) / 2
+        x = x + (target - sigma) * u
+    return x
+
+
+def checked_levels(sigmas: Tensor | Sequence[float]) -> list[float]:
+    levels = [float(sigma) for sigma in sigmas]
+    if len(levels) < 2 or not all(1 >= a > b >= 0 for a, b in pairwise(levels)):
+        raise InputError(
+            f"sigmas must be two or more noise levels that decrease within [0, 1], but they are {shortened(levels)}"
+        )
+    return levels
+
+
+def shortened(levels: list[float]) -> str:
+    return ", ".join(f"{level:g}" for level in levels[:8]) + (", ..." if len(levels) > 8 else "")
+
+
+# ---- Guidance --------------------------------------------------------------------------------------------------------
+def guided(
+    flow: Callable[..., Tensor],
+    conditions: Mapping[str, object],
+    unconditional: Mapping[str, object],
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    orthogonal: float = 0.0,
+) -> Velocity:
+    """Classifier-free guidance: `u = u_cond + (scale - 1) (u_cond - u_uncond)` for sigma within `interval`.
+
+    flow: called as `flow(x, sigma, **conditions)`. conditions, unconditional: the same names; tensors have one entry
+        for each image, anything else must be the same in both. Where guidance acts, both are evaluated in one call;
+        outside of the interval (its ends belong to it), and at scale 1, the unconditional one is not computed at all.
+    orthogonal: in [0, 1], how much of the part of the guidance that is parallel to the denoised image x0 = x - sigma u
+        to take away, image by image: that part only raises the contrast (arXiv 2605.12964, section 5, uses 1).
+    Raises InputError if the names, the interval or `orthogonal` are not as described.
+    """
+    if conditions.keys() != unconditional.keys():
+        raise InputError(f"conditions are {sorted(conditions)}, but without condition they are {sorted(unconditional)}")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"the guidance interval must be within [0, 1], low end first, but it is {low}, {high}")
+    if not 0 <= orthogonal <= 1:
+        raise InputError(f"orthogonal must be within [0, 1], but it is {orthogonal}")
+    both = {name: stacked(name, value, unconditional[name]) for name, value in conditions.items()}
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        # In the precision of sigma, so that 0.88 is within [0, 0.88] in float32 too.
+        ends = torch.tensor([low, high], dtype=sigma.dtype).tolist()
+        if scale == 1 or not ends[0] <= sigma[0].item() <= ends[1]:
+            return flow(x, sigma, **conditions)
+        u, u_uncond = flow(torch.cat([x, x]), torch.cat([sigma, sigma]), **both).chunk(2)
+        guidance = u - u_uncond
+        if orthogonal:
+            guidance = guidance - orthogonal * parallel(guidance, x - expanded(sigma, x) * u)
+        return u + (scale - 1) * guidance
+
+    return velocity
+
+
+def stacked(name: str, condition: object, unconditional: object) -> object:
+    if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
+        return torch.cat([condition, unconditional])
+    if isinstance(condition, Tensor) or isinstance(unconditional, Tensor) or condition != unconditional:
+        raise InputError(
+            f"the condition {name} is not a tensor, and differs with and without guidance: give two tensors"
+        )
+    return condition
+
+
+def parallel(v: Tensor, direction: Tensor) -> Tensor:
+    """The part of v (B, ...) along `direction` (B, ...), image by image; zero where the direction is."""
+    axes = tuple(range(1, v.ndim))
+    energy = direction.square().sum(axes, keepdim=True)
+    return (v * direction).sum(axes, keepdim=True) / energy.clamp(min=torch.finfo(v.dtype).tiny) * direction
+
+
+def expanded(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+# ---- Noise, and the whole way from labels to images ------------------------------------------------------------------
+def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise (n, *shape) in float32: that of an image depends on (seed, its index) and nothing else.
+
+    Not on the batch that it is in, on the number of processes, or on the device: it is drawn on the CPU, from a
+    counter-based generator with seed and index as its key. Both within [0, 2^64).
+    """
+    draws = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
+            tuple(shape), dtype=np.float32
+        )
+        for index in indices
+    ]
+    return torch.from_numpy(np.stack(draws)).to(device) if draws else torch.empty(0, *shape, device=device)
+
+
+@torch.no_grad()
+def generate(
+    flow: AsymFlow,
+    labels: Tensor | Sequence[int],
+    indices: Iterable[int] | None = None,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    steps: int = 50,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    method: str = "heun",
+    shift: float = 1.0,
+    orthogonal: float = 0.0,
+    denoised_hook: Hook | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Images (n, C, H, W) of the given classes (n,) by a class-conditional model, in its own range (RGB: [-1, 1]).
+
+    indices: which image of the endless row that `seed` defines each one is; 0 to n - 1 by default. `size`: height and
+    width, those of the training images by default. The rest is explained at `sample` and `guided`; the settings of
+    arXiv 2605.12964, section 4, for ImageNet are guidance 2.3 on the interval (0, 0.88) and 50 Heun steps.
+    Raises InputError for a label that is not a class, a model in training mode, or a size that is no multiple of the
+    patch.
+    """
+    if flow.training:
+        raise InputError("the model is in training mode: call flow.eval() before sampling")
+    device = flow.subspace.basis.device
+    labels = torch.as_tensor(labels)
+    check_labels(labels, flow.backbone.num_classes)
+    labels = labels.to(device)
+    height, width = size or tuple(n * flow.patch_size for n in flow.backbone.grid)
+    indices = list(range(len(labels)) if indices is None else indices)
+    if labels.ndim != 1 or len(indices) != len(labels):
+        shape = tuple(labels.shape)
+        raise InputError(f"give one label for each image: {len(indices)} images, but labels of the shape {shape}")
+    noise = flow.noise_scale * image_noise(seed, indices, (flow.channels, height, width), device)
+    conditions, unconditional = {"labels": labels}, {"labels": torch.full_like(labels, flow.backbone.num_classes)}
+    velocity = guided(flow, conditions, unconditional, guidance, interval, orthogonal)
+    return sample(velocity, noise, sigma_grid(steps, shift), method, denoised_hook, progress)

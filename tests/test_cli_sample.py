@@ -1,0 +1,243 @@
+"""`asymflow sample`: what it leaves, that it resumes, and that no two runs ever mix in one folder."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from asymflow import AsymFlow, Subspace
+from asymflow.backbones.jit import JiT
+from asymflow.cli import main
+from asymflow.color import clamp_to_gamut, oklab_to_rgb
+from asymflow.data.images import to_image
+from asymflow.sampling import generate
+
+
+def save_model(folder, seed=0, **record):
+    torch.manual_seed(seed)
+    jit = JiT.from_name("tiny/4", image_size=16, num_classes=10)
+    for weight in jit.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    AsymFlow(jit, Subspace.random(48, 8, **record)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def run(model, out, *options, **replaced):
+    given = {"model": model, "out": out, "classes": "1,5", "num": 6, "steps": 3, "batch": 4, **replaced}
+    return main(["sample", *(word for name, value in given.items() for word in (f"--{name}", str(value))), *options])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+NAMES = [f"{i:06d}.png" for i in range(6)]
+
+
+def test_it_leaves_images_a_grid_and_a_record(model, tmp_path):
+    out = tmp_path / "new" / "out"
+    assert run(model, out) == 0
+    assert files_in(out) == [*NAMES, "grid.png", "samples.json"]
+    record = json.loads((out / "samples.json").read_text())
+    assert [entry["class"] for entry in record["images"]] == [1, 5, 1, 5, 1, 5]
+    assert [entry["file"] for entry in record["images"]] == NAMES
+    assert record["settings"]["guidance"] == 2.3
+    assert record["settings"]["interval"] == [0.0, 0.88]
+    assert len({pixels(out / name).tobytes() for name in NAMES}) == 6
+    assert pixels(out / "grid.png").shape[0] >= 32
+
+
+def test_the_images_are_those_of_the_library(model, tmp_path):
+    assert run(model, tmp_path / "out") == 0
+    flow = AsymFlow.from_pretrained(model)
+    images = generate(flow, [1, 5, 1, 5, 1, 5], steps=3, guidance=2.3, interval=(0, 0.88))
+    for name, image in zip(NAMES, images, strict=True):
+        assert np.abs(pixels(tmp_path / "out" / name) - np.asarray(to_image(image)).astype(int)).max() <= 1
+
+
+def test_the_record_says_how_to_make_an_image_again(model, tmp_path):
+    assert run(model, tmp_path / "a", "--clamp", seed=7, interval="0.1,0.9", size="8x24") == 0
+    command = json.loads((tmp_path / "a" / "samples.json").read_text())["make_again"]
+    words = shlex.split(command.replace("INDEX", "3").replace("FOLDER", str(tmp_path / "b")))
+    assert words[0] == "asymflow"
+    assert main(words[1:]) == 0
+    assert "000003.png" in files_in(tmp_path / "b")
+    assert np.abs(pixels(tmp_path / "a" / "000003.png") - pixels(tmp_path / "b" / "000003.png")).max() <= 1
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_batch_size_changes_no_image(model, tmp_path, batch):
+    for name, size in (("a", 6), ("b", batch)):
+        assert run(model, tmp_path / name, batch=size) == 0
+    for name in NAMES:
+        assert np.abs(pixels(tmp_path / "a" / name) - pixels(tmp_path / "b" / name)).max() <= 1
+
+
+def test_it_goes_on_where_it_stopped(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(model, out, num=3) == 0
+    before = {name: (out / name).stat().st_mtime_ns for name in NAMES[:3]}
+    (out / NAMES[1]).unlink()
+    assert run(model, out) == 0
+    assert "2 of 6 images are in" in capsys.readouterr().out
+    for name in (NAMES[0], NAMES[2]):
+        assert (out / name).stat().st_mtime_ns == before[name]
+    whole = tmp_path / "whole"
+    assert run(model, whole) == 0
+    for name in NAMES:
+        assert np.abs(pixels(out / name) - pixels(whole / name)).max() <= 1
+    assert json.loads((out / "samples.json").read_text()) == json.loads((whole / "samples.json").read_text())
+
+
+def test_a_complete_run_is_left_as_it_is(model, tmp_path):
+    assert run(model, tmp_path / "out") == 0
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in NAMES}
+    assert run(model, tmp_path / "out") == 0
+    assert before == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(seed=1),
+        dict(steps=4),
+        dict(guidance=1.0),
+        dict(interval="0,0.5"),
+        dict(classes="5,1"),
+        dict(method="euler"),
+        dict(shift=2.0),
+        dict(orthogonal=1.0),
+        dict(size="16x8"),
+        dict(dtype="bfloat16"),
+    ],
+)
+def test_another_run_is_refused_and_harms_nothing(model, tmp_path, capsys, changed):
+    out = tmp_path / "out"
+    assert run(model, out, num=2) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert run(model, out, **changed) == 2
+    error = capsys.readouterr().err
+    assert f"{next(iter(changed))} " in error
+    assert error.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_another_model_is_refused_though_its_path_is_the_same(model, tmp_path, capsys):
+    other = save_model(tmp_path / "model", seed=1)
+    assert run(other, tmp_path / "out") == 0
+    save_model(other, seed=2)
+    assert run(other, tmp_path / "out") == 2
+    assert "model_sha256" in capsys.readouterr().err
+
+
+def test_images_of_unknown_origin_are_not_taken_for_its_own(model, tmp_path, capsys):
+    (tmp_path / NAMES[2]).write_bytes(b"mine")
+    assert run(model, tmp_path) == 2
+    assert f"holds {NAMES[2]}, but no samples.json" in capsys.readouterr().err
+    assert files_in(tmp_path) == [NAMES[2]]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {}, "images": [{}]}'])
+def test_a_damaged_record_is_refused(model, tmp_path, capsys, content):
+    (tmp_path / "samples.json").write_text(content)
+    assert run(model, tmp_path) == 2
+    assert "not a record" in capsys.readouterr().err
+    assert (tmp_path / "samples.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (dict(classes="1,10"), "--classes 10 is not a class"),
+        (dict(classes="-1"), "--classes -1 is not a class"),
+        (dict(classes="cat"), "--classes must be numbers"),
+        (dict(num=0), "--num must be at least 1"),
+        (dict(first=-1), "--first must be at least 0"),
+        (dict(batch=0), "--batch must be at least 1"),
+        (dict(seed=-1), "--seed must be at least 0"),
+        (dict(steps=0), "at least 1 step"),
+        (dict(shift=0), "shift must be above 0"),
+        (dict(size="17x16"), "multiples of 4"),
+        (dict(orthogonal=2), "orthogonal"),
+        (dict(device="tpu9"), "--device tpu9"),
+        (dict(model="nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line_and_leave_nothing(model, tmp_path, capsys, option, message):
+    out = tmp_path / "out"
+    assert run(model, out, **option) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("asymflow sample: error: ")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "option", [dict(interval="0.9"), dict(interval="0.9,0.1"), dict(interval="a,b"), dict(size="16")]
+)
+def test_values_of_the_wrong_form_are_answered_in_one_line(model, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as end:
+        run(model, tmp_path / "out", **option)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--{next(iter(option))}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_keeps_what_is_finished(model, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr("asymflow.cli.sample.generate", interrupted)
+    assert run(model, tmp_path / "out") == 130
+    assert files_in(tmp_path / "out") == [*NAMES[:4], "samples.json"]
+    monkeypatch.undo()
+    assert run(model, tmp_path / "out") == 0
+    assert files_in(tmp_path / "out") == [*NAMES, "grid.png", "samples.json"]
+
+
+def test_a_model_in_oklab_gives_pictures_in_rgb(tmp_path):
+    model = save_model(tmp_path / "model", color_space="oklab")
+    assert run(model, tmp_path / "out", "--clamp", num=1) == 0
+    options = dict(steps=3, guidance=2.3, interval=(0, 0.88), denoised_hook=lambda x0, sigma: clamp_to_gamut(x0))
+    image = oklab_to_rgb(generate(AsymFlow.from_pretrained(model), [1], **options))[0]
+    assert np.abs(pixels(tmp_path / "out" / NAMES[0]) - np.asarray(to_image(image)).astype(int)).max() <= 1
+
+
+def test_two_processes_share_the_work(model, tmp_path):
+    """As torchrun starts them; the second finds nothing missing and draws the grid."""
+    command = [sys.executable, "-m", "asymflow", "sample", "--model", str(model), "--out", str(tmp_path / "out")]
+    command += ["--classes", "1,5", "--num", "6", "--steps", "3"]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert files_in(tmp_path / "out") == [*NAMES, "grid.png", "samples.json"]
+    assert run(model, tmp_path / "alone") == 0
+    for name in NAMES:
+        assert np.abs(pixels(tmp_path / "out" / name) - pixels(tmp_path / "alone" / name)).max() <= 1
