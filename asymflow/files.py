@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    beside.touch()
+    mode = beside.stat().st_mode  # that of any new file: safetensors makes files that nobody else may read
+    beside.unlink()
     try:
         yield beside
-        with beside.open("rb") as file:
+        beside.chmod(mode)
+        with beside.open("rb+") as file:  # Windows wants to write what it is to flush
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
@@ -57,12 +62,12 @@ def read_pickle(path: str | Path) -> object:
     """What `torch.save` wrote, if it is tensors in plain containers; anything else in it is refused, and never run."""
     path = existing_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch reports a damaged or hostile file by exceptions of many types
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        # Not torch's own words: they advise to load the file with weights_only=False.
         raise InputError(
-            f"{path} cannot be read as plain tensors ({reason}). Files that carry code are never run: ask whoever made "
-            "it for safetensors"
+            f"{path} cannot be read as plain tensors ({type(e).__name__}): it is damaged, or carries code, which is "
+            "never run. Download or copy it again, or ask whoever made it for safetensors"
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 from asymflow import files
 from asymflow.backbones.jit import JiT
 from asymflow.errors import InputError
-from asymflow.parameterization import calibration, no_autocast, recover_velocity
-from asymflow.patches import CHANNEL_LAST, check_token_order, patchify, token_grid, unpatchify
-from asymflow.subspace import Subspace, at_least_float32
+from asymflow.parameterization import calibration, recover_velocity
+from asymflow.patches import CHANNEL_LAST, check_patch_size, check_token_order, patchify, token_grid, unpatchify
+from asymflow.subspace import Subspace, at_least_float32, no_autocast
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 BACKBONES = {"JiT": JiT}  # what `from_pretrained` may build; a name in a file is looked up here, never imported
 FORMAT = "asymflow 1"
 OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
@@ -33,10 +35,10 @@ class AsymFlow(
     """A velocity model of images: a backbone that predicts the asymmetric velocity of tokens, and its subspace.
 
     `flow(x_sigma, sigma, **conditions)` is the velocity u = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps
-    (arXiv 2605.12964, sections 3 and 5). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
+    (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
     backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. It gets the calibrated
-        tokens k x_sigma in its own dtype, and their noise level tau in float32. If its forward has an argument `grid`,
+        tokens k x_sigma in its own dtype, and their noise level tau in float32 or better. If its forward has an argument `grid`,
         it gets the number of tokens along each axis, (h, w), or (T, h, w) for a video. It may return a tuple, whose
         first element is the prediction: `flow` then returns (velocity, *the others), untouched.
     subspace: of tokens of dimension D = channels * patch_size^2.
@@ -63,19 +65,21 @@ class AsymFlow(
         check_token_order(self.token_order)
         if self.patch_size is None:
             raise InputError("give AsymFlow a patch_size: neither the subspace nor the backbone has one")
-        if self.patch_size < 1 or subspace.dim % self.patch_size**2:
+        check_patch_size(self.patch_size)
+        if subspace.dim % self.patch_size**2:
             raise InputError(
                 f"a subspace of tokens of dimension {subspace.dim} does not fit patches of {self.patch_size} x "
                 f"{self.patch_size} pixels: {subspace.dim} is not a multiple of {self.patch_size**2}"
             )
-        if not (sigma_min >= 0 and noise_scale > 0):
+        if not (0 <= sigma_min < math.inf and 0 < noise_scale < math.inf):
             raise InputError(
-                f"sigma_min must be at least 0 and noise_scale above 0, but they are {sigma_min} and {noise_scale}"
+                f"sigma_min must be at least 0, noise_scale above 0, both finite, but they are {sigma_min} and "
+                f"{noise_scale}"
             )
         self.backbone, self.subspace = backbone, subspace
         self.sigma_min, self.noise_scale = float(sigma_min), float(noise_scale)
         self.channels = subspace.dim // self.patch_size**2
-        self.backbone_takes_grid = "grid" in inspect.signature(backbone.forward).parameters
+        self.backbone_takes_grid = takes_grid(backbone)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor | float, **conditions) -> Tensor | tuple:
         """The velocity at x_sigma (B, C, H, W), or a video (B, T, C, H, W), at the noise levels sigma (B,) in [0, 1].
@@ -90,7 +94,9 @@ class AsymFlow(
                 f"the model is for images of {self.channels} channels, but these have {x_sigma.shape[-3]} (their shape "
                 f"is {tuple(x_sigma.shape)})"
             )
-        sigma = torch.as_tensor(sigma, device=x_sigma.device)
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
+        sigma = sigma.to(x_sigma.device)
         if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
             raise InputError(
                 f"sigma must be one noise level for each of the {len(x_sigma)} images, but its shape is "
@@ -106,10 +112,11 @@ class AsymFlow(
             conditions["grid"] = grid
         output = self.backbone(calibrated, tau, **conditions)
         prediction, *others = output if isinstance(output, tuple) else (output,)
-        if prediction.shape != tokens.shape:
+        shape = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+        if shape != tuple(tokens.shape):
             raise InputError(
-                f"the backbone must return tokens of the shape that it gets, {tuple(tokens.shape)}, but it returned "
-                f"{tuple(prediction.shape)}"
+                f"the backbone must return tokens of the shape that it gets, {tuple(tokens.shape)}, alone or first "
+                f"in a tuple, but it returned {shape}"
             )
         sigma_min = SIGMA_MIN_TRAINING if self.training else self.sigma_min
         velocity = recover_velocity(prediction.to(dtype), tokens, sigma, self.subspace, sigma_min)
@@ -137,18 +144,24 @@ class AsymFlow(
 
         options: see `huggingface_hub.ModelHubMixin.save_pretrained`. If it fails, what was there before is still there.
         """
-        config = Path(save_directory) / CONFIG
-        before = config.read_bytes() if config.is_file() else None
-        try:
-            return super().save_pretrained(save_directory, **options)
-        finally:
-            if before is not None and not config.exists():  # the mixin removes it first
-                config.write_bytes(before)
+        folder = Path(save_directory).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mixin begins with removing config.json: let it work in a folder of its own.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as temporary:
+            beside = Path(temporary) / folder.name
+            url = super().save_pretrained(beside, **options)
+            for name in (WEIGHTS, CONFIG, CARD):
+                if name != CARD or not (folder / CARD).exists():  # a card may have been edited: it stays
+                    (beside / name).replace(folder / name)
+        return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        try:
+            text = json.dumps(self.config, indent=2) + "\n"
+        except (TypeError, ValueError) as e:
+            raise InputError(f"the backbone's config cannot be written to {CONFIG}: {e}") from None
+        (save_directory / CONFIG).write_text(text, encoding="utf-8")
         files.write_tensors(save_directory / WEIGHTS, self.state_dict())
-        with files.replacing(save_directory / CONFIG) as beside:
-            beside.write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -167,22 +180,17 @@ class AsymFlow(
         Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
         is missing, unexpected or misshaped.
         """
+        # Not by the mixin's method, which reads config.json in its own way before ours, and hands parts of it on.
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            read_config(folder / CONFIG)  # before the mixin does, for a message that helps
-        options = dict(backbone=backbone, dtype=dtype, device=device, **hub_options)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
+            if not folder.is_dir():
+                name = str(pretrained_model_name_or_path)
+                paths = [Path(hf_hub_download(name, file, **hub_options)) for file in (CONFIG, WEIGHTS)]
+            else:
+                paths = [folder / CONFIG, folder / WEIGHTS]
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-            reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            reason = " ".join(str(e).split()) or type(e).__name__
             raise InputError(f"{folder} is neither a folder here nor a model that the Hub gave: {reason}") from None
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, backbone, dtype, device, **hub_options) -> "AsymFlow":
-        folder = Path(model_id)
-        paths = [
-            folder / n if folder.is_dir() else hf_hub_download(model_id, n, **hub_options) for n in (CONFIG, WEIGHTS)
-        ]
         flow = build(read_config(paths[0]), files.read_tensors(paths[1])[0], backbone, source=str(paths[1]))
         if dtype is not None:
             flow.backbone.to(dtype)
@@ -199,15 +207,24 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
         files.check_tensors(tensors, shapes, source)
         subspace = Subspace(
-            tensors["subspace.basis"], tensors["subspace.scale"], **{name: tokens[name] for name in RECORD}
+            tensors["subspace.basis"],
+            tensors["subspace.scale"],
+            patch_size=options["patch_size"],
+            token_order=options["token_order"],
+            **{name: tokens[name] for name in RECORD},
         )
         flow = AsymFlow(backbone, subspace, **{name: options[name] for name in OPTIONS})
-    except (KeyError, TypeError, AttributeError) as e:
+    except InputError as e:
+        raise e if str(e).startswith(source) else InputError(f"{source}, with the {CONFIG} beside it: {e}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         raise InputError(f"{source}: the {CONFIG} beside it does not describe an asymmetric flow ({e!r})") from None
     prefix = "backbone."
-    backbone.load_state_dict(
-        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, assign=True
-    )
+    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    own = backbone.state_dict(keep_vars=True)
+    for name, weight in own.items():
+        if not weight.is_meta:  # a backbone that was passed in: in place, so that tied weights stay tied
+            weight.data = weight.data.to(weights[name].dtype)
+    backbone.load_state_dict(weights, assign=any(weight.is_meta for weight in own.values()))
     return flow
 
 
@@ -223,12 +240,22 @@ def make_backbone(name: str, config: dict) -> nn.Module:
 
 def read_config(path: Path) -> dict:
     try:
-        config = json.loads(files.existing_file(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        config = json.loads(files.existing_file(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(f"{path} is not JSON: {e}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f'{path} is not the configuration of an asymmetric flow: it has no "format": "{FORMAT}"')
     return config
+
+
+def takes_grid(backbone: nn.Module) -> bool:
+    """Whether a backbone, or what it wraps (as torch.compile and DistributedDataParallel do), takes `grid`."""
+    for module in backbone.modules():
+        parameters = inspect.signature(module.forward).parameters
+        passing_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+        if not passing_on:
+            return "grid" in parameters
+    return False
 
 
 def agreed(name: str, given: object, subspace: Subspace, backbone: nn.Module) -> object:

@@ -12,13 +12,11 @@ is computed in float32, or float64 if an argument has it, whatever autocast says
 errors are divided by sigma.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32
+from asymflow.subspace import Subspace, at_least_float32, no_autocast
 
 
 def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:
@@ -77,9 +75,12 @@ def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, T
 
 def one_per_vector(sigma: Tensor | float, vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Line sigma up with the leading axes of `vectors` (..., D), so that it broadcasts against them."""
-    sigma = torch.as_tensor(sigma, device=vectors.device).to(dtype)
-    if sigma.ndim > vectors.ndim:
-        raise InputError(f"sigma of shape {tuple(sigma.shape)} has more axes than the vectors, {tuple(vectors.shape)}")
+    sigma = torch.as_tensor(sigma, dtype=dtype, device=vectors.device)
+    pairs = zip(sigma.shape, vectors.shape, strict=False)
+    if sigma.ndim > vectors.ndim or any(n not in (1, size) for n, size in pairs):
+        raise InputError(
+            f"sigma of shape {tuple(sigma.shape)} does not go with the leading axes of vectors {tuple(vectors.shape)}"
+        )
     return sigma.reshape(sigma.shape + (1,) * (vectors.ndim - sigma.ndim))
 
 
@@ -87,8 +88,3 @@ def check_dim(subspace: Subspace, *vectors: Tensor) -> None:
     for v in vectors:
         if v.shape[-1:] != (subspace.dim,):
             raise InputError(f"the subspace is for vectors of dimension {subspace.dim}, but these are {tuple(v.shape)}")
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager:
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -25,7 +25,7 @@ def patchify(images: Tensor, patch_size: int, token_order: str = CHANNEL_LAST) -
     # From (..., C, h, p, w, q) to (..., h, w, p, q, C) or (..., h, w, C, p, q); the leading axes stay.
     lead, (c, h, p, w, q) = range(cut.ndim - 5), range(cut.ndim - 5, cut.ndim)
     inner = (p, q, c) if token_order == CHANNEL_LAST else (c, p, q)
-    return cut.permute(*lead, h, w, *inner).reshape(images.shape[0], prod(grid), -1)
+    return cut.permute(*lead, h, w, *inner).flatten(-3).flatten(1, -2)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, ...], patch_size: int, token_order: str = CHANNEL_LAST) -> Tensor:
@@ -34,8 +34,9 @@ def unpatchify(tokens: Tensor, grid: tuple[int, ...], patch_size: int, token_ord
     grid: the number of tokens along each axis, (h, w) or (T, h, w). Raises InputError if the sizes do not fit.
     """
     check_token_order(token_order)
-    batch, count, dim = tokens.shape
-    if count != prod(grid) or dim % patch_size**2:
+    check_patch_size(patch_size)
+    batch, count, dim = tokens.shape if tokens.ndim == 3 else (0, -1, 0)
+    if count != prod(grid) or dim % patch_size**2 or len(grid) not in (2, 3):
         raise InputError(
             f"tokens of shape {tuple(tokens.shape)} do not make a grid of {' x '.join(map(str, grid))} patches of "
             f"{patch_size} x {patch_size} pixels"
@@ -54,6 +55,7 @@ def token_grid(images: Tensor, patch_size: int) -> tuple[int, ...]:
         raise InputError(
             f"images must be (B, C, H, W) or (B, T, C, H, W), but they have the shape {tuple(images.shape)}"
         )
+    check_patch_size(patch_size)
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size or not height or not width:
         raise InputError(
@@ -61,6 +63,11 @@ def token_grid(images: Tensor, patch_size: int) -> tuple[int, ...]:
             f"resize it to multiples of {patch_size}"
         )
     return (*images.shape[1:-3], height // patch_size, width // patch_size)
+
+
+def check_patch_size(patch_size: int) -> None:
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise InputError(f"patch_size must be a whole number of pixels, at least 1, but it is {patch_size!r}")
 
 
 def check_token_order(token_order: str) -> None:

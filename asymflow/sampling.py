@@ -33,7 +33,7 @@ def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
 def time_shift(sigma: Tensor, shift: float) -> Tensor:
     """`shift sigma / (1 + (shift - 1) sigma)`: more steps at high noise levels for shift > 1; 0 and 1 stay.
 
-    Larger images need it: at the same sigma, more pixels tell more about what they show (arXiv 2605.12964, section 5).
+    Larger images need it: at the same sigma, more pixels tell more about what they show (arXiv 2605.12964).
     """
     if not shift > 0:
         raise InputError(f"shift must be above 0, but it is {shift}")
@@ -109,7 +109,7 @@ def guided(
         for each image, anything else must be the same in both. Where guidance acts, both are evaluated in one call;
         outside of the interval (its ends belong to it), and at scale 1, the unconditional one is not computed at all.
     orthogonal: in [0, 1], how much of the part of the guidance that is parallel to the denoised image x0 = x - sigma u
-        to take away, image by image: that part only raises the contrast (arXiv 2605.12964, section 5, uses 1).
+        to take away, image by image: that part only raises the contrast (arXiv 2605.12964, uses 1).
     Raises InputError if the names, the interval or `orthogonal` are not as described.
     """
     if conditions.keys() != unconditional.keys():
@@ -193,7 +193,7 @@ def generate(
 
     indices: which image of the endless row that `seed` defines each one is; 0 to n - 1 by default. `size`: height and
     width, those of the training images by default. The rest is explained at `sample` and `guided`; the settings of
-    arXiv 2605.12964, section 4, for ImageNet are guidance 2.3 on the interval (0, 0.88) and 50 Heun steps.
+    arXiv 2605.12964, for ImageNet are guidance 2.3 on the interval (0, 0.88) and 50 Heun steps.
     Raises InputError for a label that is not a class, a model in training mode, or a size that is no multiple of the
     patch.
     """

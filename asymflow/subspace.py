@@ -1,6 +1,7 @@
 """The low-rank subspace in which the noise is predicted: an orthonormal basis, a scale, and where they came from."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -8,13 +9,13 @@ from torch import Tensor, nn
 
 from asymflow import files
 from asymflow.errors import InputError
-from asymflow.patches import check_token_order
+from asymflow.patches import check_patch_size, check_token_order
 
 TOLERANCE = 1e-4  # of orthonormality, in float32
 
 
 class Subspace(nn.Module):
-    """An r-dimensional subspace of token space, `P = A A^T`, and the scale s (arXiv 2605.12964; scale: section 5).
+    """An r-dimensional subspace of token space, `P = A A^T`, and the scale s (arXiv 2605.12964).
 
     basis: A, (D, r) with orthonormal columns, 0 <= r <= D; float32 or float64. Rank 0 makes x0-prediction of an
         asymmetric flow, rank D u-prediction.
@@ -39,14 +40,16 @@ class Subspace(nn.Module):
         spectrum: Tensor | None = None,
     ):
         super().__init__()
-        basis = torch.as_tensor(basis).detach().contiguous()  # one layout: the same bits after saving and loading
+        basis = torch.as_tensor(basis).detach().clone(memory_format=torch.contiguous_format)  # its own, in one layout
         check_basis(basis)
         scale = float(scale)
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"the scale of a subspace must be a positive number, but it is {scale}")
         if token_order is not None:
             check_token_order(token_order)
-        if patch_size is not None and (patch_size < 1 or basis.shape[0] % patch_size**2):
+        if patch_size is not None:
+            check_patch_size(patch_size)
+        if patch_size is not None and basis.shape[0] % patch_size**2:
             raise InputError(
                 f"a basis for tokens of dimension {basis.shape[0]} cannot be for patches of {patch_size} x {patch_size}"
             )
@@ -69,12 +72,13 @@ class Subspace(nn.Module):
     def project(self, v: Tensor) -> Tensor:
         """`P v` for v (..., D), in float32 or better, by two thin products: no D x D matrix."""
         if self.rank == self.dim:
-            return v
+            return v.to(at_least_float32(v))
         # What rounding leaves of these products is divided by sigma afterwards. Where a user allows float32 products to
         # be rounded to TF32 or bfloat16, as training scripts do for the backbone, they are made in float64.
         exact = at_least_float32(v) if float32_products_are_exact() else torch.float64
         basis = self.basis.to(exact)
-        return ((v.to(exact) @ basis) @ basis.mT).to(at_least_float32(v))
+        with no_autocast(v):
+            return ((v.to(exact) @ basis) @ basis.mT).to(at_least_float32(v))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the tensors `basis`, `scale`, `spectrum`, and the rest as metadata.
@@ -122,15 +126,16 @@ class Subspace(nn.Module):
         return cls(torch.empty(dim, 0), scale, **record)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, dim={self.dim}, scale={self.scale.item():.6g}"
+        scale = "?" if self.scale.is_meta else f"{self.scale.item():.6g}"
+        return f"rank={self.rank}, dim={self.dim}, scale={scale}"
 
     def _apply(self, fn, recurse=True):
         """Move and widen with the module around it, but never narrow below float32."""
 
         def no_narrower(buffer: Tensor) -> Tensor:
             moved = fn(buffer)
-            narrow = moved.dtype not in (torch.float32, torch.float64) or buffer is self.scale
-            return buffer.to(moved.device) if narrow else moved
+            keep = (torch.float64,) if buffer is self.scale else (torch.float32, torch.float64)
+            return moved if moved.dtype in keep else buffer.to(moved.device)
 
         return super()._apply(no_narrower, recurse)
 
@@ -154,7 +159,15 @@ def check_basis(basis: Tensor) -> None:
 
 @torch.compiler.assume_constant_result  # under torch.compile, which compiles anew when the setting changes
 def float32_products_are_exact() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # somebody used the newer setting, fp32_precision, to which this older one has no answer
+        return False
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager:
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:

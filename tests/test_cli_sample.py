@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def run(model, out, *options, **replaced):
+def run(model, out, /, *options, **replaced):
     given = {"model": model, "out": out, "classes": "1,5", "num": 6, "steps": 3, "batch": 4, **replaced}
     return main(["sample", *(word for name, value in given.items() for word in (f"--{name}", str(value))), *options])
 

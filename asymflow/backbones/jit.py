@@ -32,8 +32,12 @@ class JiT(nn.Module):
     patch_size, channels: D = channels * patch_size^2. image_size: in pixels, of square images; `grid` overrides it.
     width, depth, heads: of the transformer. bottleneck: the rank of the patch embedding.
     in_context_start, in_context_tokens: before that block, so many tokens made from the label join the sequence.
+    mlp_ratio: the SwiGLUs have int(2/3 mlp_ratio width) hidden units.
     dropout: of the projections, attention_dropout: of the attention, in the middle half of the blocks.
     checkpoint_every: recompute every n-th block in the backward pass to save memory; 1 all of them, 0 none.
+
+    Tokens between the blocks have the dtype of the weights, under autocast too: sums of many terms stay in float32.
+    Raises InputError if the sizes make no network.
     """
 
     def __init__(
@@ -100,21 +104,21 @@ class JiT(nn.Module):
         grid: rows and columns of tokens; by default those of `image_size`. Raises InputError if shapes do not fit.
         """
         grid = grid or self.grid
-        self.check_inputs(tokens, labels, grid, return_tokens_after)
+        self.check_inputs(tokens, tau, labels, grid, return_tokens_after)
         label = self.y_embedder(labels)
         condition = F.silu(self.t_embedder(tau) + label)
-        x = self.x_embedder(tokens)
+        x = self.x_embedder(tokens).to(label.dtype)
         x = x + sincos_positions(grid, x.shape[-1], x.device).to(x.dtype)
         rotation = rope(grid, self.head_dim, x.device, at_least_float32(x))
         in_context, after = 0, None
         for i, block in enumerate(self.blocks):
             if i == self.in_context_start:
-                prefix = (label[:, None] + self.in_context_positions).to(x.dtype)
+                prefix = label[:, None] + self.in_context_positions
                 in_context = prefix.shape[1]
                 x = torch.cat([prefix, x], dim=1)
                 rotation = F.pad(rotation, (0, 0, in_context, 0), value=0.0)
                 rotation[0, :in_context] = 1.0  # cos 0, sin 0: these tokens have no place in the image
-            if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
+            if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
                 x = checkpoint(block, x, condition, rotation, use_reentrant=False)
             else:
                 x = block(x, condition, rotation)
@@ -123,7 +127,9 @@ class JiT(nn.Module):
         prediction = self.head(x[:, in_context:], condition)
         return prediction if return_tokens_after is None else (prediction, after)
 
-    def check_inputs(self, tokens: Tensor, labels: Tensor, grid: tuple[int, ...], return_tokens_after: int | None):
+    def check_inputs(
+        self, tokens: Tensor, tau: Tensor, labels: Tensor, grid: tuple[int, ...], return_tokens_after: int | None
+    ) -> None:
         if len(grid) != 2:
             raise InputError(f"JiT is for images, with a grid of rows and columns, but the grid is {grid}")
         if tokens.shape[1:] != (grid[0] * grid[1], self.dim):
@@ -131,7 +137,11 @@ class JiT(nn.Module):
                 f"JiT expects tokens (B, {grid[0] * grid[1]}, {self.dim}), but got {tuple(tokens.shape)}: see its "
                 "image_size, patch_size and channels"
             )
-        if labels.shape != tokens.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        if tau.shape != tokens.shape[:1]:
+            raise InputError(
+                f"tau must be {len(tokens)} noise levels, one for each image, but it is {tuple(tau.shape)}"
+            )
+        if labels.shape != tokens.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"labels must be {len(tokens)} integers, one for each image, but they are {labels.dtype} of shape "
                 f"{tuple(labels.shape)}"
@@ -146,7 +156,7 @@ class JiT(nn.Module):
 
     @torch.no_grad()
     def seed_patch_embedding(self, subspace: Subspace) -> None:
-        """Start the first rows of the bottleneck as the directions of the subspace (arXiv 2605.12964, section 4).
+        """Start the first rows of the bottleneck as the directions of the subspace (arXiv 2605.12964).
 
         They get the norm that Xavier initialization gives to the others. Of a subspace of a rank above the bottleneck,
         the leading directions are taken. Raises InputError if the subspace is of other tokens.
@@ -166,6 +176,8 @@ class JiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
         for weight in (
             self.y_embedder.weight,
             self.in_context_positions,
@@ -217,7 +229,7 @@ class Block(nn.Module):
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, dropout, attention_dropout)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width, int(width * mlp_ratio * 2 / 3), dropout)
+        self.mlp = SwiGLU(width, swiglu_width(width, mlp_ratio), dropout)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
@@ -240,9 +252,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
-        q, k = rotate(self.q_norm(q), rotation).to(v.dtype), rotate(self.k_norm(k), rotation).to(v.dtype)
+        weights = self.q_norm.weight.dtype  # under autocast, q and k are rounded once: after norm and rotation
+        q = rotate(self.q_norm(q.to(weights)), rotation).to(v.dtype)
+        k = rotate(self.k_norm(k.to(weights)), rotation).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    return int(width * mlp_ratio * 2 / 3)  # two input matrices instead of one: at 2/3 of the units, as many weights
 
 
 class SwiGLU(nn.Module):
@@ -307,6 +325,11 @@ def check_sizes(config: dict) -> None:
         raise InputError(f"image_size {config['image_size']} is not a multiple of patch_size {config['patch_size']}")
     if config["width"] % (4 * config["heads"]):
         raise InputError(f"width {config['width']} is not a multiple of 4 * heads: rotary positions need that")
+    if not 1 <= config["width"] * config["mlp_ratio"] * 2 / 3 < math.inf:
+        raise InputError(f"mlp_ratio {config['mlp_ratio']} makes no hidden layer at width {config['width']}")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= config[name] < 1:
+            raise InputError(f"{name} of a JiT must be a probability below 1, but it is {config[name]}")
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

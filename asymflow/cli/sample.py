@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
-    open_record(args, settings(args, flow, classes), plan, write=rank == 0)
+    open_record(args, settings(args, flow, classes), plan)
 
     # Each process takes its share of the plan first: what is missing changes while the others are at work.
     share = plan[rank::world]
@@ -157,8 +157,11 @@ def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> di
     }
 
 
-def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]], write: bool) -> None:
-    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another."""
+def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]) -> None:
+    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
+
+    Every process does it, before its first image: the same content, whoever is first.
+    """
     path = args.out / RECORD
     images = {}
     if path.exists():
@@ -174,12 +177,11 @@ def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
     elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
         raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
-    if write:
-        images |= dict(plan)
-        entries = [{"file": name(i), "index": i, "class": images[i]} for i in sorted(images)]
-        record = {"make_again": make_again(args), "settings": now, "images": entries}
-        with files.replacing(path) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
+    images |= dict(plan)
+    entries = [{"file": name(i), "index": i, "class": images[i]} for i in sorted(images)]
+    record = {"make_again": make_again(args), "settings": now, "images": entries}
+    with files.replacing(path) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def make_again(args: argparse.Namespace) -> str:

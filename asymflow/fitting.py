@@ -1,0 +1,289 @@
+"""Fitting a subspace to data, in one pass: PCA for training from scratch, Procrustes to start from a latent model.
+
+Both need only sums over tokens of products of their coordinates, at most D x D numbers, which are added up in float64.
+Both return a `Subspace` on the CPU, in float64, whose `spectrum` (D,) holds energies in mean square per token: first,
+falling, those along the principal directions inside of the subspace, then, falling, those outside. So its sum is the
+mean of |x|^2, and `spectrum[:rank].sum() / spectrum.sum()` the share of the energy that the subspace holds.
+
+Under torch.distributed each process gives its own share of the data, also none at all, and all get the same result, bit
+for bit. What goes wrong in one is raised in all. Each waits for the slowest, at most as long as the group's timeout.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asymflow.errors import InputError
+from asymflow.subspace import Subspace
+
+CHUNK = 2**20  # numbers of a batch that are in float64 at a time: 8 MiB
+
+
+# ---- The two fits ----------------------------------------------------------------------------------------------------
+def fit_pca(
+    batches: Iterable[Tensor],
+    rank: int | Literal["auto"],
+    *,
+    noise_scale: float = 1.0,
+    group: "dist.ProcessGroup | None" = None,
+    **record,
+) -> Subspace:
+    """The subspace of the `rank` directions that hold most of the energy of the data (arXiv 2605.12964).
+
+    batches: tensors of tokens (..., D), see `patchify`; any floating point dtype, any device. Read once.
+    rank: r in [0, D], or "auto": chosen by `auto_rank` for noise of standard deviation `noise_scale`.
+    group: of processes, under torch.distributed (default: all). record: patch_size, token_order, color_space, fitted_on
+        of the `Subspace`.
+
+    The directions are eigenvectors of sum x x^T, of largest eigenvalue first, without a mean taken away: the mean of
+    patches is part of what the network has to predict. The sign of each is such that its entry of largest magnitude is
+    positive; of entries as large to 1e-6, the first. The spectrum is that of the mean of x x^T. Scale: 1.
+    Raises InputError if there are no tokens, all are 0, one is not finite, D changes, or rank or record do not fit.
+    """
+    threshold = energy_threshold(noise_scale)
+    if rank != "auto":
+        rank = as_rank(rank)
+
+    def check(dim: int) -> None:
+        Subspace.empty(dim, **record)  # refuses what does not fit before the long pass, not after it
+        if rank != "auto" and rank > dim:
+            raise InputError(f"rank must be at most the dimension of the tokens, {dim}, but it is {rank}")
+
+    def solve(count: Tensor, gram: Tensor) -> tuple[Tensor, float, Tensor]:
+        if gram.trace() == 0:
+            raise InputError("all tokens are 0, and have no directions: look at what is read")
+        energies, directions = torch.linalg.eigh(gram / count)
+        spectrum = energies.flip(0).clamp(min=0)
+        r = int((spectrum > threshold).sum()) if rank == "auto" else rank
+        return canonical_signs(directions.flip(-1)[:, :r]), 1.0, spectrum
+
+    basis, scale, spectrum = solve_together(lambda: add_up(batches, read_tokens, check), solve, group)
+    return Subspace(basis, scale, spectrum=spectrum, **record)
+
+
+def fit_procrustes(
+    pairs: Iterable[tuple[Tensor, Tensor]], *, group: "dist.ProcessGroup | None" = None, **record
+) -> Subspace:
+    """The subspace and the scale that lift the tokens of a latent model to pixels (arXiv 2605.12964).
+
+    pairs: (z (..., r), x (..., D)), 1 <= r <= D: latent tokens as the network sees them and pixel tokens of the same
+    squares; any floating point dtypes, any devices. Read once. group, record: as for `fit_pca`.
+
+        C = sum z^T x = U S V^T,      A = V_r U^T,      s = sqrt( sum |A^T x|^2 / sum |z|^2 )
+
+    Of all orthonormal A, this one makes sum |s A z - x|^2 the smallest, for every s > 0 (orthogonal Procrustes). The
+    scale gives the lifted latents s A z the energy that the pixels have in the subspace, so that A^T x / s is as large
+    as z, which the network knows; with the s of least squares, which is smaller, it would be larger. The columns of A
+    belong to the coordinates of z: their order and signs have a meaning.
+    Raises InputError as `fit_pca`, or if the leading axes differ, r is not in [1, D], or fewer than r latent directions
+    are correlated with the pixels: rounding would decide where the others lie, on each machine in its own way.
+    """
+
+    def solve(count: Tensor, gram: Tensor, cross: Tensor, latent_energy: Tensor) -> tuple[Tensor, float, Tensor]:
+        if not (gram.trace() > 0 and latent_energy > 0):
+            raise InputError("all latent or all pixel tokens are 0: look at what is read")
+        u, s, vt = torch.linalg.svd(cross, full_matrices=True)  # the rest of vt (D, D) spans what lies outside
+        rounding = len(gram) * torch.finfo(s.dtype).eps * gram.trace().sqrt() * latent_energy.sqrt()  # |C| <= |z| |x|
+        if s[-1] <= rounding:
+            raise InputError(
+                f"only {int((s > rounding).sum())} of {len(s)} latent directions are correlated with the pixels, in "
+                f"{int(count)} tokens: give more images, and leave out latent channels that are always 0 or repeated"
+            )
+        turned = vt @ (gram / count) @ vt.mT
+        inside, outside = turned[: len(s), : len(s)], turned[len(s) :, len(s) :]
+        spectrum = torch.cat([torch.linalg.eigvalsh(block).flip(0).clamp(min=0) for block in (inside, outside)])
+        return vt[: len(s)].mT @ u.mT, (inside.trace() * count / latent_energy).sqrt().item(), spectrum
+
+    check = lambda dim: Subspace.empty(dim, **record)  # see fit_pca
+    basis, scale, spectrum = solve_together(lambda: add_up(pairs, read_pair, check), solve, group)
+    return Subspace(basis, scale, spectrum=spectrum, **record)
+
+
+def canonical_signs(basis: Tensor) -> Tensor:
+    """Flip columns so that in each the first of the largest entries, in magnitude and to 1e-6, is positive."""
+    size = basis.abs()
+    first = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0, keepdim=True)
+    return basis * basis.gather(0, first).sign()
+
+
+def as_rank(rank: object) -> int:
+    try:
+        number = operator.index(rank)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InputError(f'rank must be a number of dimensions, 0 or more, or "auto", but it is {rank!r}')
+    return number
+
+
+# ---- Which rank? -----------------------------------------------------------------------------------------------------
+def auto_rank(spectrum: Tensor, noise_scale: float = 1.0, sigma: Tensor | None = None) -> int:
+    """How many directions carry so much energy that the network should predict the velocity there, and not the data.
+
+    spectrum: (D,) energies lambda_i, as of `fit_pca`. noise_scale, n below: the standard deviation of the noise.
+    sigma: equally likely noise levels in [0, 1] that the model is trained with; default: those of the paper for
+        training from scratch, sigmoid(0.8 + 0.8 normal). Raises InputError if these make no sense.
+
+    In the direction i the network has to put out n eps - x0, of power n^2 + lambda_i, if i is inside of the subspace,
+    and -x0, of power lambda_i, if it is outside, where its error is then divided by sigma. Say that the square of its
+    error is a fraction of that power, the same everywhere. With w = (sigma / max(sigma, 0.05))^2, the weight of the
+    loss, the error of the velocity is the smallest that any rank gives if i is inside just when
+
+        (n^2 + lambda_i) E[w] < lambda_i E[w / sigma^2],    so    lambda_i > n^2 E[w] / (E[w / sigma^2] - E[w]),
+
+    by default 0.51 n^2. It is the same threshold if the error is a fraction of the power of the best possible output
+    E[target | x_sigma]: what is taken away, that which nothing can predict, is equal on both sides when counted in the
+    velocity. Of the data, nothing is assumed but its energies.
+
+    Where it was tried: toy/closed_form.py, with its uniform sigma, gets 4; 4 and 5 are best (README). 3,781 emoji of
+    64 x 64 pixels at patch 16, D = 768, get 38, with 96 % of the energy; of the ranks 0, 8, 32 and 768, 32 had the
+    smallest held-out loss after a short training, and 8 one 2 % larger. But the assumption about the network is crude:
+    it has rank 768 before rank 0 on them, and measured it was five times worse, since a network that is narrower than D
+    fails at noise by far more than at images. And the noise levels matter: uniform ones would give 179.
+    """
+    return int((torch.as_tensor(spectrum) > energy_threshold(noise_scale, sigma)).sum())
+
+
+def energy_threshold(noise_scale: float = 1.0, sigma: Tensor | None = None) -> float:
+    """The energy above which a direction belongs inside of the subspace. Arguments, derivation: see `auto_rank`."""
+    if not 0 < noise_scale < float("inf"):
+        raise InputError(f"noise_scale must be a positive number, but it is {noise_scale}")
+    if sigma is None:  # the quantiles in the middle of 100,000 equal parts: the threshold is exact to 2e-4
+        n = 100_000
+        sigma = torch.sigmoid(0.8 + 0.8 * torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n))
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    if not (sigma.numel() and ((sigma >= 0) & (sigma <= 1)).all()):
+        raise InputError("sigma must be noise levels between 0 and 1, at least one")
+    softened = sigma.clamp(min=0.05)
+    inside, outside = (sigma / softened).square().mean(), softened.square().reciprocal().mean()
+    return (noise_scale**2 * inside / (outside - inside)).item()
+
+
+# ---- One pass over the data ------------------------------------------------------------------------------------------
+def add_up(batches: Iterable, read: Callable[[object], list[Tensor]], check: Callable[[int], None]) -> list[Tensor]:
+    """The sums of `zero_sums` over all batches, on the device of the first one; [] without batches.
+
+    `read` makes of a batch the matrices x (n, D) and perhaps z (n, r); `check` is asked about D before the long pass.
+    """
+    sums, dims = [], []
+    for index, batch in enumerate(batches):
+        try:
+            matrices = read(batch)
+        except InputError as e:
+            raise InputError(f"batch {index}: {e}") from None
+        found = [m.shape[1] for m in matrices]
+        if not sums:
+            check(found[0])
+            device = matrices[0].device if matrices[0].device.type != "mps" else "cpu"  # MPS has no float64
+            sums, dims = zero_sums(found, device), found
+        if found != dims:
+            raise InputError(f"batch {index}: its tokens are of dimension {found}, but those before of {dims}")
+        for chunks in zip(*(m.split(max(1, CHUNK // dims[0])) for m in matrices), strict=True):
+            x, *latents = (c.to(device).double() for c in chunks)
+            sums[0] += len(x)
+            sums[1].addmm_(x.mT, x)
+            for z in latents:
+                sums[2].addmm_(z.mT, x)
+                sums[3] += z.square().sum()
+        energy = sums[1].trace() + (sums[3] if len(sums) > 2 else 0)
+        if not energy.isfinite():  # no need to look through the batch
+            raise InputError(f"batch {index}: it has NaN, infinity, or numbers whose squares add up to infinity")
+    return sums
+
+
+def zero_sums(dims: list[int], device: torch.device | str) -> list[Tensor]:
+    """[number of tokens (), sum x^T x (D, D)] for dims [D]; for [D, r], then sum z^T x (r, D) and sum |z|^2 ()."""
+    shapes = [(), (dims[0], dims[0]), *(shape for r in dims[1:] for shape in [(r, dims[0]), ()])]
+    return [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+
+
+def read_tokens(batch: object, name: str = "tokens") -> list[Tensor]:
+    """[x (n, D)], or InputError if the batch is no tensor of tokens."""
+    if not isinstance(batch, Tensor):
+        raise InputError(f"expected a tensor of {name}, but got a {type(batch).__name__}")
+    if not batch.is_floating_point() or batch.ndim == 0 or batch.shape[-1] == 0:
+        raise InputError(
+            f"{name} must be floating point numbers of shape (..., dimension), but they are {batch.dtype} of shape "
+            f"{tuple(batch.shape)}"
+        )
+    return [batch.detach().reshape(-1, batch.shape[-1])]
+
+
+def read_pair(pair: object) -> list[Tensor]:
+    """[x (n, D), z (n, r)], or InputError."""
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise InputError(f"expected a pair (latent tokens, pixel tokens), but got a {type(pair).__name__}")
+    (z,), (x,) = read_tokens(pair[0], "latent tokens"), read_tokens(pair[1], "pixel tokens")
+    if pair[0].shape[:-1] != pair[1].shape[:-1]:
+        raise InputError(
+            f"latent and pixel tokens must cover the same squares, but their shapes are {tuple(pair[0].shape)} and "
+            f"{tuple(pair[1].shape)}"
+        )
+    if z.shape[1] > x.shape[1]:
+        raise InputError(
+            f"latent tokens have {z.shape[1]} dimensions and pixel tokens only {x.shape[1]}: give pairs (latent, pixel)"
+        )
+    return [x, z]
+
+
+# ---- One process or many ---------------------------------------------------------------------------------------------
+def solve_together(local_sums: Callable[[], list[Tensor]], solve: Callable, group: "dist.ProcessGroup | None") -> tuple:
+    """`solve(*sums)`, with the sums over all processes on the CPU.
+
+    The first process solves, so that all have the same bits, also on different machines. Whatever fails in one process,
+    all of them make the same collective calls before they raise it: none is left waiting for another.
+    """
+
+    def solved(sums: list[Tensor]) -> tuple:
+        if not sums or not sums[0]:
+            raise InputError("there are no tokens: give at least one batch that is not empty")
+        return solve(*(s.cpu() for s in sums))
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return solved(local_sums())
+    group = group or dist.group.WORLD
+    sums, fault = [], None
+    try:
+        sums = local_sums()
+        report = [len(s) for s in sums[1:3]]  # [D], [D, r], or [] without batches
+    except Exception as e:
+        fault, report = e, InputError(str(e)) if isinstance(e, InputError) else RuntimeError(repr(e))
+    device = torch.device("cpu")
+    if dist.get_backend(group) == "nccl":  # it sends nothing but what is on a GPU
+        on_gpu = bool(sums) and sums[0].is_cuda
+        device = sums[0].device if on_gpu else torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        reports = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, report, group)
+        dims = agreed_dims(reports, fault)
+        sums = [s.to(device) for s in sums] or (zero_sums(dims, device) if dims else [])
+        first = dist.get_global_rank(group, 0)
+        for s in sums:
+            dist.reduce(s, first, group=group)
+        outcome = [None]
+        if dist.get_rank() == first:
+            try:
+                outcome = [solved(sums)]
+            except Exception as e:
+                outcome = [e]
+        dist.broadcast_object_list(outcome, first, group)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def agreed_dims(reports: list[list[int] | Exception], fault: Exception | None) -> list[int]:
+    """The dimensions that all processes with data report, or raise what one reports instead (here, `fault`)."""
+    for process, report in enumerate(reports):
+        if isinstance(report, Exception):
+            raise type(report)(f"process {process}: {report}") from fault
+    known = {process: dims for process, dims in enumerate(reports) if dims}
+    if len({tuple(dims) for dims in known.values()}) > 1:
+        found = ", ".join(f"{dims} in process {process}" for process, dims in known.items())
+        raise InputError(f"the tokens must have one dimension in all processes, but it is {found}")
+    return next(iter(known.values()), [])

@@ -1,0 +1,171 @@
+"""Checkpoints that are complete or not there, of any ZeRO stage and number of ranks, readable by any other.
+
+    RUN/checkpoints/00001000/rank_00000.safetensors     the fragments of one rank: weights/NAME, exp_avg/NAME, ...
+                             state.json                 the step, the full shapes, who wrote it
+                             manifest.json              size and SHA-256 of every file
+
+A checkpoint is written under a name that starts with a dot, read back, and only then renamed. Whatever happens before
+the rename, the previous one is untouched, and nothing is found that is not whole. Nothing in it is a pickle.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from asymflow import files
+from asymflow.errors import InputError
+
+STATE, MANIFEST = "state.json", "manifest.json"
+STARTS = "starts"  # in the metadata of a rank's file: where in the flattened parameter its fragments begin
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One fragment of one quantity, such as "exp_avg", of the parameter `name`."""
+
+    kind: str
+    name: str
+    start: int
+    values: Tensor
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+def save(folder: Path, pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]], state: Mapping) -> None:
+    """Write the checkpoint `folder`, all ranks together; each gives its own pieces, and the same shapes and state.
+
+    Raises InputError on every rank if one of them could not write; then nothing is left of it.
+    """
+    rank = dist.get_rank()
+    beside = folder.with_name(f".{folder.name}.writing")
+    together(lambda: prepare(beside, rank), f"{folder} could not be begun")
+    entries = together(
+        lambda: write_rank(beside / f"rank_{rank:05d}.safetensors", pieces), f"{folder} could not be written"
+    )
+
+    def finish():
+        if rank == 0:
+            content = json.dumps({**state, "shapes": shapes, "ranks": dist.get_world_size()}, indent=1)
+            (beside / STATE).write_text(content)
+            manifest = dict(entries) | {STATE: describe(beside / STATE)}
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for path in (beside / STATE, beside / MANIFEST, beside):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            beside.rename(folder)
+            sync(folder.parent)
+
+    together(finish, f"{folder} could not be finished")
+
+
+def prepare(beside: Path, rank: int) -> None:
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that died while it wrote
+        beside.mkdir(parents=True)
+
+
+def write_rank(path: Path, pieces: Iterable[Piece]) -> tuple[str, dict]:
+    tensors, starts = {}, {}
+    for piece in pieces:
+        tensors[f"{piece.kind}/{piece.name}"] = piece.values.detach().cpu().contiguous()
+        starts[piece.name] = piece.start
+    files.write_tensors(path, tensors, {STARTS: json.dumps(starts)})
+    written, _ = files.read_tensors(path)
+    if not all(torch.equal(bits(written[key]), bits(tensor)) for key, tensor in tensors.items()):
+        raise OSError(f"{path} does not read back as it was written")
+    return path.name, describe(path)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Compared as they are, so that a NaN equals itself."""
+    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+
+
+def describe(path: Path) -> dict:
+    return {"size": path.stat().st_size, "sha256": files.sha256(path)}
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def together(action, failure: str) -> list:
+    """Do it on every rank and return what each returned. If one fails, all raise, and none waits for it forever."""
+    try:
+        result = (action(), None)
+    except Exception as e:
+        result = (None, f"{type(e).__name__}: {e}" if not isinstance(e, OSError) else str(e))
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    if faults := [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(results) if fault]:
+        raise InputError(f"{failure} ({'; '.join(faults)}). What was saved before is untouched")
+    return [value for value, _ in results]
+
+
+# ---- Finding ---------------------------------------------------------------------------------------------------------
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in RUN/checkpoints, in order; those that are still being written do not count."""
+    found = (path for path in folder.glob("*") if path.name.isdecimal() and (path / MANIFEST).is_file())
+    return sorted(int(path.name) for path in found)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None if every byte is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if describe(folder / name) != expected:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as e:
+        return str(e)
+    return None
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+class Reader:
+    """Reads pieces of a checkpoint, wherever in its files they are, and no more than is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.state = json.loads((folder / STATE).read_text())
+        self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
+        self.where: dict[str, list[tuple[int, int, Path]]] = {}  # of each kind/NAME: start, end, file
+        for path in sorted(folder.glob("rank_*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                starts = json.loads(file.metadata()[STARTS])
+                for key in file.keys():  # noqa: SIM118
+                    begin = starts[key.split("/", 1)[1]]
+                    end = begin + file.get_slice(key).get_shape()[0]
+                    self.where.setdefault(key, []).append((begin, end, path))
+
+    def kinds(self) -> list[str]:
+        return sorted({key.split("/", 1)[0] for key in self.where})
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """`count` elements from `start` of the flattened parameter; InputError if not all of them are there."""
+        out, covered = torch.empty(count), 0
+        for begin, end, path in self.where.get(f"{kind}/{name}", ()):
+            low, high = max(begin, start), min(end, start + count)
+            if low < high:
+                with safe_open(path, framework="pt") as file:
+                    out[low - start : high - start] = file.get_slice(f"{kind}/{name}")[low - begin : high - begin]
+                covered += high - low
+        if covered != count:
+            raise InputError(f"{self.folder} has {covered} of {count} elements of {kind}/{name}")
+        return out
+
+    def full(self, kind: str) -> dict[str, Tensor]:
+        """Every parameter of that kind, whole and in its shape."""
+        return {n: self.read(kind, n, 0, torch.Size(shape).numel()).reshape(shape) for n, shape in self.shapes.items()}
