@@ -1,6 +1,7 @@
 """Writing so that nothing half-written is ever left, and reading tensors without ever running what is in the file."""
 
 import hashlib
+import json
 import os
 import secrets
 import zipfile
@@ -44,6 +45,19 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as beside:
         save_file(own, beside, metadata={"format": "pt", **(metadata or {})})
+        sort_metadata(beside)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, whose order varies, in order: equal content, equal bytes."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it always is, unless safetensors begins to write more tersely
+            file.seek(8)
+            file.write(text.ljust(size))  # spaces are allowed at the end
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -38,9 +38,9 @@ class AsymFlow(
     (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
     backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. It gets the calibrated
-        tokens k x_sigma in its own dtype, and their noise level tau in float32 or better. If its forward has an argument `grid`,
-        it gets the number of tokens along each axis, (h, w), or (T, h, w) for a video. It may return a tuple, whose
-        first element is the prediction: `flow` then returns (velocity, *the others), untouched.
+        tokens k x_sigma in its own dtype, and their noise level tau in float32 or better. If its forward has an
+        argument `grid`, it gets the number of tokens along each axis, (h, w), or (T, h, w) for a video. It may return a
+        tuple, whose first element is the prediction: `flow` then returns (velocity, *the others), untouched.
     subspace: of tokens of dimension D = channels * patch_size^2.
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,

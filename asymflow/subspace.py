@@ -96,9 +96,8 @@ class Subspace(nn.Module):
         """Read what `save` wrote, bit for bit. Raises InputError, naming the file, if it is anything else."""
         tensors, metadata = files.read_tensors(path)
         if not {"basis", "scale"} <= tensors.keys() <= {"basis", "scale", "spectrum"}:
-            raise InputError(
-                f"{path} is not a subspace file: it has the tensors {', '.join(sorted(tensors)) or '(none)'}"
-            )
+            names = ", ".join(sorted(tensors)[:4]) or "none"
+            raise InputError(f"{path} is not a subspace file, with basis and scale: its tensors begin with {names}")
         try:
             patch_size = int(metadata["patch_size"]) if "patch_size" in metadata else None
             record = {name: metadata.get(name) for name in ("token_order", "color_space", "fitted_on")}

@@ -545,3 +545,13 @@ def test_tensors_are_checked_by_name_and_shape():
         assert str(error.value) == message
     with pytest.raises(InputError, match=r"x4 \(\); and 2 more\Z"):
         files.check_tensors({}, {f"x{i}": () for i in range(7)}, "there")
+
+
+def test_the_same_subspace_makes_the_same_bytes(tmp_path):
+    """Although safetensors writes metadata in an order that changes from time to time."""
+    subspace = Subspace.random(12, 3, patch_size=2, token_order="channel_last", color_space="ünïcode", fitted_on="a, b")
+    written = set()
+    for i in range(20):
+        subspace.save(tmp_path / f"{i}.safetensors")
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1

@@ -1,2 +1,299 @@
-def add_command(commands):
-    pass
+"""`asymflow subspace`: fit the subspace in which the noise is predicted, by PCA or Procrustes, or look at one."""
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import files
+from asymflow.cli.common import at_least, default_device, new_file, usable_device
+from asymflow.color import rgb_to_oklab
+from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
+from asymflow.errors import InputError
+from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
+from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
+from asymflow.pictures import draw_subspace
+from asymflow.published import load_published
+from asymflow.subspace import Subspace
+
+GROUP = """Fit the low-rank subspace in which an asymmetric flow predicts the noise, or look at one.
+
+To train from scratch, the directions that hold most of the energy of the image patches:
+  asymflow subspace pca --data imagenet/train --rank 8 --out imagenet-r8.safetensors
+
+To turn a latent model into a pixel model, the directions and the scale that fit its latents best:
+  asymflow subspace procrustes --data latents/*.tar --out flux2-r128.safetensors
+
+What is in such a file:
+  asymflow subspace show imagenet-r8.safetensors"""
+
+PCA = """Fit a subspace to images by PCA of their patches, as for training from scratch: the eigenvectors of the
+uncentred Gram matrix that hold most of the energy. Writes FILE.safetensors, and FILE.png to look at. Images are
+cropped to squares as by ADM, DiT and JiT. On several GPUs: torchrun --nproc_per_node 8 -m asymflow subspace pca ..."""
+
+PROCRUSTES = """Fit the subspace and the scale that lift the tokens of a latent model to pixels, by orthogonal
+Procrustes: for turning a latent model into a pixel model. Writes FILE.safetensors, and FILE.png to look at. The rank is
+that of the latents. Each image, such as KEY.png, needs its latents beside it, KEY.latent.npy: a numpy array of the
+shape (h, w, r) as the transformer sees them, for an image of h x w patches. It is not cropped."""
+
+SHOW = """Print everything there is to know about a subspace: a file of this library, or a .pt file of the reference
+implementation. With --out, draw it as well."""
+
+
+def add_command(commands) -> None:
+    group = commands.add_parser("subspace", help="fit the subspace of the noise, or look at one", description=GROUP)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    pca = actions.add_parser("pca", help="fit to images, to train from scratch", description=PCA)
+    add_data(pca, "folders of images (and the folders in them), .tar shards, or image files")
+    pca.add_argument("--rank", type=rank_or_auto, default=8, help='number of directions, or "auto": as many as pay off')
+    pca.add_argument("--image-size", type=at_least(1), default=256, metavar="N", help="side of the crops, in pixels")
+    add_options(pca, CHANNEL_LAST, "rgb")
+    pca.set_defaults(run=run_pca)
+
+    procrustes = actions.add_parser("procrustes", help="fit to images and their latents", description=PROCRUSTES)
+    add_data(procrustes, "folders or .tar shards with images and their latents")
+    add_options(procrustes, CHANNEL_FIRST, "oklab")
+    procrustes.set_defaults(run=run_procrustes)
+
+    show = actions.add_parser("show", help="print what is in a file, and draw it", description=SHOW)
+    show.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file, or .pt of the reference")
+    show.add_argument("--out", type=Path, metavar="PNG", help="also draw the directions and their energy to this file")
+    show.set_defaults(run=run_show)
+
+
+def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help=what)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
+
+
+def add_options(parser: argparse.ArgumentParser, token_order: str, color: str) -> None:
+    option = parser.add_argument
+    order = "order of the numbers in a token: channel_last as in DiT and JiT, channel_first as in FLUX"
+    option("--patch-size", type=at_least(1), default=16, metavar="N", help="side of a patch, one token, in pixels")
+    option("--images", type=at_least(1), default=10_000, metavar="N", help="how many to fit to, chosen at random")
+    option("--token-order", choices=TOKEN_ORDERS, default=token_order, help=order)
+    option("--color", choices=("rgb", "oklab"), default=color, help="colour space in which the model is to work")
+    option("--seed", type=at_least(0), default=0, metavar="N", help="another number chooses other images")
+    option("--batch", type=at_least(1), default=64, metavar="N", help="images in memory at a time")
+    option("--device", default=default_device(), help="where to compute, such as cpu, cuda or cuda:1")
+
+
+def rank_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'it must be a whole number or "auto", but it is {text!r}')
+    return text if text == "auto" else int(text)
+
+
+# ---- Fitting ---------------------------------------------------------------------------------------------------------
+
+
+def run_pca(args: argparse.Namespace) -> None:
+    dim = 3 * args.patch_size**2
+    if args.image_size % args.patch_size:
+        raise InputError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
+    if args.rank != "auto" and args.rank > dim:
+        raise InputError(
+            f"--rank {args.rank} is more than the {dim} dimensions of a token (3 channels x {args.patch_size} x "
+            f"{args.patch_size} pixels)"
+        )
+
+    def read(entry) -> tuple[Tensor]:
+        return (read_square(entry, args.image_size),)
+
+    def solve(batches: Iterable[tuple[Tensor]], **record) -> Subspace:
+        return fit_pca((pixels for (pixels,) in batches), args.rank, **record)
+
+    def reason(subspace: Subspace) -> dict[str, str]:
+        if args.rank != "auto":
+            return {}
+        more = f"{energy_threshold():.2f}, where the noise has 1"
+        return {"rank auto": f"{subspace.rank}, for so many directions have more energy than {more} (see auto_rank)"}
+
+    fit(args, find_images, read, solve, reason)
+
+
+def run_procrustes(args: argparse.Namespace) -> None:
+    known = {}
+
+    def read(pair) -> tuple[Tensor, Tensor]:
+        latents, image = read_pair(pair, args.patch_size)
+        rank = latents.shape[-1]
+        if rank != known.setdefault("rank", rank):
+            raise InputError(f"{pair[1]} has latent tokens of dimension {rank}, but in others it is {known['rank']}")
+        return latents, image
+
+    fit(args, find_pairs, read, fit_procrustes, lambda subspace: {})
+
+
+def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callable, reason: Callable) -> None:
+    """Find, choose and read the samples; solve; then, in the first process, write the two files and print a summary.
+
+    `read` makes a sample a tuple of tensors, the last of them the image (3, H, W), `solve` gets batches of the same
+    tuples, as tokens (n, ...), and `reason` has facts to add about the result.
+    """
+    start = time.perf_counter()
+    out, picture = new_outputs(args.out)
+    with processes(args.device) as (index, count, device):
+        found = find(args.data)
+        chosen = choose(found, args.images, args.seed)
+        share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": []}
+
+        def tokens() -> Iterator[tuple[Tensor, ...]]:
+            with tqdm(total=len(share), desc="reading", unit="image", leave=False, disable=index > 0) as bar:
+                results = counted(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
+                while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
+                    parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
+                    tally["tokens"] += len(parts[0])
+                    yield parts
+
+        record = dict(patch_size=args.patch_size, token_order=args.token_order, color_space=args.color)
+        subspace = solve(tokens(), **record)
+        tally = added_up(tally, count)
+    if index > 0:
+        return
+    subspace.fitted_on = f"{described(tally, found, args)}, seed {args.seed}"
+    with files.replacing(picture) as beside:  # the picture is not there before the subspace is
+        draw_subspace(subspace, beside)
+        subspace.save(out)
+    if bad := tally["unreadable"]:
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        were = "image could not be read and was" if len(bad) == 1 else "images could not be read and were"
+        print(f"{len(bad)} {were} left out: {'; '.join(bad[:5])}{more}", file=sys.stderr)
+    seconds = f"{time.perf_counter() - start:.1f}"
+    print_facts(subspace, {**reason(subspace), "tokens": f"{tally['tokens']:,}", "seconds": seconds})
+    print(f"wrote {out} and {picture}; to see this again: asymflow subspace show {shlex.quote(str(out))}")
+
+
+def counted(results: Iterable, total: int, tally: dict, bar: tqdm) -> Iterator[tuple[Tensor, ...]]:
+    """The samples that could be read; the others are noted. InputError if those are more than 1 % of all."""
+    bad = tally["unreadable"]
+    for result in results:
+        bar.update()
+        if isinstance(result, UnreadableError):
+            bad.append(str(result))
+            if 100 * len(bad) > total:
+                raise InputError(f"more than 1 % of the {total} images cannot be read, the first: {bad[0]}")
+            continue
+        tally["images"] += 1
+        tally["sizes"].add(tuple(result[-1].shape[:0:-1]))
+        yield result
+
+
+def to_tokens(sample: tuple[Tensor, ...], args: argparse.Namespace, device: torch.device) -> tuple[Tensor, ...]:
+    """(latents (h, w, r), image) or (image,) to (latent tokens (n, r), pixel tokens (n, D)) or (pixel tokens,)."""
+    *latents, image = (part.to(device) for part in sample)
+    image = rgb_to_oklab(image) if args.color == "oklab" else image
+    return *(z.flatten(0, 1) for z in latents), patchify(image[None], args.patch_size, args.token_order)[0]
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """(index of this process, how many there are, its device). More than one if torchrun started them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield 0, 1, usable_device(device)
+        return
+    usable = usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+    if usable.type == "cuda":
+        torch.cuda.set_device(usable)
+    try:
+        dist.init_process_group("nccl" if usable.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"WORLD_SIZE is {count}, but the processes cannot join: {reason}. Use torchrun") from None
+    try:
+        yield dist.get_rank(), count, usable
+    finally:
+        dist.destroy_process_group()
+
+
+def added_up(tally: dict, count: int) -> dict:
+    """The tallies of all processes as one."""
+    if count == 1:
+        return tally
+    tallies = [None] * count
+    dist.all_gather_object(tallies, tally)
+    first, *others = tallies
+    for other in others:
+        first = {name: value | other[name] if name == "sizes" else value + other[name] for name, value in first.items()}
+    return first
+
+
+def described(tally: dict, found: list, args: argparse.Namespace) -> str:
+    """What was fitted on, in words."""
+    names = [Path(os.path.abspath(path)).name for path in args.data]  # noqa: PTH100 (a link keeps its own name)
+    source = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    sizes = tally["sizes"]
+    size = "{} x {} pixels".format(*next(iter(sizes))) if len(sizes) == 1 else f"{len(sizes)} sizes"
+    return f"{tally['images']} of {len(found)} images of {source}, {size}"
+
+
+def new_outputs(out: Path) -> tuple[Path, Path]:
+    """FILE.safetensors and FILE.png, which are not there yet and can be written. Nothing is made."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end with .safetensors (the picture beside it will end with .png)")
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--out {out} cannot be written: {folder} is not a folder that takes files")
+    return new_file(out), new_file(out.with_suffix(".png"))
+
+
+# ---- Showing ---------------------------------------------------------------------------------------------------------
+
+
+def run_show(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        new_file(args.out)
+    subspace = load(args.file)
+    if args.out is not None:
+        draw_subspace(subspace, args.out)
+    gram = subspace.basis.double().mT @ subspace.basis.double()
+    error = (gram - torch.eye(subspace.rank)).abs().max().item() if subspace.rank else 0.0
+    print_facts(subspace, {"orthonormal": f"to {error:.1e} (largest entry of |A^T A - 1|)"})
+    if args.out is not None:
+        print(f"wrote {args.out}")
+
+
+def load(path: Path) -> Subspace:
+    """The subspace in a file of this library, of the reference, or of a model that was published."""
+    if path.suffix == ".safetensors":
+        return Subspace.load(path)
+    published = load_published(path)
+    return published if isinstance(published, Subspace) else published.subspace
+
+
+def print_facts(subspace: Subspace, more: dict[str, str]) -> None:
+    unknown = "not recorded"
+    facts = {
+        "rank": f"{subspace.rank} of {subspace.dim} dimensions",
+        "patch size": subspace.patch_size or unknown,
+        "token order": subspace.token_order or unknown,
+        "colour": subspace.color_space or unknown,
+        "fitted on": subspace.fitted_on or unknown,
+        "scale": f"{subspace.scale.item():.6g}",
+        "energy": shares(subspace),
+        **more,
+    }
+    for name, value in facts.items():
+        print(f"{name:12} {value}")
+
+
+def shares(subspace: Subspace) -> str:
+    """Which share of the energy the first 1, 8, 32 and 128 directions hold, and those of the subspace."""
+    if subspace.spectrum is None:
+        return "not recorded"
+    energy = subspace.spectrum.double()
+    ranks = sorted({r for r in (1, 8, 32, 128, subspace.rank) if r <= len(energy)})
+    together = [f"{r}: {100 * (energy[:r].sum() / energy.sum()).item():.1f} %" for r in ranks]
+    return f"{', '.join(together)} (in so many directions)"

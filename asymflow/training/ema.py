@@ -1,7 +1,7 @@
 """Moving averages of the weights, sharded like the weights, and of any length after training.
 
 A constant decay b averages with the weights (1 - b) b^(T - t) over the steps t. The power function of Karras et al.
-2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, section 3) averages with
+2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696) averages with
 
     p(t) = (t^a - (t - 1)^a) / T^a,        a = gamma + 1,
 
@@ -60,8 +60,9 @@ class Averages:
         for profile, values in self.values.items():
             torch._foreach_lerp_(values, weights, 1 - profile.decay_at(step))
 
-    def named(self, profile: Profile) -> dict[str, Tensor]:
-        return {f.name: value for f, value in zip(self.fragments, self.values[profile], strict=True)}
+    def named_pieces(self, profile: Profile) -> dict[str, tuple[int, Tensor]]:
+        """What this rank has of an average: by parameter, where it starts and its values."""
+        return {f.name: (f.start, value) for f, value in zip(self.fragments, self.values[profile], strict=True)}
 
 
 def power_of(sigma_rel: float) -> float:

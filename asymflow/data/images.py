@@ -1,0 +1,299 @@
+"""Reading images, and latents beside them, from folders and tar shards.
+
+What is found is a list of `Entry`: names, and where the bytes lie. Nothing is opened before it is needed, so a folder
+of a million images is listed in seconds, and an image inside of a shard is read as directly as a file. Of a shard only
+the headers are read to list it. All that follows are plain functions: `choose` some entries, `read_square` them, and
+`in_order` does that in several threads.
+"""
+
+import io
+import os
+import random
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from asymflow.errors import InputError
+
+IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
+LATENTS = "latent.npy"
+T, Result = TypeVar("T"), TypeVar("Result")
+
+
+class UnreadableError(InputError):
+    """A file is there, but it is damaged or not what its name says. A few of those may be skipped."""
+
+
+class Entry(NamedTuple):
+    """A file, or a member of a tar file."""
+
+    path: str
+    member: str | None = None
+    offset: int = 0
+    size: int = -1
+
+    def __str__(self) -> str:
+        return self.path if self.member is None else f"{self.path}: {self.member}"
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """(name of the sample, kind of the file), split at the first dot of the base name, as WebDataset does.
+
+        `shard.tar: a/b.latent.npy` is the "latent.npy" of the sample "shard.tar: a/b".
+        """
+        folder, slash, base = (self.member or self.path).rpartition("/")
+        stem, _, kind = base.partition(".")
+        return str(self._replace(**{"member" if self.member else "path": folder + slash + stem})), kind.lower()
+
+    @property
+    def is_image(self) -> bool:
+        return (self.member or self.path).lower().endswith(tuple(f".{kind}" for kind in IMAGES))
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123 (a million Paths would be slow)
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as e:
+            raise UnreadableError(f"{self} cannot be read: {e.strerror}") from None
+
+
+# ---- Finding -------------------------------------------------------------------------------------------------------
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Entry]:
+    """Every image in folders (and the folders in them), tar files, and single files. None is opened.
+
+    The order is that of the paths, in a folder that of the names, whatever the file system says, and in a tar file its
+    own. Hidden files are left out. Raises InputError if there is no image, or a path is something else.
+    """
+    paths = list(paths)
+    images = [entry for entry in find_entries(paths) if entry.is_image]
+    if not images:
+        raise InputError(f"{listing(paths)} has no images: no file in it ends with {', '.join(IMAGES)}")
+    return images
+
+
+def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
+    """(image, latents) of every sample that has both: `KEY.png` (or jpg, ...) and `KEY.latent.npy`, no dot in KEY.
+
+    Found and ordered as by `find_images`. Raises InputError if there is none, or a sample has two images.
+    """
+    paths = list(paths)
+    pairs = []
+    for key, files in samples(find_entries(paths)).items():
+        images = [files[kind] for kind in IMAGES if kind in files]
+        if LATENTS in files and len(images) > 1:
+            raise InputError(f"{key} has more than one image: {images[0]} and {images[1]}")
+        if LATENTS in files and images:
+            pairs.append((images[0], files[LATENTS]))
+    if not pairs:
+        raise InputError(
+            f"{listing(paths)} has no images with latents: each image, such as KEY.png, needs its latents beside it, "
+            f"KEY.{LATENTS}, with the same KEY up to the first dot"
+        )
+    return pairs
+
+
+def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
+    """Entries by sample and kind: `samples(...)["shard.tar: 0001"]["png"]`."""
+    found: dict[str, dict[str, Entry]] = {}
+    for entry in entries:
+        key, kind = entry.parts
+        found.setdefault(key, {})[kind] = entry
+    return found
+
+
+def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from folder_entries(str(path))
+        elif not path.exists():
+            raise InputError(f"{path} does not exist")
+        elif path.suffix.lower() == ".tar":
+            yield from tar_entries(str(path))
+        elif (entry := Entry(str(path))).is_image or entry.parts[1] == LATENTS:
+            yield entry
+        else:
+            raise InputError(f"{path} is neither a folder, nor a .tar file, nor an image ({', '.join(IMAGES)})")
+
+
+def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """The files in a folder and below. Links are followed, but not round in circles."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as items:
+        for item in sorted(items, key=lambda item: item.name):
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                yield from folder_entries(item.path, (*above, here))
+            else:
+                yield Entry(item.path)
+
+
+def tar_entries(path: str) -> Iterator[Entry]:
+    """The files in a tar file. InputError unless it is whole and not compressed."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isreg() and member.sparse is None and not member.name.rpartition("/")[2].startswith("."):
+                    yield Entry(path, member.name, member.offset_data, member.size)
+            # Where a file is cut off between two members, or has garbage there, tarfile sees nothing but an end.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("there is no end-of-archive mark")
+    except (tarfile.TarError, ValueError) as e:
+        raise InputError(
+            f"{path} is not a whole, uncompressed tar file ({e}). If it was downloaded or copied, do that again; if it "
+            "is compressed, decompress it"
+        ) from None
+
+
+def listing(paths: list[str | Path], shown: int = 2) -> str:
+    names = ", ".join(str(path) for path in paths[:shown])
+    return names if len(paths) <= shown else f"{names} and {len(paths) - shown} more"
+
+
+def choose(items: list[T], count: int, seed: int) -> list[T]:
+    """`count` of the items at random, in their order; all of them if there are no more.
+
+    From all of them, in tar files too: the first ones of a shard may well be of one class. The seed fixes the choice,
+    on every machine, and a choice of fewer is a part of a choice of more.
+    """
+    draw = random.Random(seed)
+    lots = [draw.random() for _ in items]  # the one method whose numbers Python promises never to change
+    return [items[i] for i in sorted(sorted(range(len(items)), key=lots.__getitem__)[:count])]
+
+
+# ---- Reading -------------------------------------------------------------------------------------------------------
+
+
+def read_square(entry: Entry, size: int) -> Tensor:
+    """An image, cropped by `adm_crop`, as (3, size, size) float32 in [-1, 1]. UnreadableError if it is damaged."""
+    return to_tensor(adm_crop(read_image(entry), size))
+
+
+def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tensor]:
+    """(latents (h, w, r) float32, image (3, h patch_size, w patch_size) float32 in [-1, 1]) of one sample.
+
+    The latents are tokens as the transformer sees them: (i, j) covers the patch (i, j) of the image. UnreadableError if
+    a file is damaged; InputError, naming the sample, if the latents have another form or the sizes do not fit.
+    """
+    image, latents = to_tensor(read_image(pair[0])), read_latents(pair[1])
+    height, width = (n * patch_size for n in latents.shape[:2])
+    if image.shape[1:] != (height, width):
+        raise InputError(
+            f"{pair[0]} has {image.shape[2]} x {image.shape[1]} pixels (width x height), but its {latents.shape[1]} x "
+            f"{latents.shape[0]} latent tokens and patches of {patch_size} x {patch_size} make {width} x {height}: "
+            "check the patch size, or prepare the images again"
+        )
+    return latents, image
+
+
+def read_image(entry: Entry) -> Image.Image:
+    """The image in RGB, as `to_rgb` makes it. Raises UnreadableError, naming the file, if it cannot be decoded."""
+    content = entry.read()
+    try:
+        return to_rgb(Image.open(io.BytesIO(content)))
+    except Exception as e:  # the decoders report damage by exceptions of many types
+        reason = "no image format that is known" if isinstance(e, Image.UnidentifiedImageError) else e
+        raise UnreadableError(f"{entry} is not a whole image ({reason})") from None
+
+
+def read_latents(entry: Entry) -> Tensor:
+    """Latent tokens (h, w, r) in float32, from a file of numpy's; nothing in it is ever run."""
+    content = entry.read()
+    try:
+        latents = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as e:
+        raise UnreadableError(f"{entry} is not a whole .npy file of numbers ({e or type(e).__name__})") from None
+    if not isinstance(latents, np.ndarray) or latents.ndim != 3 or latents.dtype.kind != "f":
+        form = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else "an archive"
+        raise InputError(f"{entry} must hold floating-point tokens of the shape (h, w, r), but it holds {form}")
+    latents = torch.from_numpy(latents.astype(np.float32))
+    if not latents.isfinite().all():
+        raise InputError(f"{entry} has values that are not finite")
+    return latents
+
+
+def in_order(read: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result | UnreadableError]:
+    """`read(item)` for each item, in order, by several threads that run a little ahead.
+
+    What raises UnreadableError comes as a value in its place, for the caller to count; other errors are raised.
+    """
+
+    def attempt(item: T) -> Result | UnreadableError:
+        try:
+            return read(item)
+        except UnreadableError as e:
+            return e
+
+    pool, running = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            running.append(pool.submit(attempt, item))
+            if len(running) > 4 * threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- Pixels --------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB.
+
+    Grey, palette and CMYK are converted as Pillow, and so ADM, does it: without colour profiles; and as with ADM, the
+    orientation of EXIF is not applied. Two kinds are treated better than there, where they would be ruined. What is
+    transparent is composited on white, the colour of a page: the colours below full transparency were never seen by
+    anyone. And 16-bit grey is scaled to 8 bits instead of clipped at 255.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of an image, size x size: the crop of ADM (Dhariwal and Nichol 2021), DiT and JiT.
+
+    Also that of the images in ADM's evaluation, so its details matter to FID. The image is halved by averaging while
+    its shorter side is at least 2 size (one bicubic step from far would alias), then resized, or enlarged, until the
+    shorter side is `size`; of the longer side the middle is kept.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) float32 in [-1, 1]: 0 is -1 and 255 is 1."""
+    pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1)  # by numpy: torch would start threads in each of the threads that read
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] as an RGB image, rounded to the nearest of the 256 values: the inverse of `to_tensor`.
+
+    What is outside of [-1, 1] is clamped, and NaN is black.
+    """
+    values = ((image.detach().cpu().float() + 1) * 127.5).nan_to_num(nan=0).round().clamp(0, 255)
+    return Image.fromarray(values.to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,0 +1,123 @@
+"""Pictures for people: images side by side, and what a subspace looks like."""
+
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from asymflow import files
+from asymflow.color import oklab_to_rgb
+from asymflow.data.images import to_image
+from asymflow.errors import InputError
+from asymflow.patches import CHANNEL_LAST, unpatchify
+from asymflow.subspace import Subspace
+
+SHOWN = 64  # more patches than that are too small to see
+INK, ACCENT = "0.25", "#d1495b"
+
+
+def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Images (n, 3, H, W) in [-1, 1] row by row in one image, with white gaps of `gap` pixels between them.
+
+    columns: as many as make the grid about square, if None. Raises InputError if the shape is another or n is 0.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise InputError(f"images must be (n, 3, H, W) with n at least 1, but they are {tuple(images.shape)}")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    height, width = images.shape[2] + gap, images.shape[3] + gap
+    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for i, image in enumerate(images):
+        grid.paste(to_image(image), (i % columns * width, i // columns * height))
+    return grid
+
+
+def draw_subspace(subspace: Subspace, file: str | Path) -> None:
+    """Write a PNG: the basis vectors as patches and, if the subspace has a spectrum, the energy along its directions.
+
+    Each patch has its own scale; grey is 0, in an Oklab subspace the mean colour. At most 64 are drawn. Without a
+    `token_order`, channel_last is assumed, as `AsymFlow` does. Raises InputError if the subspace has no patch size.
+    """
+    patches = basis_patches(subspace, SHOWN)
+    if subspace.spectrum is None:
+        picture = Figure(figsize=(5.2, 5.6), dpi=110, layout="constrained")
+        left = picture.subplots()
+    else:
+        picture = Figure(figsize=(9.8, 5.6), dpi=110, layout="constrained")
+        panels = picture.subplot_mosaic([["left", "above"], ["left", "below"]], width_ratios=(1.1, 1))
+        left = panels["left"]
+        draw_spectrum(subspace, panels["above"], panels["below"])
+    left.set_axis_off()
+    shown = f"{len(patches)} of {subspace.rank}" if subspace.rank > SHOWN else subspace.rank
+    left.set_title(f"{shown} direction{'s' * (subspace.rank != 1)}", fontsize=10, color=INK)
+    if len(patches):
+        left.imshow(image_grid(magnified(patches), gap=6), interpolation="antialiased")
+    picture.suptitle(headline(subspace), fontsize=10, color=INK)
+    with files.replacing(file) as beside:
+        picture.savefig(beside, format="png")
+
+
+def basis_patches(subspace: Subspace, count: int) -> Tensor:
+    """The first `count` basis vectors as patches (n, 3, p, p) in [-1, 1], each scaled to its own range.
+
+    Of other than three channels the first three are red, green and blue, or the first alone is grey.
+    """
+    if subspace.patch_size is None:
+        raise InputError("a subspace without a patch size cannot be drawn: nothing says how its vectors become patches")
+    vectors = subspace.basis[:, :count].detach().float().cpu().mT[:, None]
+    patches = unpatchify(vectors, (1, 1), subspace.patch_size, subspace.token_order or CHANNEL_LAST)
+    if subspace.color_space == "oklab" and patches.shape[1] == 3:
+        # A direction in colour, seen from the mean colour (0) and about as far as a screen goes: white is 2.75 above
+        # it in lightness, and at its own lightness every hue can be shown to 0.6.
+        reach = torch.tensor([2.5, 0.6, 0.6])[:, None, None]
+        return oklab_to_rgb(patches / (patches / reach).abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
+    patches = patches[:, :3] if patches.shape[1] >= 3 else patches[:, :1].expand(-1, 3, -1, -1)
+    return patches / patches.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+
+
+def magnified(patches: Tensor) -> Tensor:
+    """Every pixel a square of pixels, so that the gaps between patches are thin at any patch size."""
+    times = max(1, 96 // patches.shape[-1])
+    return patches.repeat_interleave(times, -1).repeat_interleave(times, -2)
+
+
+def draw_spectrum(subspace: Subspace, above, below) -> None:
+    """The share of energy along each principal direction, and below the share of the first n together."""
+    energy = subspace.spectrum.detach().double().cpu()
+    share = energy / energy.sum()
+    together, number = share.cumsum(0), torch.arange(1, len(share) + 1)
+    seen = share > 1e-12 * share.max()  # below is rounding
+    above.loglog(number[seen], share[seen], color=INK, linewidth=1.5)
+    below.semilogx(number, together, color=INK, linewidth=1.5)
+    above.set_title("energy along each direction", fontsize=10, color=INK)
+    below.set_title("energy along the first directions together", fontsize=10, color=INK)
+    below.set_xlabel("direction", fontsize=9, color=INK)
+    below.set_ylim(top=1.02)
+    if 1 <= subspace.rank <= len(share):
+        for panel, values in ((above, share), (below, together)):
+            panel.axvline(subspace.rank, color=ACCENT, linewidth=1, linestyle="--")
+            (mark,) = panel.plot(subspace.rank, values[subspace.rank - 1], "o", color=ACCENT, markersize=5)
+        mark.set_label(f"rank {subspace.rank}: {100 * together[subspace.rank - 1]:.1f} %")
+        # A curve that only rises, and ever slower, leaves this corner free.
+        below.legend(loc="lower right", fontsize=9, framealpha=1, edgecolor="white", labelcolor=ACCENT)
+    for panel in (above, below):
+        panel.grid(color="0.92", which="major")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=8)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        panel.yaxis.set_major_formatter(lambda y, _: f"{np.format_float_positional(100 * y, 6, False, trim='-')} %")
+
+
+def headline(subspace: Subspace) -> str:
+    facts = [
+        f"rank {subspace.rank} of {subspace.dim}",
+        f"patches of {subspace.patch_size} x {subspace.patch_size} pixels",
+        subspace.color_space,
+    ]
+    lines = [", ".join(fact for fact in facts if fact), *textwrap.wrap(subspace.fitted_on or "", 80)]
+    return "\n".join(lines)

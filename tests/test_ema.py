@@ -1,0 +1,133 @@
+"""Moving averages: what the profiles are, that they are tracked as stated, and that any can be put together later."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asymflow.errors import InputError
+from asymflow.training.ema import Averages, Profile, power_of, reconstruction
+from asymflow.training.shards import Fragment
+
+WIDTHS = st.floats(0.01, 0.28)
+
+
+def fragment(weight):
+    return Fragment("w", tuple(weight.shape), 0, weight, {}, {})
+
+
+def history(steps, seed=0):
+    """Weights that wander, (steps, 5), in float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(steps, 5, generator=g, dtype=torch.float64).cumsum(0)
+
+
+def track(weights, profiles, at=()):
+    """Let Averages see the weights of each step; the averages at the end, and at the steps `at`."""
+    weight = torch.zeros(5, dtype=torch.float64)
+    averages = Averages([fragment(weight)], profiles)
+    taken = {}
+    for step, value in enumerate(weights, start=1):
+        weight.copy_(value)
+        averages.update(step)
+        if step in at:
+            taken |= {(step, p): averages.values[p][0].clone() for p in profiles}
+    return [averages.values[p][0] for p in profiles], taken
+
+
+@given(WIDTHS)
+def test_the_power_has_the_width_that_it_is_named_by(sigma_rel):
+    """By the moments of the density a t^(a-1) on [0, 1]: E t = a / (a + 1), E t^2 = a / (a + 2)."""
+    a = power_of(sigma_rel)
+    assert math.sqrt(a / (a + 2) - (a / (a + 1)) ** 2) == pytest.approx(sigma_rel, rel=1e-6)
+
+
+def test_the_powers_are_those_of_the_paper():
+    """Karras et al. 2024 name gamma = 16.97 and 6.94 for the widths 0.05 and 0.10."""
+    assert power_of(0.05) - 1 == pytest.approx(16.97, abs=0.005)
+    assert power_of(0.10) - 1 == pytest.approx(6.94, abs=0.005)
+
+
+@pytest.mark.parametrize("sigma_rel", [0, -0.1, 0.3, math.nan, math.inf])
+def test_a_width_that_no_power_has_is_refused(sigma_rel):
+    with pytest.raises(InputError, match="sigma_rel must be between"):
+        Profile(sigma_rel=sigma_rel)
+
+
+@given(WIDTHS, st.integers(1, 60))
+@settings(max_examples=25)
+def test_a_power_average_weighs_the_past_by_its_profile(sigma_rel, steps):
+    a, weights = power_of(sigma_rel), history(steps)
+    t = torch.arange(1, steps + 1, dtype=torch.float64)
+    profile = (t / steps) ** a - ((t - 1) / steps) ** a
+    assert profile.sum() == pytest.approx(1)
+    (average,), _ = track(weights, [Profile(sigma_rel=sigma_rel)])
+    assert torch.allclose(average, profile @ weights, rtol=1e-10, atol=1e-10)
+
+
+@given(st.floats(0, 0.999), st.integers(1, 60))
+@settings(max_examples=25)
+def test_a_constant_decay_weighs_the_past_geometrically(decay, steps):
+    """What is left of the initial weights, zero here, included."""
+    weights = history(steps)
+    profile = (1 - decay) * decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    (average,), _ = track(weights, [Profile(decay=decay)])
+    assert torch.allclose(average, profile @ weights, rtol=1e-10, atol=1e-10)
+
+
+def test_any_width_is_put_together_from_snapshots_of_two():
+    """Against the same average, tracked directly: the error is what is said to be unmatched, and small."""
+    steps, kept = 4000, [Profile(sigma_rel=0.05), Profile(sigma_rel=0.10)]
+    taken_at = range(250, steps + 1, 250)
+    weights = history(steps)
+    wanted = [0.03, 0.05, 0.07, 0.10, 0.15, 0.2]
+    direct, taken = track(weights, [*kept, *(Profile(sigma_rel=w) for w in wanted)], at=taken_at)
+    snapshots = [(step, p.sigma_rel) for step in taken_at for p in kept]
+    plain = (weights[-1] - direct[2:][3]).norm()  # how far one can be off: the last weights against an average
+    for width, expected in zip(wanted, direct[2:], strict=True):
+        coefficients, unmatched = reconstruction(snapshots, steps, width)
+        found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
+        assert coefficients.sum() == pytest.approx(1, abs=0.01)
+        assert (found - expected).norm() < 0.02 * plain, width
+        assert unmatched < (0.05 if width >= 0.05 else 0.3), width
+        if width in (0.05, 0.10):  # a snapshot itself
+            assert unmatched < 1e-6
+            assert torch.allclose(found, expected, atol=1e-6 * expected.norm().item())
+
+
+def test_it_ends_where_it_is_asked_to_and_uses_nothing_later():
+    snapshots = [(step, width) for step in (100, 200, 300) for width in (0.05, 0.1)]
+    coefficients, _ = reconstruction(snapshots, 200, 0.08)
+    assert (coefficients[4:] == 0).all()
+    assert (coefficients[:4] != 0).any()
+    with pytest.raises(InputError, match="no snapshot up to step 99"):
+        reconstruction(snapshots, 99, 0.08)
+
+
+def test_a_long_training_is_no_problem():
+    """750,000 steps, 64 snapshots: block by block, in seconds, and without overflow."""
+    snapshots = [(step, width) for step in np.linspace(750_000 / 32, 750_000, 32).astype(int) for width in (0.05, 0.1)]
+    coefficients, unmatched = reconstruction(snapshots, 750_000, 0.075)
+    assert np.isfinite(coefficients).all()
+    assert unmatched < 0.02
+
+
+def test_names_are_those_of_checkpoints():
+    assert Profile(decay=0.9999).name == "0.9999"
+    assert Profile(sigma_rel=0.05).name == "rel-0.050"
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.5, "sigma_rel": 0.1}, {"decay": 1.0}, {"decay": -0.1}])
+def test_other_profiles_are_refused(options):
+    with pytest.raises(InputError):
+        Profile(**options)
+
+
+def test_before_the_first_step_an_average_is_the_initial_weights():
+    weight = torch.arange(5.0)
+    averages = Averages([fragment(weight)], [Profile(decay=0.9)])
+    weight.zero_()
+    assert torch.equal(averages.values[Profile(decay=0.9)][0], torch.arange(5.0))
