@@ -190,7 +190,7 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(model, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "option", [dict(interval="0.9"), dict(interval="0.9,0.1"), dict(interval="a,b"), dict(size="16")]
+    "option", [dict(interval="0.9"), dict(interval="0.9,0.1"), dict(interval="a,b"), dict(size="16x")]
 )
 def test_values_of_the_wrong_form_are_answered_in_one_line(model, tmp_path, capsys, option):
     with pytest.raises(SystemExit) as end:

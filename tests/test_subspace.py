@@ -321,7 +321,7 @@ def test_what_is_no_subspace_file_is_refused_by_name(tmp_path):
     refused(path, "not a whole safetensors file")
     basis, scale = torch.eye(4, 2), torch.tensor(1.0, **DOUBLE)
     for tensors, metadata, named in [
-        ({}, {}, "(none)"),
+        ({}, {}, "none"),
         ({"basis": basis}, {}, "basis"),
         ({"scale": scale}, {}, "scale"),
         ({"basis": basis, "scale": scale, "weight": basis.clone()}, {}, "weight"),

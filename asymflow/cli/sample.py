@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.cli.common import default_device, usable_device
+from asymflow.cli.common import default_device, image_size, usable_device
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
 from asymflow.errors import InputError
@@ -57,7 +57,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels LOW,HIGH where guidance acts")
     p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
     p.add_argument("--clamp", action="store_true", help="keep the denoised image within displayable colours on the way")
-    p.add_argument("--size", type=size, default=None, help="HEIGHTxWIDTH in pixels, if not as trained")
+    p.add_argument(
+        "--size",
+        type=image_size,
+        default=None,
+        help="pixels, such as 256 or 256x384 (height x width), if not as trained",
+    )
     p.add_argument("--batch", type=int, default=16, help="images at a time")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone")
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
@@ -227,8 +232,3 @@ def interval(text: str) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise ValueError
     return low, high
-
-
-def size(text: str) -> tuple[int, int]:
-    height, width = (int(word) for word in text.split("x"))
-    return height, width
