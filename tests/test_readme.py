@@ -1,21 +1,26 @@
 """What the README shows is what the repository does."""
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
 
 import nano_asymflow
+from asymflow.cli import make_parser
 from nano_asymflow import random_stream
 
 ROOT = Path(nano_asymflow.__file__).parent
 README = (ROOT / "README.md").read_text()
 
 
+def code_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_its_code_computes_what_nano_asymflow_computes():
     """Bit for bit: the same products in the same order."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    shown = {}
+    code, shown = code_blocks()[0], {}
     exec(code, shown)
     x, y = torch.randn(2, 5, 7, generator=random_stream(0, "test"))
     basis, sigma = torch.linalg.qr(y.mT).Q[:, :3], torch.linspace(0.1, 1, 5)[:, None]
@@ -24,8 +29,25 @@ def test_its_code_computes_what_nano_asymflow_computes():
     assert torch.equal(*recovered)
 
 
+def test_its_example_of_the_library_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = {}
+    exec(code_blocks()[1], shown)
+    assert shown["u"].shape == shown["images"].shape == (2, 3, 64, 64)
+    assert shown["loss"].requires_grad
+    assert (tmp_path / "runs/readme/model.safetensors").is_file()
+
+
+def test_its_commands_of_the_library_exist():
+    """Every command line shown is one that the parser takes."""
+    lines = re.findall(r"^asymflow (.*?)(?: +#.*)?$", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        assert make_parser().parse_args(shlex.split(line)).run
+
+
 def test_its_links_lead_to_files():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).is_file()] == []
 

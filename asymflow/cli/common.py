@@ -1,6 +1,8 @@
 """What the subcommands share: parsing that answers in one line, and refusing to overwrite."""
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +24,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults that are worth showing, and keeps the line breaks of a description (its examples)."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) or action.required else super()._get_help_string(action)
+        worth_showing = action.default is not None and action.default is not False and not action.required
+        return super()._get_help_string(action) if worth_showing else action.help
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number, and no smaller than `lowest`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"it must be a whole number of at least {lowest}, but it is {text!r}")
+        return int(text)
+
+    return number
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """The type of an option such as 256, or HEIGHTxWIDTH: (height, width)."""
+    if not re.fullmatch("[0-9]+(x[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"it must be pixels, such as 256 or 256x384 (height x width), not {text!r}")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def new_file(path: Path) -> Path:
     """`path`, if nothing is there yet. Called before long work, so that it is not refused afterwards."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already, and is not overwritten: choose another name or remove it")
     return path
 

@@ -1,2 +1,80 @@
-def add_command(commands):
-    pass
+"""`asymflow import`: a published checkpoint becomes a folder of this library; a subspace file, a subspace of it."""
+
+import argparse
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from asymflow.cli.common import at_least
+from asymflow.cost import parameters
+from asymflow.errors import InputError
+from asymflow.model import WEIGHTS
+from asymflow.published import WEIGHTS as SETS
+from asymflow.published import load_published
+from asymflow.subspace import Subspace
+
+TEXT = """Read a published checkpoint, and write it as this library does: a folder with config.json and
+model.safetensors, for AsymFlow.from_pretrained and all commands. Or a subspace of the reference, as FILE.safetensors.
+These can be read: Lakonik/AsymFlow-ImageNet, JiT as safetensors, LTH14/JiT's .pth, and subspaces (proj_mat_p16)."""
+
+EXAMPLES = """\
+examples:
+  asymflow import asymflow_h_16_r8_imagenet.safetensors --out models/asymflow-h16
+  asymflow import checkpoint-last.pth --weights ema2 --out models/jit-b16
+  asymflow import subspace_p16_r8.pt --out imagenet-r8.safetensors"""
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("import", help="make a folder of a published model", description=TEXT, epilog=EXAMPLES)
+    p.add_argument("file", type=Path, metavar="FILE", help="the published file")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or FILE.safetensors")
+    p.add_argument("--weights", choices=SETS, help="which ones, if the file has several (default: ema1)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written")
+    p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a model that has no published size")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    out = args.out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists already, and is not overwritten: choose another --out or remove it")
+    options = dict(weights=args.weights, in_context_start=args.in_context_start)
+    print(f"reading {args.file} ...", file=sys.stderr)
+    model = load_published(args.file, dtype=getattr(torch, args.dtype), **options)
+    if isinstance(model, Subspace):
+        if out.suffix != ".safetensors":
+            raise InputError(f"{args.file} is a subspace, which is written to one file: --out must end in .safetensors")
+        model.save(out)
+        print(f"a subspace of rank {model.rank} of {model.dim} dimensions, scale {model.scale.item():.6g}, is in {out}")
+        print(f"try: asymflow subspace show {shlex.quote(str(out))}")
+        return
+    with replacing_folder(out) as beside:
+        model.save_pretrained(beside)
+    jit, side = model.backbone.config, model.backbone.config["image_size"]
+    size = (out / WEIGHTS).stat().st_size
+    print(
+        f"JiT of width {jit['width']} and depth {jit['depth']}, {parameters(model)[0] / 1e6:,.1f} million parameters, "
+        f"rank {model.subspace.rank}, for {side} x {side} pixels"
+    )
+    print(f"is in {out}, in {args.dtype}, {size / 1e9:,.2f} GB")
+    print(f"try: asymflow sample --model {shlex.quote(str(out))} --num 4 --out samples")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write to. It becomes `path` if the block ends well, and is removed if it does not."""
+    beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if path.exists():
+            path.rmdir()  # it is empty; not every system renames onto an empty folder
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,2 +1,262 @@
-def add_command(commands):
-    pass
+"""`asymflow info`: what a model is and what it costs, without reading its weights."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from asymflow import cost, files, published
+from asymflow.backbones.jit import SIZES, JiT
+from asymflow.cli.common import at_least, image_size
+from asymflow.errors import InputError
+from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
+from asymflow.patches import token_grid
+from asymflow.sampling import guided, sample, sigma_grid
+from asymflow.subspace import Subspace
+
+TEXT = """Say what a model is, and what it costs to run and to train. Its weights are not read, and need not even exist:
+operations and memory are counted on tensors without numbers. It takes seconds."""
+
+EXAMPLES = f"""\
+examples:
+  asymflow info runs/h16                                    a folder of save_pretrained
+  asymflow info asymflow_h_16_r8_imagenet.safetensors       a published checkpoint
+  asymflow info JiT-H/16 --batch 128 --gpus 8               no file yet: what would it cost to train?
+  asymflow info JiT-L/32 --image-size 512x768 --json
+
+The names are JiT-SIZE/PATCH, with SIZE in {", ".join(SIZES)}. A multiply-add is two operations. Memory is that of AdamW
+with an EMA, under DeepSpeed ZeRO; stage 0 is plain data parallelism. Activations are those of the CPU's kernels: with
+the fused kernels of GPUs they are smaller, under autocast by about a sixth. Buffers for communication, workspaces and
+gaps of the allocator come on top."""
+
+STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
+GPUS, STAGES = (1, 8, 64), (0, 1, 2, 3)
+RANK = 8
+LABEL = 15  # characters of the first column
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("info", help="what a model is, and what it costs", description=TEXT, epilog=EXAMPLES)
+    p.add_argument("model", metavar="MODEL", help="folder of save_pretrained, published file, or a name: JiT-H/16")
+    p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
+    p.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images on each GPU in training")
+    p.add_argument("--gpus", type=at_least(1), metavar="N", help="GPUs in training (default: 1, 8 and 64)")
+    p.add_argument(
+        "--precision",
+        choices=cost.PRECISIONS,
+        default="autocast",
+        help="in training: autocast to bfloat16 over float32 weights, bfloat16 with float32 master weights, or float32",
+    )
+    p.add_argument("--rank", type=at_least(0), metavar="R", help=f"with a name: of the subspace (default: {RANK})")
+    p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a published file of unusual size")
+    p.add_argument("--json", action="store_true", help="print one JSON object, with all numbers in full")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    found = describe(args)
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
+    path = Path(args.model)
+    named = args.model.startswith("JiT-") and not path.exists()
+    if args.rank is not None and not named:
+        raise InputError(f"--rank goes with a name such as JiT-H/16, but {path} has a rank of its own")
+    if named:
+        kind, model = "a model that could be trained", from_name(args.model, RANK if args.rank is None else args.rank)
+    else:
+        kind, model = from_folder(path) if path.is_dir() else from_file(path, args.in_context_start)
+    found = {"model": args.model, "kind": kind}
+    if isinstance(model, Subspace):
+        return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale.item()}
+    if isinstance(model, dict):  # of a backbone that is not in this library
+        return found | model | {"training_memory": training_memory(args, model["parameters"])}
+    image = (model.channels, *(args.image_size or [n * model.patch_size for n in model.backbone.grid]))
+    grid = token_grid(torch.empty(1, *image, device="meta"), model.patch_size)
+    found |= about(model) | {"image": image, "grid": grid, "flops": operations(model, image)}
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    memory = training_memory(args, found["parameters"], largest)
+    return found | {"training_memory": memory | {"activations": activations(model, image, args)}}
+
+
+# ---- Finding the model -----------------------------------------------------------------------------------------------
+def from_name(name: str, rank: int) -> AsymFlow:
+    with torch.device("meta"):
+        jit = JiT.from_name(name.removeprefix("JiT-"))
+    if rank > jit.dim:
+        raise InputError(f"--rank {rank} is more than the {jit.dim} dimensions of a token of {name}")
+    return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)), noise_scale=max(1.0, jit.config["image_size"] / 256))
+
+
+def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
+    kind = "a folder of save_pretrained"
+    config = read_config(path / CONFIG)
+    parts = [config.get(name) for name in ("network", "tokens", "flow")]
+    if not all(isinstance(part, dict) for part in parts) or parts[0].get("class", "JiT") in BACKBONES:
+        return kind, AsymFlow.from_pretrained(path)  # safetensors are mapped into memory, and read only where needed
+    tensors = files.read_tensors(path / WEIGHTS)[0]
+    count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
+    return kind, {"config": config, "parameters": {"total": count, "trainable": count}}
+
+
+def from_file(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow | Subspace]:
+    if files.existing_file(path).suffix == ".safetensors":
+        content = published.read(path)
+        if {"basis", "scale"} <= content.keys():
+            return "a subspace", Subspace.load(path)
+    else:
+        with FakeTensorMode():  # which makes torch.load skip the numbers
+            content = published.read(path)
+    if any(str(name).startswith("proj_mat_p") for name in content):
+        return "a subspace of the reference", published.load_published(path)
+    tensors = published.chosen_weights(content, None, path)
+    jit = make_backbone(JiT.__name__, published.jit_sizes(tensors, in_context_start, path))
+    positions = published.published_positions(jit)
+    published.check_jit({name: tensor for name, tensor in tensors.items() if name not in positions}, jit, path)
+    jit.to(next(iter(tensors.values())).dtype)
+    noise_scale = max(1.0, jit.config["image_size"] / 256)
+    if "proj_buffer" not in tensors:
+        return "a published JiT", AsymFlow(jit, Subspace.empty(jit.dim), noise_scale=noise_scale)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is a pickle with a subspace in it: make a folder of it first, by asymflow import")
+    subspace = published.checked_subspace(path, tensors["proj_buffer"], tensors["scale_buffer"])
+    return "a published AsymFlow", AsymFlow(jit, subspace, noise_scale=noise_scale)
+
+
+# ---- What it is, and what it costs -----------------------------------------------------------------------------------
+def about(flow: AsymFlow) -> dict:
+    total, trainable = cost.parameters(flow)
+    return {
+        "config": flow.config,
+        "scale": flow.subspace.scale.item(),
+        "dtype": str(flow.backbone_dtype).removeprefix("torch."),
+        "parameters": {"total": total, "trainable": trainable},
+    }
+
+
+def operations(flow: AsymFlow, image: tuple[int, ...]) -> dict:
+    forward = cost.flops(flow, image)
+    passes = {"unguided": passes_for_sampling(1.0), "guided": passes_for_sampling(2.0)}
+    return {
+        "forward": forward,
+        "training_step": cost.flops(flow, image, training=True),
+        "sampling": {"steps": STEPS, "guided_for_sigma": INTERVAL, "passes": passes}
+        | {name: n * forward for name, n in passes.items()},
+    }
+
+
+def passes_for_sampling(guidance: float) -> int:
+    """How often an image goes through the network, counted in the sampler itself."""
+    passes = 0
+
+    def flow(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal passes
+        passes += len(x)
+        return x
+
+    sample(guided(flow, {}, {}, guidance, INTERVAL), torch.zeros(1, 1), sigma_grid(STEPS))
+    return passes
+
+
+def training_memory(args: argparse.Namespace, parameters: dict, largest_layer: int = 0) -> dict:
+    counts = dict(trainable=parameters["trainable"], frozen=parameters["total"] - parameters["trainable"])
+    states = []
+    for gpus in [args.gpus] if args.gpus else GPUS:
+        for stage in STAGES:
+            options = dict(gpus=gpus, stage=stage)
+            kinds = cost.training_memory(**counts, **options, precision=args.precision, largest_layer=largest_layer)
+            states.append({**options, **kinds, "total": sum(kinds.values())})
+    return {"precision": args.precision, "batch_on_each_gpu": args.batch, "states_on_each_gpu": states}
+
+
+def activations(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace) -> dict:
+    """Of a batch, without and with the recomputation of every block in the backward pass."""
+    result = {}
+    for name, flow.backbone.checkpoint_every in (("all_kept", 0), ("recomputed", 1)):
+        kept, peak = cost.activation_bytes(flow, image, args.batch, args.precision)
+        result[name] = {"kept": kept, "peak": peak}
+    return result
+
+
+# ---- For people ------------------------------------------------------------------------------------------------------
+def as_text(found: dict) -> str:
+    lines = {"model": f"{found['model']}, {found['kind']}"}
+    if "dim" in found:
+        lines["subspace"] = f"rank {found['rank']} of {found['dim']} dimensions, scale {found['scale']:.6g}"
+        return aligned(lines | {"more": f"asymflow subspace show {found['model']}"})
+    lines |= jit(found) if "image" in found else backbone_elsewhere(found["config"])
+    lines["parameters"] = f"{found['parameters']['total'] / 1e6:,.1f} million"
+    lines |= work(found["flops"]) if "flops" in found else {"operations": "not counted: the backbone is not ours"}
+    return aligned(lines) + "\n\n" + memory(found["training_memory"])
+
+
+def jit(found: dict) -> dict[str, str]:
+    flow, tokens, network = (found["config"][name] for name in ("flow", "tokens", "network"))
+    sizes, patch = network["config"], flow["patch_size"]
+    known = next((f"-{name}/{patch}" for name, those in SIZES.items() if those.items() <= sizes.items()), "")
+    shown = "".join(f", {name} {sizes[name]}" for name in ("width", "depth", "heads", "bottleneck", "dropout"))
+    channels, height, width = found["image"]
+    rows, columns = found["grid"]
+    record = "".join(f", {tokens[name]}" for name in ("color_space", "fitted_on") if tokens[name])
+    return {
+        "backbone": f"{network['class']}{known}, {found['dtype']}{shown}",
+        "images": f"{height} x {width} pixels, {channels} channels, {sizes['num_classes']} classes",
+        "tokens": f"{rows} x {columns} patches of {patch} x {patch} pixels, {flow['token_order']}",
+        "in context": f"{sizes['in_context_tokens']} tokens of the class from block {sizes['in_context_start']} on",
+        "subspace": f"rank {tokens['rank']} of {tokens['dim']} dimensions, scale {found['scale']:.6g}{record}",
+        "flow": f"sigma_min {flow['sigma_min']:g}, noise_scale {flow['noise_scale']:g}",
+    }
+
+
+def backbone_elsewhere(config: dict) -> dict[str, str]:
+    """What the configuration says of a model whose backbone is not in this library."""
+    network = config["network"]
+    parts = {
+        "backbone": {"class": network["class"], **network.get("config", {})},
+        "tokens": config["tokens"],
+        "flow": config["flow"],
+    }
+    return {part: ", ".join(f"{name} {value}" for name, value in values.items()) for part, values in parts.items()}
+
+
+def work(flops: dict) -> dict[str, str]:
+    forward, sampling = flops["forward"], flops["sampling"]
+    low, high = sampling["guided_for_sigma"]
+    plain, guided = (f"{sampling[n] / 1e12:,.2f} TFLOPs an image" for n in ("unguided", "guided"))
+    passes = sampling["passes"]
+    return {
+        "forward pass": f"{forward / 1e9:,.1f} GFLOPs an image ({forward / 2e9:,.1f} billion multiply-adds)",
+        "training step": f"{flops['training_step'] / 1e9:,.1f} GFLOPs an image",
+        "sampling": f"{plain}: {sampling['steps']} Heun steps, {passes['unguided']} passes",
+        "guided": f"{guided}: {passes['guided']} passes, two where sigma is in [{low:g}, {high:g}]",
+    }
+
+
+def memory(found: dict) -> str:
+    """A table of GiB: a row for each ZeRO stage, a column for each number of GPUs."""
+    peaks = [peak["peak"] for peak in found["activations"].values()] if "activations" in found else [0]
+
+    def cell(states: int) -> str:
+        first, *second = (f"{(states + peak) / 2**30:,.1f}" for peak in peaks)
+        return first + "".join(f" ({number})" for number in second)
+
+    cells = {(state["stage"], state["gpus"]): cell(state["total"]) for state in found["states_on_each_gpu"]}
+    gpus = sorted({n for _, n in cells})
+    rows = [["", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)]]
+    rows += [[f"ZeRO {stage}", *(cells[stage, n] for n in gpus)] for stage in STAGES]
+    width = max(len(text) for row in rows for text in row)
+    batch = f"{found['batch_on_each_gpu']} images on each"
+    title = f"Memory to train, GiB on each GPU, {found['precision']}"
+    title += f", {batch} (in parentheses: all blocks recomputed)" if "activations" in found else ", without activations"
+    return "\n".join(
+        [title, *(f"{row[0]:{LABEL}}" + "".join(f"{text:>{width + 3}}" for text in row[1:]) for row in rows)]
+    )
+
+
+def aligned(lines: dict[str, str]) -> str:
+    return "\n".join(f"{label:{LABEL}}{text}" for label, text in lines.items())

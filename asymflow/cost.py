@@ -1,0 +1,192 @@
+"""What a model costs: parameters, operations and memory, counted on tensors that have shapes but no numbers.
+
+Nothing here needs the weights, a GPU or the memory that it counts: a JiT-H takes seconds on a laptop.
+"""
+
+import copy
+import math
+import warnings
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from asymflow.backbones.jit import JiT
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+
+PRECISIONS = ("autocast", "bfloat16", "float32")
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """`(total, trainable)` numbers of parameters. One that is shared counts once; buffers do not count."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
+
+
+# ---- Operations ------------------------------------------------------------------------------------------------------
+def flops(flow: AsymFlow, image_shape: tuple[int, ...], training: bool = False, **conditions: Tensor) -> int:
+    """Floating point operations for one image: of a forward pass, or of forward and backward if `training`.
+
+    A multiply-add is two operations (tables in papers, such as that of arXiv 2511.13720, often call it one "flop").
+    Only products of matrices count, those of attention and of the subspace among them: all else is small. What
+    `checkpoint_every` computes twice counts twice; attention counts as if it kept its scores, in every kernel.
+
+    image_shape: (C, H, W), or (T, C, H, W) of a video. conditions: for one image, (1, ...); only shapes and dtypes
+    matter. JiT needs none. Raises InputError if the shape does not fit the model.
+    """
+    flow = stand_in(flow, "meta").train(training)
+    with FlopCounterMode(display=False) as counter:
+        loss = loss_of_noise(flow, 1, image_shape, "meta", conditions)
+        if training:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+# ---- Memory for activations ------------------------------------------------------------------------------------------
+def activation_bytes(
+    flow: AsymFlow, image_shape: tuple[int, ...], batch: int = 1, precision: str = "autocast", **conditions: Tensor
+) -> tuple[int, int]:
+    """`(kept, peak)`: the bytes of a training step of `batch` images besides weights, buffers and gradients.
+
+    kept: what the forward pass leaves for the backward pass. Under autocast, that has the bfloat16 copies of the
+        weights in it, which do not grow with the batch.
+    peak: the most at any time. Beyond `kept` there are the gradients that travel backwards, that of the weight at work
+        before it is added to the others, and what is recomputed of blocks with `checkpoint_every`.
+
+    Counted over distinct storages, while the step runs on fake tensors with the CPU's kernels, whose attention keeps no
+    scores, as in flash attention. For GPUs this is an upper bound: their fused RMSNorm (torch >= 2.9) would leave of a
+    JiT-H 17 % less under autocast and 33 % less in bfloat16, and their dropout keeps one byte a number. On the other
+    hand an allocator rounds up and leaves gaps, and kernels have workspaces: neither is counted.
+
+    precision: "autocast" to bfloat16 over float32 weights; "bfloat16", of weights and all, as DeepSpeed's bf16 has it;
+    "float32"; whatever the dtype of the model given. The rest: as for `flops`.
+    """
+    check_precision(precision)
+    flow = stand_in(flow, "meta").to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: no fused RMSNorm for mixed dtypes
+        flow = stand_in(flow, "cpu")
+        for weight in flow.parameters():
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+        gradients = [weight.grad for weight in flow.parameters() if weight.requires_grad]
+        with LiveBytes([*flow.parameters(), *flow.buffers(), *gradients]) as live:
+            with autocast:
+                loss = loss_of_noise(flow, batch, image_shape, "cpu", conditions)
+            kept = live.now
+            loss.backward()
+    return kept, live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is active, each storage once, for as long as it lives.
+
+    now, peak: bytes. known: tensors that do not count, nor do views of them.
+    """
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.known, self.now, self.peak = known, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.watch(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            weakref.finalize(storage, self.forget, key).atexit = False
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+# ---- Memory for everything else --------------------------------------------------------------------------------------
+def training_memory(
+    trainable: int,
+    frozen: int = 0,
+    *,
+    gpus: int = 1,
+    stage: int = 0,
+    precision: str = "autocast",
+    ema: bool = True,
+    largest_layer: int = 0,
+) -> dict[str, int]:
+    """The bytes on each GPU that do not depend on the batch, by kind, for Adam under DeepSpeed ZeRO.
+
+    trainable, frozen: numbers of parameters. stage: 0 (plain data parallelism) to 3. From stage 1 on the optimizer's
+    state is divided among the GPUs, from 2 on the gradients, from 3 on the weights.
+
+        bytes for each trainable parameter           autocast, float32   bfloat16   divided from stage
+        weights (and of frozen parameters)                    4              2              3
+        gradients                                             4              2              2
+        step_gradients, float32 for the optimizer             0              4              1
+        master_weights, float32                      4 in stages 1, 2        4              1
+        adam, its two moments                                 8              8              1
+        ema, float32                                          4              4              1 (if kept by shards)
+
+    This is how DeepSpeed 0.19 keeps them with its AdamW and gradients accumulated in the dtype of the weights; for
+    bfloat16 and stage 2, it is its own estimate, 2 + 18 / n bytes. In stages 1 and 2 it copies a GPU's share of the
+    weights also where they are float32. Its buffers for communication come on top: their sizes are set in its
+    configuration, and by default some GB.
+
+    largest_layer: parameters of the largest layer, whose weights and gradients stage 3 gathers (gathered_layer).
+    Raises InputError for a stage, precision or number that does not exist.
+    """
+    check_precision(precision)
+    if stage not in range(4):
+        raise InputError(f"a ZeRO stage is 0, 1, 2 or 3, but it is {stage}")
+    if gpus < 1 or min(trainable, frozen, largest_layer) < 0:
+        raise InputError(f"there must be at least 1 GPU, and no negative number of parameters ({gpus} GPUs given)")
+    size = 2 if precision == "bfloat16" else 4
+    shared = {first: gpus if stage >= first else 1 for first in (1, 2, 3)}
+    kinds = {
+        "weights": size * (trainable + frozen) / shared[3],
+        "gradients": size * trainable / shared[2],
+        "step_gradients": (4 if size == 2 else 0) * trainable / shared[1],
+        "master_weights": (4 if size == 2 or stage in (1, 2) else 0) * trainable / shared[1],
+        "adam": 8 * trainable / shared[1],
+        "ema": (4 if ema else 0) * trainable / shared[1],
+        "gathered_layer": (2 * size if stage == 3 else 0) * largest_layer,
+    }
+    return {kind: math.ceil(number) for kind, number in kinds.items()}
+
+
+# ---- Stand-ins -------------------------------------------------------------------------------------------------------
+def stand_in(flow: AsymFlow, device: str) -> AsymFlow:
+    """A copy whose parameters and buffers have the shapes and dtypes of the original, and nothing in them."""
+    memo = {}
+    for tensor in [*flow.parameters(), *flow.buffers()]:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        trained = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+    return copy.deepcopy(flow, memo)
+
+
+def loss_of_noise(flow: AsymFlow, batch: int, image_shape: tuple[int, ...], device: str, conditions: dict) -> Tensor:
+    """The loss of a training step. Only shapes matter: there are no numbers in any of it."""
+    if not conditions and isinstance(flow.backbone, JiT):
+        conditions = {"labels": torch.empty(1, dtype=torch.long, device=device)}
+    conditions = {
+        name: torch.empty((batch, *value.shape[1:]), dtype=value.dtype, device=device)
+        for name, value in conditions.items()
+    }
+    x_sigma, u = torch.empty((2, batch, *image_shape), device=device)
+    return (flow(x_sigma, torch.empty(batch, device=device), **conditions) - u).square().mean()
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but it is {precision!r}")

@@ -1,0 +1,423 @@
+"""The command line: its frame, `info` and `import`. What is wrong is answered in one line, and leaves nothing."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensor
+
+from asymflow import AsymFlow, Subspace, cost, published
+from asymflow.backbones.jit import JiT, sincos_positions
+from asymflow.cli import import_, main
+from asymflow.cli.info import as_text, memory
+from asymflow.model import CONFIG, WEIGHTS
+from asymflow.published import published_name
+
+COMMANDS = ("subspace", "sample", "import", "info")
+PATCH, SIDE = 4, 16
+
+
+def flow(rank=5, scale=1.0, **sizes):
+    torch.manual_seed(0)
+    jit = JiT.from_name(f"tiny/{PATCH}", **{"image_size": SIDE, "num_classes": 10, "depth": 2, **sizes})
+    torch.nn.init.normal_(jit.head.linear.weight)  # zero at first: every model would be the same
+    return AsymFlow(jit, Subspace.random(jit.dim, rank, scale=scale)).eval()
+
+
+def publish(model, path, subspace=True):
+    """Write the weights in the published layout (method: the names, convolutions, and positions as weights)."""
+    jit = model.backbone
+    tensors = {published_name(name): tensor for name, tensor in jit.state_dict().items()}
+    proj1, proj2 = (f"x_embedder.proj{n}.weight" for n in (1, 2))
+    tensors[proj1] = tensors[proj1].unflatten(1, (PATCH, PATCH, 3)).movedim(-1, 1)
+    tensors[proj2] = tensors[proj2][..., None, None]
+    tensors["in_context_posemb"] = tensors["in_context_posemb"][None]
+    tensors["x_embedder.pos_embed"] = sincos_positions(jit.grid, jit.config["width"])[None].float()
+    if subspace:
+        tensors |= {"proj_buffer": model.subspace.basis, "scale_buffer": model.subspace.scale.float()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"model_ema1": tensors}, path)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process, successfully; return what it prints."""
+
+    def run(*argv):
+        assert main([str(word) for word in argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that is to end with exit code 2 and one line; return that line."""
+
+    def refused(*argv):
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as end:
+            code = end.code
+        text = capsys.readouterr()
+        assert code == 2
+        assert text.out == ""
+        *progress, line = text.err.splitlines()
+        assert all(line.startswith("reading ") for line in progress)
+        assert line.startswith("asymflow")
+        return line
+
+    return refused
+
+
+def info(run, *argv):
+    return json.loads(run("info", *argv, "--json"))
+
+
+# ---- The frame -------------------------------------------------------------------------------------------------------
+def test_help_shows_every_command_with_an_example(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert end.value.code == 0
+        assert f"asymflow {command} " in text.split("\n\n", 1)[1]  # below the usage
+        assert max(map(len, text.splitlines())) <= 120
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command}  ", text, re.M) for command in COMMANDS)
+
+
+def test_without_a_command_the_help_is_printed_as_an_error(capsys):
+    assert main([]) == 2
+    text = capsys.readouterr()
+    assert text.out == ""
+    assert "asymflow COMMAND --help" in text.err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(
+        rf"asymflow \S+, torch {re.escape(torch.__version__)}, Python 3\.\S+\n", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inform"], "inform"),
+        (["info"], "MODEL"),
+        (["info", "JiT-B/16", "--colour"], "--colour"),
+        (["info", "JiT-B/16", "--batch", "0"], "at least 1"),
+        (["info", "JiT-B/16", "--image-size", "256x"], "256x384"),
+        (["info", "JiT-B/16", "--image-size", "250"], "multiples of 16"),
+        (["info", "JiT-B/16", "--precision", "fp8"], "autocast"),
+        (["info", "JiT-B/16", "--rank", "769"], "768"),
+        (["info", "JiT-XL/16"], "SIZE in tiny, S, B, L, H"),
+        (["info", "nowhere"], "nowhere does not exist"),
+        (["import", "nowhere.safetensors", "--out", "x"], "nowhere.safetensors does not exist"),
+        (["import", "nowhere.safetensors"], "--out"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(refused, argv, message):
+    assert message in refused(*argv)
+
+
+def test_errors_of_the_system_are_answered_in_one_line(refused, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "file")
+
+    monkeypatch.setattr("asymflow.cli.info.describe", full)
+    assert refused("info", "x") == "asymflow info: error: file: No space left on device"
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asymflow.cli.info.describe", interrupt)
+    assert main(["info", "x"]) == 130
+    assert capsys.readouterr().err == "\nasymflow info: interrupted\n"
+
+
+def test_as_a_module_into_a_pipe_that_nobody_reads(tmp_path):
+    Subspace.random(48, 5).save(tmp_path / "subspace.safetensors")
+    command = [sys.executable, "-m", "asymflow", "info", tmp_path / "subspace.safetensors"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # so that it matters when
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+def test_the_same_model_as_a_folder_and_as_a_published_file(run, tmp_path):
+    model = flow(scale=1.5)
+    model.save_pretrained(tmp_path / "folder")
+    file = publish(model, tmp_path / "model.safetensors")
+    options = ("--batch", 2, "--in-context-start", 1)
+    folder, other = info(run, tmp_path / "folder", *options), info(run, file, *options)
+    assert folder.pop("kind") != other.pop("kind")
+    assert folder.pop("model") != other.pop("model")
+    for found in (folder, other):  # what the file does not tell, as the loader has it
+        found["config"]["network"]["config"].pop("dropout")
+    assert folder == other
+    assert folder["config"]["tokens"]["rank"] == 5
+    assert folder["scale"] == 1.5
+
+    shape = (3, SIDE, SIDE)
+    assert folder["image"] == list(shape)
+    assert folder["parameters"] == dict(zip(("total", "trainable"), cost.parameters(model), strict=True))
+    assert folder["flops"]["forward"] == cost.flops(model, shape)
+    assert folder["flops"]["training_step"] == cost.flops(model, shape, training=True)
+    activations = folder["training_memory"]["activations"]
+    kept, peak = cost.activation_bytes(model, shape, 2)
+    assert activations["all_kept"] == {"kept": kept, "peak": peak}
+    model.backbone.checkpoint_every = 1
+    kept, peak = cost.activation_bytes(model, shape, 2)
+    assert activations["recomputed"] == {"kept": kept, "peak": peak}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small model in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    flow(depth=1).save_pretrained(folder)
+    return folder
+
+
+def test_sampling_costs_99_passes_and_those_guided_twice(run, small):
+    """Heun: two evaluations a step but in the last. Of the levels 1, 0.98, ..., 0.02 those from 0.88 down are guided:
+    44 where a step starts, and 44 again where the one before ends."""
+    flops = info(run, small)["flops"]
+    sampling, forward = flops["sampling"], flops["forward"]
+    assert sampling["passes"] == {"unguided": 99, "guided": 99 + 44 + 44}
+    assert sampling["unguided"] == 99 * forward
+    assert sampling["guided"] == 187 * forward
+
+
+def test_options_of_training(run, small):
+    one, three = (info(run, small, "--batch", b, "--gpus", 4)["training_memory"] for b in (1, 3))
+    assert [(state["gpus"], state["stage"]) for state in one["states_on_each_gpu"]] == [(4, s) for s in range(4)]
+    assert one["states_on_each_gpu"] == three["states_on_each_gpu"]
+    assert one["activations"]["all_kept"]["kept"] < three["activations"]["all_kept"]["kept"]
+    for state in one["states_on_each_gpu"]:
+        kinds = {kind: n for kind, n in state.items() if kind not in ("gpus", "stage", "total")}
+        assert state["total"] == sum(kinds.values())
+        assert (kinds["gathered_layer"] > 0) == (state["stage"] == 3)
+    half = info(run, small, "--batch", 1, "--precision", "bfloat16")["training_memory"]
+    assert half["activations"]["all_kept"]["kept"] < one["activations"]["all_kept"]["kept"]
+    assert half["states_on_each_gpu"][0]["weights"] < one["states_on_each_gpu"][0]["weights"]
+    assert [half["states_on_each_gpu"][n]["gpus"] for n in (0, 4, 8)] == [1, 8, 64]
+
+
+def test_a_name_with_an_image_size_and_a_rank(run):
+    found = info(run, "JiT-tiny/32", "--image-size", "256x512", "--rank", 0, "--batch", 1)
+    assert found["image"] == [3, 256, 512]
+    assert found["grid"] == [8, 16]
+    assert found["config"]["tokens"]["rank"] == 0
+    assert found["config"]["network"]["config"]["image_size"] == 512  # in training
+    assert found["config"]["flow"]["noise_scale"] == 2  # of 512 pixels
+    with torch.device("meta"):
+        jit = JiT.from_name("tiny/32")
+    assert found["flops"]["forward"] == cost.flops(AsymFlow(jit, Subspace.empty(jit.dim)), (3, 256, 512))
+
+
+def test_text_for_people(run):
+    found = info(run, "JiT-tiny/16", "--batch", 1)
+    text = as_text(found)
+    assert "JiT-tiny/16, float32, width 64, depth 4, heads 2" in text
+    assert "rank 8 of 768" in text
+    assert f"{found['flops']['forward'] / 2e9:.1f} billion multiply-adds" in text
+    assert f"{found['parameters']['total'] / 1e6:.1f} million" in text
+    assert max(map(len, text.splitlines())) <= 120
+    table = text.splitlines()[-5:]
+    assert table[0].split() == ["1", "GPU", "8", "GPUs", "64", "GPUs"]
+    assert [row.split()[:2] for row in table[1:]] == [["ZeRO", str(stage)] for stage in range(4)]
+    assert len({len(row) for row in table}) == 1  # aligned
+
+
+def test_the_table_is_the_sum_of_states_and_activations():
+    states = [{"gpus": n, "stage": s, "total": (s + 1) * 2**30 // n} for n in (1, 2) for s in range(4)]
+    found = {"precision": "autocast", "batch_on_each_gpu": 3, "states_on_each_gpu": states}
+    activations = {"all_kept": {"kept": 0, "peak": 10 * 2**30}, "recomputed": {"kept": 0, "peak": 5 * 2**30}}
+    table = memory(found | {"activations": activations}).splitlines()
+    assert table[2].split() == ["ZeRO", "0", "11.0", "(6.0)", "10.5", "(5.5)"]
+    assert table[5].split() == ["ZeRO", "3", "14.0", "(9.0)", "12.0", "(7.0)"]
+    assert memory(found).splitlines()[5].split() == ["ZeRO", "3", "4.0", "2.0"]
+
+
+def test_weights_are_not_read(run, tmp_path):
+    """From a file of 2.6 GB that has a header and, on a disk that knows holes, hardly anything else."""
+    with torch.device("meta"):
+        jit = JiT.from_name(f"tiny/{PATCH}", image_size=SIDE, depth=1, num_classes=10**7)
+    model = AsymFlow(jit, Subspace.empty(48))
+    (tmp_path / CONFIG).write_text(json.dumps(model.config))
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        kind = {torch.float32: "F32", torch.float64: "F64"}[tensor.dtype]
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(header["subspace.scale"]["data_offsets"][0], 1)
+        file.write(model.subspace.scale.numpy().tobytes())
+        file.truncate(8 + len(text) + end)
+    before = peak_memory()
+    found = info(run, tmp_path, "--batch", 1)
+    assert found["parameters"]["total"] == cost.parameters(model)[0] > 6e8
+    assert peak_memory() - before < 0.5e9
+
+
+def peak_memory():
+    """Of this process until now, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_a_pickle_with_several_sets_of_weights(run, tmp_path, monkeypatch):
+    seen, check = [], published.check_jit
+    monkeypatch.setattr(
+        published, "check_jit", lambda tensors, *rest: (seen.extend(tensors.values()), check(tensors, *rest))
+    )
+    model = flow(rank=0, depth=1)
+    found = info(run, publish(model, tmp_path / "jit.pth", subspace=False), "--in-context-start", 1, "--batch", 1)
+    assert found["kind"] == "a published JiT"
+    assert seen
+    assert all(isinstance(tensor, FakeTensor) for tensor in seen)  # shapes only: these files can have 10 GB and more
+    assert found["parameters"]["total"] == cost.parameters(model)[0]
+    assert found["config"]["tokens"]["rank"] == 0
+
+
+def test_subspace_files_are_recognized(run, tmp_path):
+    Subspace.random(48, 5, scale=2.0).save(tmp_path / "ours.safetensors")
+    torch.save({"proj_mat_p4": torch.eye(48, 5), "scale_p4": torch.tensor(2.0)}, tmp_path / "theirs.pt")
+    for file in (tmp_path / "ours.safetensors", tmp_path / "theirs.pt"):
+        assert f"asymflow subspace show {file}" in run("info", file)
+        assert info(run, file)["rank"] == 5
+        assert info(run, file)["scale"] == 2
+
+
+def test_a_backbone_from_elsewhere(run, tmp_path):
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.config = torch.nn.Linear(48, 48), {"layers": 1}
+
+    AsymFlow(Elsewhere(), Subspace.random(48, 5), patch_size=4).save_pretrained(tmp_path / "model")
+    text = run("info", tmp_path / "model")
+    assert "Elsewhere" in text
+    assert "layers 1" in text
+    assert "not counted" in text
+    found = info(run, tmp_path / "model")
+    assert found["parameters"]["total"] == 48 * 49
+    assert "flops" not in found
+    assert found["training_memory"]["states_on_each_gpu"][0]["total"] == 20 * 48 * 49
+
+
+def test_what_cannot_be_described(refused, tmp_path):
+    assert "config.json does not exist" in refused("info", tmp_path)
+    (tmp_path / CONFIG).write_text('{"format": "asymflow 1", "network": 3}')
+    (tmp_path / WEIGHTS).write_bytes(b"cut off")
+    assert WEIGHTS in refused("info", tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "not a layout" in refused("info", tmp_path / "other.safetensors")
+    file = publish(flow(), tmp_path / "model.safetensors")
+    assert "--rank goes with a name" in refused("info", file, "--rank", 3)
+    assert "in_context_start" in refused("info", file)
+    tensors = load_file(file)
+    del tensors["final_layer.linear.bias"]
+    save_file(tensors, file)
+    assert "final_layer.linear.bias" in refused("info", file, "--in-context-start", 1)
+    pickle = publish(flow(), tmp_path / "model.pth")
+    assert "asymflow import" in refused("info", pickle, "--in-context-start", 1)
+
+
+# ---- import ----------------------------------------------------------------------------------------------------------
+def left_over(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_imported_model_is_the_one_that_was_published(run, tmp_path):
+    model, out = flow(scale=1.5), tmp_path / "deep" / "model"
+    file = publish(model, tmp_path / "file.safetensors")
+    lines = run("import", file, "--out", out, "--in-context-start", 1).splitlines()
+    assert len(lines) == 3
+    assert f"asymflow sample --model {out}" in lines[2]
+    assert left_over(out.parent) == ["model"]
+    imported = AsymFlow.from_pretrained(out)
+    x, sigma, labels = torch.randn(2, 3, SIDE, SIDE), torch.tensor([0.3, 0.9]), torch.tensor([1, 10])
+    assert torch.equal(imported(x, sigma, labels=labels), model(x, sigma, labels=labels))
+
+
+def test_dtype_and_choice_of_weights(run, refused, tmp_path):
+    file = publish(flow(rank=0), tmp_path / "jit.pth", subspace=False)
+    options = ("--in-context-start", 1, "--dtype", "bfloat16")
+    (tmp_path / "empty").mkdir()
+    run("import", file, "--out", tmp_path / "empty", "--weights", "ema1", *options)
+    with safe_open(tmp_path / "empty" / WEIGHTS, framework="pt") as weights:
+        assert weights.get_tensor("backbone.head.linear.weight").dtype == torch.bfloat16
+    assert "ema2" in refused("import", file, "--out", tmp_path / "other", "--weights", "ema2", *options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_subspace_is_imported_as_a_file(run, refused, tmp_path):
+    basis = Subspace.random(48, 5).basis
+    torch.save({"proj_mat_p4": basis, "scale_p4": torch.tensor(2.0)}, tmp_path / "theirs.pt")
+    assert "must end in .safetensors" in refused("import", tmp_path / "theirs.pt", "--out", tmp_path / "ours")
+    out = tmp_path / "ours.safetensors"
+    assert f"asymflow subspace show {out}" in run("import", tmp_path / "theirs.pt", "--out", out)
+    assert torch.equal(Subspace.load(out).basis, basis)
+    assert left_over(tmp_path) == ["ours.safetensors", "theirs.pt"]
+
+
+def test_what_is_there_is_refused_before_the_file_is_read(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_, "load_published", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("kept")
+    for out in (tmp_path / "full", tmp_path / "full" / "mine"):
+        assert "not overwritten" in refused("import", "any.safetensors", "--out", out)
+    assert (tmp_path / "full" / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_nothing_half_written_stays(tmp_path, monkeypatch, error):
+    file = publish(flow(), tmp_path / "file.safetensors")
+
+    def save_half(self, folder, **options):
+        (folder / CONFIG).write_text("half")
+        raise error
+
+    monkeypatch.setattr(AsymFlow, "save_pretrained", save_half)
+    code = main(["import", str(file), "--out", str(tmp_path / "model"), "--in-context-start", "1"])
+    assert code == (130 if error is KeyboardInterrupt else 2)
+    assert left_over(tmp_path) == ["file.safetensors"]
+
+
+def test_ctrl_c_while_it_writes(tmp_path):
+    """A real signal, to a real process, while it holds its temporary folder."""
+    file = publish(flow(), tmp_path / "file.safetensors")
+    code = "import sys, time; from asymflow.cli import main; from asymflow import AsymFlow; "
+    code += "AsymFlow.save_pretrained = lambda *_: time.sleep(60); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "import", file, "--out", tmp_path / "model", "--in-context-start", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while len(left_over(tmp_path)) == 1 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith("\nasymflow import: interrupted\n")
+    assert process.returncode == 130
+    assert left_over(tmp_path) == ["file.safetensors"]
