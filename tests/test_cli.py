@@ -112,7 +112,7 @@ def test_version(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert re.fullmatch(
-        rf"asymflow \S+, torch {re.escape(torch.__version__)}, Python 3\.\S+\n", capsys.readouterr().out
+        rf"asymflow (\S+|\(not installed\)), torch {re.escape(torch.__version__)}, Python 3\.\S+\n", capsys.readouterr().out
     )
 
 

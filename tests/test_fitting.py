@@ -7,6 +7,7 @@ cost some D e |M| on top. `rounding` is 4 (n + D) e |a| |b|.
 
 import datetime
 import math
+import time
 
 import numpy as np
 import pytest
@@ -556,6 +557,7 @@ def run_scenarios(process, folder):
         except Exception as e:
             results[name] = f"{type(e).__name__}: {e}"
     torch.save(results, f"{folder}/{process}.pt")
+    time.sleep(0.1)  # torch 2.6 hangs if gloo's threads have not let go of the last tensors: they need the GIL
     dist.destroy_process_group()
 
 

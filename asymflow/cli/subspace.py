@@ -215,6 +215,7 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     try:
         yield dist.get_rank(), count, usable
     finally:
+        time.sleep(0.1)  # torch 2.6 hangs if gloo's threads have not let go of the last tensors: they need the GIL
         dist.destroy_process_group()
 
 
