@@ -76,8 +76,8 @@ def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, T
 def one_per_vector(sigma: Tensor | float, vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Line sigma up with the leading axes of `vectors` (..., D), so that it broadcasts against them."""
     sigma = torch.as_tensor(sigma, dtype=dtype, device=vectors.device)
-    pairs = zip(sigma.shape, vectors.shape, strict=False)
-    if sigma.ndim > vectors.ndim or any(n not in (1, size) for n, size in pairs):
+    leading = vectors.shape[: sigma.ndim]
+    if len(leading) < sigma.ndim or any(n not in (1, size) for n, size in zip(sigma.shape, leading, strict=True)):
         raise InputError(
             f"sigma of shape {tuple(sigma.shape)} does not go with the leading axes of vectors {tuple(vectors.shape)}"
         )

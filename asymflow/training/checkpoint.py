@@ -22,6 +22,7 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.errors import InputError
+from asymflow.training.ranks import on_first, together
 
 STATE, MANIFEST = "state.json", "manifest.json"
 STARTS = "starts"  # in the metadata of a rank's file: where in the flattened parameter its fragments begin
@@ -37,39 +38,56 @@ class Piece:
     values: Tensor
 
 
+def average_kind(name: str) -> str:
+    """The kind of the pieces of an average, by the name of its profile."""
+    return f"ema-{name}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 def save(folder: Path, pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]], state: Mapping) -> None:
     """Write the checkpoint `folder`, all ranks together; each gives its own pieces, and the same shapes and state.
 
-    Raises InputError on every rank if one of them could not write; then nothing is left of it.
+    Raises AgreedError if one of them could not write: then nothing is left of it, and what was saved before stays.
     """
-    rank = dist.get_rank()
     beside = folder.with_name(f".{folder.name}.writing")
-    together(lambda: prepare(beside, rank), f"{folder} could not be begun")
-    entries = together(
-        lambda: write_rank(beside / f"rank_{rank:05d}.safetensors", pieces), f"{folder} could not be written"
-    )
-
-    def finish():
-        if rank == 0:
-            content = json.dumps({**state, "shapes": shapes, "ranks": dist.get_world_size()}, indent=1)
-            (beside / STATE).write_text(content)
-            manifest = dict(entries) | {STATE: describe(beside / STATE)}
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in (beside / STATE, beside / MANIFEST, beside):
-                sync(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            beside.rename(folder)
-            sync(folder.parent)
-
-    together(finish, f"{folder} could not be finished")
+    try:
+        on_first(lambda: prepare(beside), f"{folder} could not be begun")
+        mine = beside / rank_file(dist.get_rank())
+        entries = together(lambda: write_rank(mine, pieces), f"{folder} could not be written")
+        content = {**state, "shapes": shapes, "ranks": dist.get_world_size()}
+        on_first(lambda: finish(beside, folder, dict(entries), content), f"{folder} could not be finished")
+    except InputError:
+        on_first(lambda: shutil.rmtree(beside, ignore_errors=True), f"{beside} stays")
+        raise
 
 
-def prepare(beside: Path, rank: int) -> None:
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that died while it wrote
-        beside.mkdir(parents=True)
+def prepare(beside: Path) -> None:
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that died while it wrote
+    beside.mkdir(parents=True)
+
+
+def finish(beside: Path, folder: Path, entries: dict, content: dict) -> None:
+    (beside / STATE).write_text(json.dumps(content, indent=1))
+    manifest = entries | {STATE: describe(beside / STATE)}
+    (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (beside / STATE, beside / MANIFEST, beside):
+        sync(path)
+    if folder.exists():  # a snapshot after the checkpoint that was continued from
+        folder.rename(folder.with_name(f".{folder.name}.removed"))
+    beside.rename(folder)
+    sync(folder.parent)
+    clear_leftovers(folder.parent)
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Remove what an earlier process was writing or removing when it died. Names with a dot are ours alone."""
+    for path in checkpoints.glob(".*.*"):
+        if path.suffix in (".writing", ".removed"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_rank(path: Path, pieces: Iterable[Piece]) -> tuple[str, dict]:
@@ -101,19 +119,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def together(action, failure: str) -> list:
-    """Do it on every rank and return what each returned. If one fails, all raise, and none waits for it forever."""
-    try:
-        result = (action(), None)
-    except Exception as e:
-        result = (None, f"{type(e).__name__}: {e}" if not isinstance(e, OSError) else str(e))
-    results = [None] * dist.get_world_size()
-    dist.all_gather_object(results, result)
-    if faults := [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(results) if fault]:
-        raise InputError(f"{failure} ({'; '.join(faults)}). What was saved before is untouched")
-    return [value for value, _ in results]
-
-
 # ---- Finding ---------------------------------------------------------------------------------------------------------
 def steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in RUN/checkpoints, in order; those that are still being written do not count."""
@@ -121,13 +126,30 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in found)
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if every byte is as it was written."""
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"{step:08d}"
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the last few checkpoints and every n-th step. Renamed first: what is half gone is gone."""
+    for step in steps(checkpoints)[:-keep_last]:
+        if not keep_every or step % keep_every:
+            folder = folder_of(checkpoints, step)
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
+
+
+def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None if every byte is as it was written.
+
+    Looks at every `parts`-th file, from `part` on: so ranks can share the reading.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name, expected in manifest.items():
+        for name, expected in sorted(manifest.items())[part::parts]:
             if describe(folder / name) != expected:
                 return f"{name} is not as it was written"
+        if STATE not in manifest:
+            return f"{MANIFEST} lists no {STATE}"
     except (OSError, ValueError, AttributeError) as e:
         return str(e)
     return None
@@ -142,7 +164,8 @@ class Reader:
         self.state = json.loads((folder / STATE).read_text())
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
         self.where: dict[str, list[tuple[int, int, Path]]] = {}  # of each kind/NAME: start, end, file
-        for path in sorted(folder.glob("rank_*.safetensors")):
+        for rank in range(self.state["ranks"]):
+            path = folder / rank_file(rank)
             with safe_open(path, framework="pt") as file:
                 starts = json.loads(file.metadata()[STARTS])
                 for key in file.keys():  # noqa: SIM118
