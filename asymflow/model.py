@@ -126,7 +126,10 @@ class AsymFlow(
     @property
     def backbone_dtype(self) -> torch.dtype | None:
         """The dtype of the backbone's weights; None if it has none."""
-        return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), None)
+        for p in self.backbone.parameters():
+            if p.is_floating_point():
+                return p.dtype
+        return None
 
     @property
     def config(self) -> dict:
