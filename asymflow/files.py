@@ -18,8 +18,10 @@ from asymflow.errors import InputError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` when the block ends well, and is removed when it does not.
+
+    new: what is there already is not replaced, whoever made it and when: then it raises FileExistsError.
 
     The folder is made if it is not there. The content is on the disk before the name is: a reader sees the old file or
     the whole new one, also after a power cut.
@@ -35,7 +37,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         beside.chmod(mode)
         with beside.open("rb+") as file:  # Windows wants to write what it is to flush
             os.fsync(file.fileno())
-        beside.replace(path)
+        if new:
+            os.link(beside, path)
+        else:
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -22,7 +22,18 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 BACKBONES = {"JiT": JiT}  # what `from_pretrained` may build; a name in a file is looked up here, never imported
 FORMAT = "asymflow 1"
 OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
+HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys()
+SPECTRUM = "subspace.spectrum"
 SIGMA_MIN_TRAINING = 1e-6
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+An asymmetric flow model (https://arxiv.org/abs/2605.12964), saved by the library asymflow.
+
+    from asymflow import AsymFlow
+    flow = AsymFlow.from_pretrained("THIS FOLDER OR REPOSITORY")
+"""
 
 
 class AsymFlow(
@@ -30,7 +41,7 @@ class AsymFlow(
     ModelHubMixin,
     library_name="asymflow",
     tags=["asymflow", "flow-matching"],
-    paper_url="https://arxiv.org/abs/2605.12964",
+    model_card_template=MODEL_CARD,
 ):
     """A velocity model of images: a backbone that predicts the asymmetric velocity of tokens, and its subspace.
 
@@ -45,8 +56,8 @@ class AsymFlow(
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,
         by max(sigma, 1e-6).
-    noise_scale: the standard deviation of `eps` that the model is trained and sampled with (JiT: 2 at 512 pixels).
-        The model itself does not use it; samplers and training loops do.
+    noise_scale: the standard deviation of `eps` that the model is trained and sampled with; by default that of the
+        backbone (JiT: 2 at 512 pixels), else 1. The model itself does not use it; samplers and training loops do.
     Raises InputError if these do not fit together.
     """
 
@@ -57,7 +68,7 @@ class AsymFlow(
         patch_size: int | None = None,
         token_order: str | None = None,
         sigma_min: float = 0.04,
-        noise_scale: float = 1.0,
+        noise_scale: float | None = None,
     ):
         super().__init__()
         self.patch_size = agreed("patch_size", patch_size, subspace, backbone)
@@ -71,6 +82,7 @@ class AsymFlow(
                 f"a subspace of tokens of dimension {subspace.dim} does not fit patches of {self.patch_size} x "
                 f"{self.patch_size} pixels: {subspace.dim} is not a multiple of {self.patch_size**2}"
             )
+        noise_scale = getattr(backbone, "noise_scale", 1.0) if noise_scale is None else noise_scale
         if not (0 <= sigma_min < math.inf and 0 < noise_scale < math.inf):
             raise InputError(
                 f"sigma_min must be at least 0, noise_scale above 0, both finite, but they are {sigma_min} and "
@@ -164,7 +176,8 @@ class AsymFlow(
         except (TypeError, ValueError) as e:
             raise InputError(f"the backbone's config cannot be written to {CONFIG}: {e}") from None
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
-        files.write_tensors(save_directory / WEIGHTS, self.state_dict())
+        spectrum = {} if self.subspace.spectrum is None else {SPECTRUM: self.subspace.spectrum}
+        files.write_tensors(save_directory / WEIGHTS, self.state_dict() | spectrum)
 
     @classmethod
     def from_pretrained(
@@ -183,6 +196,8 @@ class AsymFlow(
         Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
         is missing, unexpected or misshaped.
         """
+        if unknown := hub_options.keys() - HUB_OPTIONS:
+            raise TypeError(f"from_pretrained has no options {', '.join(sorted(unknown))}")
         # Not by the mixin's method, which reads config.json in its own way before ours, and hands parts of it on.
         folder = Path(pretrained_model_name_or_path)
         try:
@@ -208,12 +223,14 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
             backbone = make_backbone(network["class"], network["config"])
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
+        shapes |= {SPECTRUM: (tokens["dim"],)} if SPECTRUM in tensors else {}
         files.check_tensors(tensors, shapes, source)
         subspace = Subspace(
             tensors["subspace.basis"],
             tensors["subspace.scale"],
             patch_size=options["patch_size"],
             token_order=options["token_order"],
+            spectrum=tensors.get(SPECTRUM),
             **{name: tokens[name] for name in RECORD},
         )
         flow = AsymFlow(backbone, subspace, **{name: options[name] for name in OPTIONS})

@@ -76,6 +76,9 @@ def load_published(
     sizes = jit_sizes(tensors, in_context_start, path)
     jit = make_backbone(JiT.__name__, sizes)  # on the meta device: its weights are those of the file, without a copy
     check_jit(tensors, jit, path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path} does not fit: {name} has entries that are not finite (NaN or infinity)")
 
     named = {name: as_in_jit(tensors[published_name(name)].detach()) for name in jit.state_dict()}
     if "proj_buffer" in tensors:
@@ -85,19 +88,22 @@ def load_published(
         named |= {name: -named[name] for name in ("head.linear.weight", "head.linear.bias")}
         named["t_embedder.mlp.0.weight"] = reverse_time(named["t_embedder.mlp.0.weight"])
     jit.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in named.items()}, assign=True)
-    if noise_scale is None:
-        noise_scale = max(1.0, sizes["image_size"] / 256)
     return AsymFlow(jit, subspace, sizes["patch_size"], CHANNEL_LAST, sigma_min, noise_scale).eval()
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
 def read(path: str | Path) -> dict:
-    if Path(path).suffix == ".safetensors":
+    if is_safetensors(path):
         return files.read_tensors(path)[0]
     # LTH14/JiT saves its command line's options beside the weights. A Namespace is data, and cannot run anything.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = files.read_pickle(path)
     return content if isinstance(content, dict) else {}
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """By its name, or else by its beginning: the length of a header, and the header, which is JSON."""
+    return Path(path).suffix == ".safetensors" or files.existing_file(path).open("rb").read(9)[8:] == b"{"
 
 
 def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> dict[str, Tensor]:
@@ -109,6 +115,8 @@ def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> d
     for prefix in ("module.", "net."):  # of DistributedDataParallel, and of LTH14/JiT's training module
         if all(isinstance(name, str) and name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if "subspace.basis" in tensors:
+        raise InputError(f"{path} is of this library: give the folder that it is in, or use AsymFlow.from_pretrained")
     if any(".lora_A." in str(name) for name in tensors):
         raise InputError(f"{path} is an adapter, such as AsymFLUX.2's: only the models of ImageNet can be read")
     plain = all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items())
@@ -145,8 +153,11 @@ def jit_sizes(tensors: Mapping[str, Tensor], in_context_start: int | None, path:
     if in_context_start is None and not published:
         raise InputError(
             f"{path} has a JiT of width {width} and depth {depth}, not one of the published sizes: give "
-            "in_context_start, the block before which the class tokens join (JiT-B 4, L 8, H 10)"
+            "in_context_start, the block before which the class tokens join (JiT-B 4, L 8, H 10); on the command line, "
+            "asymflow import --in-context-start first"
         )
+    if in_context_start is not None and not 0 <= in_context_start < depth:
+        raise InputError(f"in_context_start {in_context_start} is not one of the {depth} blocks of {path}, from 0 on")
     return {
         "patch_size": patch_size,
         "image_size": patch_size * math.isqrt(tokens),
@@ -163,7 +174,7 @@ def jit_sizes(tensors: Mapping[str, Tensor], in_context_start: int | None, path:
     }
 
 
-def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path) -> None:
+def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path, with_positions: bool = True) -> None:
     """InputError, naming them, unless exactly the tensors of `jit` are there, and positions are what it computes."""
     shapes = {published_name(name): tuple(weight.shape) for name, weight in jit.state_dict().items()}
     patch, channels = jit.patch_size, jit.dim // jit.patch_size**2
@@ -173,7 +184,12 @@ def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path) -> None
     if SUBSPACE_TENSORS & tensors.keys():
         rank = next(iter(tensors["proj_buffer"].shape[1:2]), 0) if "proj_buffer" in tensors else 0
         shapes |= {"proj_buffer": (jit.dim, rank), "scale_buffer": ()}
-    positions = {name: expected for name, expected in published_positions(jit).items() if name in tensors}
+    possible = published_positions(jit) if with_positions else {}
+    if SUBSPACE_TENSORS & tensors.keys():  # of AsymFlow-ImageNet: all of its positions are in the file
+        needed = {name for name in possible if name == "x_embedder.pos_embed" or ".base_rope." in name}
+    else:
+        needed = set()
+    positions = {name: expected for name, expected in possible.items() if name in tensors or name in needed}
     shapes |= {name: tuple(expected.shape) for name, expected in positions.items()}
     files.check_tensors(tensors, shapes, str(path))
     for name, tensor in tensors.items():

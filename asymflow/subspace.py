@@ -156,12 +156,16 @@ def check_basis(basis: Tensor) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # under torch.compile, which compiles anew when the setting changes
 def float32_products_are_exact() -> bool:
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # somebody used the newer setting, fp32_precision, to which this older one has no answer
         return False
+
+
+# What torch.compiler.assume_constant_result does: under torch.compile the answer is a constant, and what is compiled is
+# compiled anew when the setting changes. As a decorator it would import the compiler, for seconds, at every start.
+float32_products_are_exact._dynamo_marked_constant = True
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:

@@ -20,7 +20,7 @@ from asymflow.backbones.jit import JiT, sincos_positions
 from asymflow.cli import import_, main
 from asymflow.cli.info import as_text, memory
 from asymflow.model import CONFIG, WEIGHTS
-from asymflow.published import published_name
+from asymflow.published import published_name, published_positions
 
 COMMANDS = ("subspace", "sample", "import", "info")
 PATCH, SIDE = 4, 16
@@ -44,6 +44,8 @@ def publish(model, path, subspace=True):
     tensors["x_embedder.pos_embed"] = sincos_positions(jit.grid, jit.config["width"])[None].float()
     if subspace:
         tensors |= {"proj_buffer": model.subspace.basis, "scale_buffer": model.subspace.scale.float()}
+        ropes = {name: t for name, t in published_positions(jit).items() if ".base_rope." in name}
+        tensors |= {name: t.float() for name, t in ropes.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path) if path.suffix == ".safetensors" else torch.save({"model_ema1": tensors}, path)
     return path
@@ -112,7 +114,8 @@ def test_version(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert re.fullmatch(
-        rf"asymflow (\S+|\(not installed\)), torch {re.escape(torch.__version__)}, Python 3\.\S+\n", capsys.readouterr().out
+        rf"asymflow (\S+|\(not installed\)), torch {re.escape(torch.__version__)}, Python 3\.\S+\n",
+        capsys.readouterr().out,
     )
 
 
@@ -292,10 +295,12 @@ def peak_memory():
 def test_a_pickle_with_several_sets_of_weights(run, tmp_path, monkeypatch):
     seen, check = [], published.check_jit
     monkeypatch.setattr(
-        published, "check_jit", lambda tensors, *rest: (seen.extend(tensors.values()), check(tensors, *rest))
+        published,
+        "check_jit",
+        lambda tensors, *rest, **options: (seen.extend(tensors.values()), check(tensors, *rest, **options)),
     )
     model = flow(rank=0, depth=1)
-    found = info(run, publish(model, tmp_path / "jit.pth", subspace=False), "--in-context-start", 1, "--batch", 1)
+    found = info(run, publish(model, tmp_path / "jit.pth", subspace=False), "--in-context-start", 0, "--batch", 1)
     assert found["kind"] == "a published JiT"
     assert seen
     assert all(isinstance(tensor, FakeTensor) for tensor in seen)  # shapes only: these files can have 10 GB and more

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asymflow import AsymFlow, Subspace
+from asymflow import AsymFlow, Subspace, files
 from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
@@ -153,7 +153,9 @@ def test_images_of_unknown_origin_are_not_taken_for_its_own(model, tmp_path, cap
     assert files_in(tmp_path) == [NAMES[2]]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {}, "images": [{}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"settings": {}, "images": [{}]}', '{"settings": [], "images": []}']
+)
 def test_a_damaged_record_is_refused(model, tmp_path, capsys, content):
     (tmp_path / "samples.json").write_text(content)
     assert run(model, tmp_path) == 2
@@ -177,6 +179,10 @@ def test_a_damaged_record_is_refused(model, tmp_path, capsys, content):
         (dict(orthogonal=2), "orthogonal"),
         (dict(device="tpu9"), "--device tpu9"),
         (dict(model="nowhere"), "nowhere"),
+        (dict(guidance="nan"), "--guidance must be finite"),
+        (dict(shift="inf"), "--shift must be finite"),
+        (dict(seed=2**64), "--seed must be at least 0 and below 2^62"),
+        (dict(first=2**64), "--first must be at least 0 and below 2^62"),
     ],
 )
 def test_mistakes_are_answered_in_one_line_and_leave_nothing(model, tmp_path, capsys, option, message):
@@ -241,3 +247,63 @@ def test_two_processes_share_the_work(model, tmp_path):
     assert run(model, tmp_path / "alone") == 0
     for name in NAMES:
         assert np.abs(pixels(tmp_path / "out" / name) - pixels(tmp_path / "alone" / name)).max() <= 1
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "2"}])
+def test_an_environment_that_makes_no_sense_is_refused(model, tmp_path, capsys, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(model, tmp_path / "out") == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_not_for_pictures_of_classes_are_refused(tmp_path, capsys):
+    for name, options in {"grey": {"channels": 1}, "classless": {"num_classes": 0}}.items():
+        jit = JiT.from_name("tiny/4", image_size=16, **options)
+        AsymFlow(jit, Subspace.empty(jit.dim)).save_pretrained(tmp_path / name)
+        assert run(tmp_path / name, tmp_path / "out") == 2
+        assert "3 channels and at least one class" in capsys.readouterr().err
+
+
+def test_of_two_runs_that_start_together_one_is_refused(model, tmp_path, capsys, monkeypatch):
+    """The other one's record appears between the look and the write."""
+    out = tmp_path / "out"
+    replacing = files.replacing
+
+    def late(path, new=False):
+        if path.name == "samples.json" and not path.exists():
+            monkeypatch.setattr("asymflow.files.replacing", replacing)
+            assert run(model, out, seed=1) == 0
+        return replacing(path, new)
+
+    monkeypatch.setattr("asymflow.files.replacing", late)
+    assert run(model, out, seed=0) == 2
+    assert "seed 1 there, 0 here" in capsys.readouterr().err
+
+
+def test_the_grid_shows_the_first_images_of_the_folder(model, tmp_path):
+    out = tmp_path / "out"
+    assert run(model, out) == 0
+    before = pixels(out / "grid.png")
+    (out / "grid.png").unlink()
+    assert run(model, out, first=4, num=1) == 0
+    assert np.array_equal(pixels(out / "grid.png"), before)
+
+
+def test_torchrun_starts_it_as_the_help_says(model, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command += [
+        "asymflow",
+        "sample",
+        "--model",
+        str(model),
+        "--num",
+        "3",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert files_in(tmp_path / "out") == [*NAMES[:3], "grid.png", "samples.json"]

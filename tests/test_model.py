@@ -919,3 +919,23 @@ def test_the_configuration_says_all_but_the_tensors():
     assert flow.config["tokens"] == {"dim": 48, "rank": 5, "color_space": "sRGB", "fitted_on": "nothing"}
     assert flow.config["network"] == {"class": "JiT", "config": flow.backbone.config}
     assert prod(flow.subspace.basis.shape) == 48 * 5
+
+
+def test_the_spectrum_of_its_subspace_stays_with_a_model(tmp_path):
+    flow = jit_flow()
+    flow.subspace.spectrum = torch.linspace(3, 0, 48, dtype=torch.float64)
+    flow.save_pretrained(tmp_path)
+    assert torch.equal(AsymFlow.from_pretrained(tmp_path).subspace.spectrum, flow.subspace.spectrum)
+
+
+def test_an_option_that_does_not_exist_is_not_passed_over(tmp_path):
+    jit_flow().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="dtpye"):
+        AsymFlow.from_pretrained(tmp_path, dtpye=torch.bfloat16)
+
+
+def test_the_noise_scale_is_that_of_the_backbone_unless_given():
+    for size, expected in ((256, 1.0), (512, 2.0)):
+        backbone = JiT.from_name("tiny/32", image_size=size)
+        assert AsymFlow(backbone, Subspace.empty(backbone.dim)).noise_scale == expected
+    assert AsymFlow(backbone, Subspace.empty(backbone.dim), noise_scale=1.5).noise_scale == 1.5

@@ -241,7 +241,7 @@ def test_other_sizes_are_read_off_the_tensors(data):
     heads, patch = draw(1, 4), draw(1, 5)
     sizes = dict(heads=heads, width=heads * 4 * draw(1, 4), depth=draw(1, 12), bottleneck=draw(1, 9))
     sizes |= dict(patch_size=patch, image_size=patch * draw(1, 6), channels=draw(1, 4), num_classes=draw(0, 9))
-    sizes |= dict(in_context_start=draw(0, 12), in_context_tokens=draw(0, 5))
+    sizes |= dict(in_context_start=draw(0, sizes["depth"] - 1), in_context_tokens=draw(0, 5))
     sizes["mlp_ratio"] = data.draw(st.floats(0.5, 8))
     with torch.device("meta"):
         jit = JiT(**sizes)
@@ -488,3 +488,38 @@ def test_options_of_a_command_line_are_allowed_while_reading_only(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path, name):
     with pytest.raises(InputError, match=r"does not exist|is a folder"):
         load_published(tmp_path / name)
+
+
+def test_a_block_that_is_not_there_is_refused(tmp_path):
+    """The class tokens would never join: another network, without a word."""
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="is not one of the 3 blocks"):
+        load_published(tmp_path / "a.safetensors", in_context_start=3)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path):
+    tensor = TENSORS["blocks.0.mlp.w3.bias"].clone()
+    tensor[0] = math.inf
+    save_file({**TENSORS, "blocks.0.mlp.w3.bias": tensor}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.w3\.bias has entries that are not finite"):
+        load_published(tmp_path / "a.safetensors", in_context_start=1)
+
+
+def test_a_file_of_asymflow_has_all_its_positions(tmp_path):
+    for name in [name for name in TENSORS if "rope" in name]:
+        tensors = {key: tensor for key, tensor in TENSORS.items() if key != name}
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(InputError, match=f"missing tensors: {name}"):
+            load_published(tmp_path / "a.safetensors", in_context_start=1)
+
+
+def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
+    save_file(TENSORS, tmp_path / "weights")
+    assert load_published(tmp_path / "weights", in_context_start=1).subspace.rank
+
+
+def test_a_file_of_this_library_is_pointed_to_its_folder(tmp_path):
+    load_published_model = AsymFlow(JiT(**SIZES), Subspace.empty(3 * SIZES["patch_size"] ** 2))
+    load_published_model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="give the folder"):
+        load_published(tmp_path / "model.safetensors")

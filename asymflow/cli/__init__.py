@@ -2,7 +2,9 @@
 
 import os
 import platform
+import signal
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -27,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -40,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nasymflow {args.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def end(number: int, frame) -> None:
+    """Let SIGTERM, as schedulers send it, end a command like an error: what is half-written is cleared away."""
+    raise SystemExit(128 + number)
 
 
 def make_parser() -> Parser:

@@ -1,6 +1,7 @@
 """What the subcommands share: parsing that answers in one line, and refusing to overwrite."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,3 +67,13 @@ def usable_device(name: str) -> torch.device:
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def this_process() -> tuple[int, int]:
+    """Its index, and how many there are, as torchrun says in the environment."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if rank is None and world == "1":
+        return 0, 1
+    if rank is None or not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"the environment says WORLD_SIZE {world} and RANK {rank}: unset both, or start with torchrun")
+    return int(rank), int(world)

@@ -90,7 +90,7 @@ def from_name(name: str, rank: int) -> AsymFlow:
         jit = JiT.from_name(name.removeprefix("JiT-"))
     if rank > jit.dim:
         raise InputError(f"--rank {rank} is more than the {jit.dim} dimensions of a token of {name}")
-    return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)), noise_scale=max(1.0, jit.config["image_size"] / 256))
+    return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)))
 
 
 def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
@@ -117,15 +117,15 @@ def from_file(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow |
     tensors = published.chosen_weights(content, None, path)
     jit = make_backbone(JiT.__name__, published.jit_sizes(tensors, in_context_start, path))
     positions = published.published_positions(jit)
-    published.check_jit({name: tensor for name, tensor in tensors.items() if name not in positions}, jit, path)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in positions}
+    published.check_jit(weights, jit, path, with_positions=False)
     jit.to(next(iter(tensors.values())).dtype)
-    noise_scale = max(1.0, jit.config["image_size"] / 256)
     if "proj_buffer" not in tensors:
-        return "a published JiT", AsymFlow(jit, Subspace.empty(jit.dim), noise_scale=noise_scale)
+        return "a published JiT", AsymFlow(jit, Subspace.empty(jit.dim))
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is a pickle with a subspace in it: make a folder of it first, by asymflow import")
     subspace = published.checked_subspace(path, tensors["proj_buffer"], tensors["scale_buffer"])
-    return "a published AsymFlow", AsymFlow(jit, subspace, noise_scale=noise_scale)
+    return "a published AsymFlow", AsymFlow(jit, subspace)
 
 
 # ---- What it is, and what it costs -----------------------------------------------------------------------------------

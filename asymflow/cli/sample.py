@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.cli.common import default_device, image_size, usable_device
+from asymflow.cli.common import default_device, image_size, this_process, usable_device
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
 from asymflow.errors import InputError
@@ -26,7 +27,7 @@ EXAMPLES = """\
 examples:
   asymflow sample --model runs/h16 --classes 207,360 --num 16 --out runs/dogs
   asymflow sample --model asymflow_h_16_r8_imagenet.safetensors --classes all --num 50000 --out runs/fid
-  torchrun --nproc-per-node 8 -m asymflow sample ...       the same images, shared among 8 GPUs
+  torchrun --nproc-per-node 8 -m -- asymflow sample --model runs/h16 --num 50000 --out runs/fid    on 8 GPUs
 
 Image i is of the i-th class of the list, over and over, from its own noise: neither --batch, nor the number of
 processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes image 17 again. The same command goes on
@@ -71,11 +72,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = this_process()
     if args.device == "cuda" and world > 1:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = usable_device(args.device)
     flow = load(args.model, getattr(torch, args.dtype), device)
+    if flow.channels != 3 or not flow.backbone.num_classes:
+        has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
+        raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
     classes = class_list(args.classes, flow.backbone.num_classes)
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         for start in range(0, len(todo), args.batch):
             indices = [i for i, _ in todo[start : start + args.batch]]
             labels = [label for _, label in todo[start : start + args.batch]]
-            for i, image in zip(indices, draw(flow, args, labels, indices), strict=True):
+            for i, image in zip(indices, draw(flow, args, labels, indices, progress=rank == 0), strict=True):
                 with files.replacing(args.out / name(i)) as beside:
                     to_image(image).save(beside)
             bar.update(len(indices))
@@ -101,8 +105,11 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """What can be refused before the model is read."""
     for option, lowest in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0)):
-        if getattr(args, option) < lowest:
-            raise InputError(f"--{option} must be at least {lowest}, but it is {getattr(args, option)}")
+        if not lowest <= getattr(args, option) < 2**62:
+            raise InputError(f"--{option} must be at least {lowest} and below 2^62, but it is {getattr(args, option)}")
+    for option in ("guidance", "shift"):
+        if not math.isfinite(getattr(args, option)):
+            raise InputError(f"--{option} must be finite, but it is {getattr(args, option)}")
     sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
     guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
     if args.out.exists() and not args.out.is_dir():
@@ -119,7 +126,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> AsymFlow:
     return flow.to(device).eval()
 
 
-def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: list[int]) -> Tensor:
+def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: list[int], progress: bool) -> Tensor:
     """Images (n, 3, H, W) in [-1, 1], on the CPU."""
     oklab = flow.subspace.color_space == "oklab"
     clamp = clamp_to_gamut if oklab else lambda x0: x0.clamp(-1, 1)
@@ -136,6 +143,7 @@ def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: l
         shift=args.shift,
         orthogonal=args.orthogonal,
         denoised_hook=(lambda x0, sigma: clamp(x0)) if args.clamp else None,
+        progress=progress,
     )
     return (oklab_to_rgb(images) if oklab else images).float().cpu()
 
@@ -173,20 +181,24 @@ def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]
         try:
             record = json.loads(path.read_text())
             before, images = record["settings"], {entry["index"]: entry["class"] for entry in record["images"]}
-        except (ValueError, KeyError, TypeError) as e:
+            differing = [
+                f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
-        differing = [
-            f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
-        ]
         if differing:
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
     elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
         raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
+    known = bool(images)
     images |= dict(plan)
     entries = [{"file": name(i), "index": i, "class": images[i]} for i in sorted(images)]
     record = {"make_again": make_again(args), "settings": now, "images": entries}
-    with files.replacing(path) as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        with files.replacing(path, new=not known) as beside:
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+    except FileExistsError:  # another process was first, of this run or of another
+        open_record(args, now, plan)
 
 
 def make_again(args: argparse.Namespace) -> str:
@@ -202,11 +214,19 @@ def make_again(args: argparse.Namespace) -> str:
 
 def finish(args: argparse.Namespace, plan: list[tuple[int, int]]) -> None:
     """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
-    shown = [args.out / name(i) for i, _ in plan]
-    if all(path.exists() for path in shown):
+    if all((args.out / name(i)).exists() for i, _ in plan):
+        entries = json.loads((args.out / RECORD).read_text())["images"]
+        shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
-            image_grid(torch.stack([to_tensor(Image.open(path)) for path in shown[:GRID_AT_MOST]])).save(beside)
-        print(f"{len(shown)} images, grid.png and {RECORD} are in {args.out}")
+            image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
+        print(f"{len(plan)} images, grid.png and {RECORD} are in {args.out}")
+
+
+def read_png(path: Path) -> Tensor:
+    try:
+        return to_tensor(Image.open(path))
+    except OSError as e:
+        raise InputError(f"{path} is damaged ({e}): remove it, and the same command draws it again") from None
 
 
 def name(index: int) -> str:
@@ -228,7 +248,10 @@ def class_list(text: str, num_classes: int) -> list[int]:
 
 
 def interval(text: str) -> tuple[float, float]:
-    low, high = (float(word) for word in text.split(","))
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
     if not 0 <= low <= high <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"it must be LOW,HIGH within 0 and 1, such as 0,0.88, but it is {text!r}")
     return low, high

@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.cli.common import at_least, default_device, new_file, usable_device
+from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
 from asymflow.color import rgb_to_oklab
 from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
 from asymflow.errors import InputError
 from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
+from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
 from asymflow.pictures import draw_subspace
 from asymflow.published import load_published
@@ -63,11 +64,13 @@ def add_command(commands) -> None:
 
     procrustes = actions.add_parser("procrustes", help="fit to images and their latents", description=PROCRUSTES)
     add_data(procrustes, "folders or .tar shards with images and their latents")
+    rank = "that of the latents is the only one that fits; another number is refused"
+    procrustes.add_argument("--rank", type=rank_or_auto, default="auto", metavar="N|auto", help=rank)
     add_options(procrustes, CHANNEL_FIRST, "oklab")
     procrustes.set_defaults(run=run_procrustes)
 
     show = actions.add_parser("show", help="print what is in a file, and draw it", description=SHOW)
-    show.add_argument("file", type=Path, metavar="FILE", help="the .safetensors file, or .pt of the reference")
+    show.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, .pt of the reference, or a model")
     show.add_argument("--out", type=Path, metavar="PNG", help="also draw the directions and their energy to this file")
     show.set_defaults(run=run_show)
 
@@ -129,6 +132,8 @@ def run_procrustes(args: argparse.Namespace) -> None:
     def read(pair) -> tuple[Tensor, Tensor]:
         latents, image = read_pair(pair, args.patch_size)
         rank = latents.shape[-1]
+        if args.rank not in ("auto", rank):
+            raise InputError(f"--rank {args.rank} does not fit: the latent tokens of {pair[1]} have {rank} dimensions")
         if rank != known.setdefault("rank", rank):
             raise InputError(f"{pair[1]} has latent tokens of dimension {rank}, but in others it is {known['rank']}")
         return latents, image
@@ -163,6 +168,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
     if index > 0:
         return
     subspace.fitted_on = f"{described(tally, found, args)}, seed {args.seed}"
+    new_outputs(args.out)  # once more: the work took its time
     with files.replacing(picture) as beside:  # the picture is not there before the subspace is
         draw_subspace(subspace, beside)
         subspace.save(out)
@@ -200,7 +206,7 @@ def to_tokens(sample: tuple[Tensor, ...], args: argparse.Namespace, device: torc
 @contextmanager
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """(index of this process, how many there are, its device). More than one if torchrun started them."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    _, count = this_process()
     if count == 1:
         yield 0, 1, usable_device(device)
         return
@@ -267,8 +273,10 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def load(path: Path) -> Subspace:
-    """The subspace in a file of this library, of the reference, or of a model that was published."""
-    if path.suffix == ".safetensors":
+    """The subspace in a file of this library or the reference, or of a model, published or in a folder of its own."""
+    if path.is_dir():
+        return AsymFlow.from_pretrained(path).subspace
+    if path.suffix == ".safetensors" and "basis" in files.read_tensors(path)[0]:
         return Subspace.load(path)
     published = load_published(path)
     return published if isinstance(published, Subspace) else published.subspace
