@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from asymflow.cli import import_, info, sample, subspace
+from asymflow.cli import data, export, import_, info, sample, subspace
 from asymflow.cli.common import Parser
 from asymflow.errors import InputError
 
@@ -59,7 +59,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=versions(), help="show versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (subspace, sample, import_, info):
+    for module in (subspace, sample, import_, info, data, export):
         module.add_command(commands)
     return parser
 

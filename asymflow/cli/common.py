@@ -3,7 +3,10 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +56,27 @@ def new_file(path: Path) -> Path:
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already, and is not overwritten: choose another name or remove it")
     return path
+
+
+def new_folder(path: Path) -> Path:
+    """`path`, if nothing is there yet, or an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise InputError(f"{path} exists already, and is not overwritten: choose another --out or remove it")
+    return path
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write to. It becomes `path` if the block ends well, and is removed if it does not."""
+    beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if path.exists():
+            path.rmdir()  # it is empty; not every system renames onto an empty folder
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def usable_device(name: str) -> torch.device:

@@ -1,17 +1,13 @@
 """`asymflow import`: a published checkpoint becomes a folder of this library; a subspace file, a subspace of it."""
 
 import argparse
-import secrets
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from asymflow.cli.common import at_least
+from asymflow.cli.common import at_least, new_folder, replacing_folder
 from asymflow.cost import parameters
 from asymflow.errors import InputError
 from asymflow.model import WEIGHTS
@@ -42,8 +38,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     out = args.out
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists already, and is not overwritten: choose another --out or remove it")
+    new_folder(out)
     options = dict(weights=args.weights, in_context_start=args.in_context_start)
     print(f"reading {args.file} ...", file=sys.stderr)
     model = load_published(args.file, dtype=getattr(torch, args.dtype), **options)
@@ -64,17 +59,3 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"is in {out}, in {args.dtype}, {size / 1e9:,.2f} GB")
     print(f"try: asymflow sample --model {shlex.quote(str(out))} --num 4 --out samples")
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write to. It becomes `path` if the block ends well, and is removed if it does not."""
-    beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        if path.exists():
-            path.rmdir()  # it is empty; not every system renames onto an empty folder
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

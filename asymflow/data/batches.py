@@ -1,0 +1,120 @@
+"""Micro-batches by number: what a rank trains on in micro-step k, drawn anew from (seed, index) each time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from asymflow.data.sample import Sample
+from asymflow.errors import InputError
+from asymflow.training import streams
+from asymflow.training.config import Config, batch_sizes
+from asymflow.training.signals import ignore
+
+ATTEMPTS = 100  # images in a row that may be unreadable
+
+
+@dataclass
+class Batch:
+    """pixels: (B, C, H, W) uint8. eps: (B, C, H, W) float32, with the noise scale of the model.
+
+    labels: (B,), after label dropout. normal: (B,) standard normal, of the noise level. samples: their indices in the
+    training. problems: what could not be read, "name: reason".
+    """
+
+    pixels: Tensor
+    eps: Tensor
+    labels: Tensor
+    normal: Tensor
+    samples: list[int]
+    problems: list[str]
+
+    @property
+    def x0(self) -> Tensor:
+        """(B, C, H, W) float32 in [-1, 1]. Not stored: the way from the worker to the GPU is shorter for bytes."""
+        return self.pixels.float().div_(127.5).sub_(1)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """For DataLoader: from pinned memory, `to` a GPU runs beside the computation."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(change(value) if isinstance(value, Tensor) else value for value in values))
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item k is the k-th micro-batch of this rank, counted from the start of the training."""
+
+    def __init__(self, dataset, config: Config, rank: int, world: int):
+        self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
+        self.micro, self.accumulation = batch_sizes(config, world)
+
+    def __getitem__(self, k: int) -> Batch:
+        c = self.config
+        step, part = divmod(k, self.accumulation)
+        share = streams.share(step, c.train.global_batch_size, self.rank, self.world)
+        samples = list(share[part * self.micro : (part + 1) * self.micro])
+        problems = []
+        images, labels, normals = [], [], []
+        for sample in samples:
+            picked = read(self.dataset, c.train.seed, sample, problems)
+            drawn = streams.draws(c.train.seed, sample)
+            images.append(picked.image.flip(-1) if c.data.flip and drawn.flip < 0.5 else picked.image)
+            labels.append(c.model.num_classes if drawn.drop < c.loss.label_dropout else picked.label)
+            normals.append(drawn.normal)
+        pixels = torch.stack(images)
+        eps = torch.empty(pixels.shape)
+        for sample, out in zip(samples, eps, strict=True):
+            streams.noise(c.train.seed, sample, out)
+        eps.mul_(c.model.noise_scale)
+        return Batch(pixels, eps, torch.tensor(labels), torch.tensor(normals), samples, problems)
+
+    def run(self, first: int, last: int) -> Iterator[Batch]:
+        """Items first to last - 1, made ahead of time by `data.workers` processes. Raises what they raise."""
+        loader = DataLoader(
+            Outcomes(self),
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=self.config.data.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore,
+        )
+        for outcome in loader:
+            if isinstance(outcome, InputError):
+                raise outcome
+            yield outcome
+
+
+class Outcomes(torch.utils.data.Dataset):
+    """What `batches[k]` returns, or its InputError: raised in a worker, DataLoader would add the traceback to it."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getitem__(self, k: int) -> Batch | InputError:
+        try:
+            return self.batches[k]
+        except InputError as e:
+            return e
+
+
+def read(dataset, seed: int, sample: int, problems: list[str]) -> Sample:
+    """The image of a sample of the training; if it cannot be read, another one, always the same.
+
+    What could not be read is added to `problems`. InputError after `ATTEMPTS` of them.
+    """
+    index = streams.image_index(seed, sample, len(dataset))
+    replacements = streams.generator(seed, streams.REPLACEMENT, sample)
+    for _ in range(ATTEMPTS):
+        try:
+            return dataset[index]
+        except InputError as e:
+            problems.append(str(e))
+            index = int(replacements.integers(len(dataset)))
+    raise InputError(f"{ATTEMPTS} images in a row could not be read; the last: {problems[-1]}")

@@ -1,0 +1,26 @@
+"""The data set of a configuration."""
+
+from asymflow.data.folder import ImageFolder
+from asymflow.data.shapes import Shapes
+from asymflow.data.shards import TarShards
+from asymflow.errors import InputError
+from asymflow.training.config import Config
+
+
+def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards:
+    """Random access by index: `len(dataset)`, `dataset.num_classes` and `dataset[i]`, a `Sample`.
+
+    `dataset[i]` raises UnreadableError, an InputError, if that image is damaged. Raises InputError if there are no
+    images, or more classes than the model has.
+    """
+    data, size = config.data, config.model.image_size
+    if data.kind == "shapes":
+        dataset = Shapes(data.size, size, seed=config.train.seed)
+    else:
+        dataset = {"image_folder": ImageFolder, "webdataset": TarShards}[data.kind](data.path, size)
+    if dataset.num_classes > config.model.num_classes:
+        raise InputError(
+            f"{data.path or data.kind} has {dataset.num_classes} classes, but model.num_classes is "
+            f"{config.model.num_classes}: add --set model.num_classes={dataset.num_classes}"
+        )
+    return dataset

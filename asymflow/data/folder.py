@@ -1,0 +1,89 @@
+"""A folder of images in folders, one for each class, as ImageNet is downloaded."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from asymflow.data.images import Entry, adm_crop, folder_entries, read_image
+from asymflow.data.sample import Sample
+from asymflow.errors import InputError
+
+CAPTION = ".txt"
+
+
+class ImageFolder:
+    """Images by number, cropped to size x size by `adm_crop`: PATH/CLASS/IMAGE, also with folders between the two.
+
+    The classes are numbered in the order of their names, and so are the images. `classes` are the names. A file
+    IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image that is in
+    no class, or a class that has none.
+
+    A million images are listed in seconds, and the list is in few pieces, which processes that read images share.
+    """
+
+    def __init__(self, path: str | Path, size: int):
+        self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
+        names, labels, captioned = [], [], []
+        self.classes = class_names(path)
+        for label, folder in enumerate(self.classes):
+            entries = list(folder_entries(self.path + folder))
+            images = [entry.path for entry in entries if entry.is_image]
+            if not images:
+                raise InputError(f"{path}/{folder} has no images, but each folder in {path} is a class: remove it")
+            captions = {entry.path for entry in entries if entry.path.endswith(CAPTION)}
+            names += [os.fsencode(image.removeprefix(self.path)) for image in images]
+            labels += [label] * len(images)
+            captioned += [caption_path(image) in captions for image in images]
+        # Arrays, not lists: to count the references to a million objects is to write, and so to copy, their memory.
+        self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = to_uint8(self.square(index))
+        return Sample(
+            image, int(self.labels[index]), str(self.entry(index)), self.caption(index).decode(errors="replace")
+        )
+
+    def entry(self, index: int) -> Entry:
+        return Entry(self.path + os.fsdecode(self.names[index]))
+
+    def square(self, index: int) -> Image.Image:
+        """Raises UnreadableError, naming the file, if it is damaged."""
+        return adm_crop(read_image(self.entry(index)), self.size)
+
+    def caption(self, index: int) -> bytes:
+        return Entry(caption_path(self.entry(index).path)).read().strip() if self.captioned[index] else b""
+
+
+def class_names(path: str | Path) -> list[str]:
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder: a folder is expected that has one folder of images for each class")
+    with os.scandir(path) as items:
+        items = [item for item in items if not item.name.startswith(".")]
+    classes = sorted(item.name for item in items if item.is_dir())
+    if outside := sorted(item.name for item in items if Entry(item.name).is_image and not item.is_dir()):
+        raise InputError(f"{path}/{outside[0]} is in no class: each image must be in a folder that is its class")
+    if not classes:
+        hint = (
+            ": it has tar files, which are data.kind webdataset" if any(i.name.endswith(".tar") for i in items) else ""
+        )
+        raise InputError(f"{path} has no folders in it, one for each class{hint}")
+    return classes
+
+
+def caption_path(image: str) -> str:
+    return image.rpartition(".")[0] + CAPTION
+
+
+def to_uint8(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))

@@ -1,0 +1,134 @@
+"""Tar shards in the convention of WebDataset: KEY.png (or jpg, ...), its class KEY.cls and its caption KEY.txt."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from asymflow import files
+from asymflow.data.folder import to_uint8
+from asymflow.data.images import IMAGES, Entry, adm_crop, read_image, samples, tar_entries
+from asymflow.data.sample import Sample
+from asymflow.errors import InputError
+
+INDEX = ".index.npz"  # instead of .tar: where the samples of a shard lie
+META, FORMAT = "meta.json", "asymflow shards 1"  # in a folder of shards made by `asymflow data pack`
+
+Index = dict[str, np.ndarray]
+"""One row for each sample. name: of the image in the shard. label: its class. image, caption: (offset, size) of the
+bytes; a size of -1 means that there is none."""
+
+
+class TarShards:
+    """Images by number, from one tar file or those of a folder, in the order of their names.
+
+    Each is read from where it lies, as if it were a file. It is cropped to size x size by `adm_crop`, which leaves one
+    that has that size as it is. Raises InputError if there is no image, or one has no class or is there twice, or if
+    the shards are of `asymflow data pack` and not all there, or smaller than `size`.
+    """
+
+    def __init__(self, path: str | Path, size: int):
+        self.path, self.size = str(path), size
+        self.shards = shard_paths(Path(path), size)
+        indices = [load_index(shard) or read_index(shard) for shard in self.shards]
+        counts = [len(index["label"]) for index in indices]
+        if not sum(counts):
+            raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
+        self.shard = np.repeat(np.arange(len(counts)), counts)
+        # One array each, not a million objects: to count the references to those is to write, and so to copy, memory.
+        self.name, self.label, self.image, self.caption = (
+            np.concatenate([index[column] for index in indices]) for column in ("name", "label", "image", "caption")
+        )
+        self.num_classes = int(self.label.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, name = self.shards[self.shard[index]], os.fsdecode(self.name[index])
+        entry = Entry(shard, name, *self.image[index].tolist())
+        caption = Entry(shard, name, *self.caption[index].tolist())
+        text = caption.read().decode(errors="replace").strip() if caption.size >= 0 else ""
+        image = adm_crop(read_image(entry), self.size)
+        return Sample(to_uint8(image), int(self.label[index]), str(entry), text)
+
+
+def shard_paths(path: Path, size: int) -> list[str]:
+    if not path.is_dir():
+        return [str(files.existing_file(path))]
+    shards = sorted(str(shard) for shard in path.glob("*.tar") if not shard.name.startswith("."))
+    if meta := read_meta(path):
+        if len(shards) != meta["shards"]:
+            raise InputError(f"{path} has {len(shards)} of {meta['shards']} shards: run its `asymflow data pack` again")
+        if meta["size"] < size:
+            raise InputError(f"{path} has images packed at {meta['size']} pixels, which is too small for {size}")
+    if not shards:
+        raise InputError(f"{path} has no tar files (a folder with one folder for each class is data.kind image_folder)")
+    return shards
+
+
+def read_meta(folder: Path) -> dict:
+    """What `asymflow data pack` wrote about the shards in a folder; empty if it made none there."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else {}
+
+
+def read_index(shard: str) -> Index:
+    """The index of a tar file, from its headers. Raises InputError if it is damaged, or a sample is not complete."""
+    rows = []
+    with open(shard, "rb") as file:  # noqa: PTH123
+        for key, kinds in samples(tar_entries(shard)).items():
+            images = [kinds[kind] for kind in IMAGES if kind in kinds]
+            if not images:
+                continue
+            if len(images) > 1:
+                raise InputError(f"{key} has more than one image: {images[0].member} and {images[1].member}")
+            if "cls" not in kinds:
+                raise InputError(f"{key} has an image ({images[0].parts[1]}) but no class (cls)")
+            file.seek(kinds["cls"].offset)
+            label = file.read(kinds["cls"].size).strip()
+            if not label.isdigit() or len(label) > 9:
+                raise InputError(f"{kinds['cls']} must be a class, a whole number from 0, but it is {label[:20]!r}")
+            caption = kinds.get("txt", Entry(shard, size=-1))
+            rows.append((images[0].member, int(label), images[0].offset, images[0].size, caption.offset, caption.size))
+    return make_index(rows)
+
+
+def make_index(rows: list[tuple[str, int, int, int, int, int]]) -> Index:
+    """Of rows (name, label, offset and size of the image, offset and size of the caption)."""
+    numbers = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)
+    name = np.array([os.fsencode(row[0]) for row in rows], np.bytes_)
+    return {"name": name, "label": numbers[:, 0], "image": numbers[:, 1:3], "caption": numbers[:, 3:5]}
+
+
+# ---- The index beside a shard: reading all headers of a million images takes minutes ---------------------------------
+def index_path(shard: str | Path) -> Path:
+    return Path(str(shard).removesuffix(".tar") + INDEX)
+
+
+def save_index(shard: str | Path, index: Index, fingerprint: str) -> None:
+    with files.replacing(index_path(shard)) as beside:
+        np.savez(beside, **index, fingerprint=fingerprint)
+
+
+def load_index(shard: str | Path) -> Index | None:
+    """The index beside a shard, if both are there and belong together."""
+    try:
+        with np.load(index_path(shard), allow_pickle=False) as arrays:
+            index = dict(arrays)
+        return index if index["fingerprint"] == fingerprint(shard) else None
+    except Exception:  # damage shows in many ways; then the headers are read
+        return None
+
+
+def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
+    """The size of a file and the checksum of its end, where the last sample is: in a moment, for any size."""
+    with Path(shard).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - end))
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"

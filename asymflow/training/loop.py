@@ -1,0 +1,286 @@
+"""The training loop."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import files
+from asymflow.cost import flops
+from asymflow.data.batches import Batch, Batches
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.pictures import image_grid
+from asymflow.sampling import guided, image_noise, sample, sigma_grid
+from asymflow.training import checkpoint, run, shards, streams
+from asymflow.training.checkpoint import Piece
+from asymflow.training.config import Config, batch_sizes, bf16_weights
+from asymflow.training.ema import Averages, Profile
+from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
+from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+from asymflow.training.problems import Problems
+from asymflow.training.ranks import AgreedError, on_first
+from asymflow.training.signals import Signals
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}  # dense, bfloat16
+
+
+class Training:
+    """One run: the engine, its averages, its data, and the folder that they are kept in.
+
+    `step` counts the steps that are done. Everything that a further step depends on is in the checkpoint, or a function
+    of the configuration and the step.
+    """
+
+    def __init__(self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device):
+        self.config, self.out, self.device = config, out, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.micro, self.accumulation = batch_sizes(config, self.world)
+        self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
+        self.dataset = dataset
+        self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
+        shape = (flow.channels, config.model.image_size, config.model.image_size)
+        self.flops = config.train.global_batch_size * flops(flow, shape, training=True)
+        self.engine = make_engine(flow.to(device).train(), config)
+        profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
+        self.averages = Averages(shards.owned_fragments(self.engine), profiles)
+        self.step, self.skipped, self.how_resumed = 0, 0, ""
+
+    # ---- Steps -------------------------------------------------------------------------------------------------------
+    def fit(self) -> str | None:
+        """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
+        c, stopped_by = self.config, None
+        if self.step == 0:
+            self.draw()
+        first, last = self.step * self.accumulation, c.train.steps * self.accumulation
+        stream = Batches(self.dataset, c, self.rank, self.world).run(first, last)
+        bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
+        with Signals() as signals, bar:
+            while self.step < c.train.steps and not stopped_by:
+                record, problems = self.one_step(stream)
+                self.log(record, bar)
+                stopped_by = self.attend(signals, problems)
+                if self.due(c.ema.snapshot_every):
+                    self.snapshot()
+                if self.due(c.checkpoint.every) or stopped_by or self.step == c.train.steps:
+                    self.save()
+                if self.due(c.sample.every) or self.step == c.train.steps:
+                    self.draw()
+        return stopped_by if self.step < c.train.steps else None
+
+    def attend(self, signals: Signals, problems: list[str]) -> str | None:
+        """What any rank has met with in this step: images that it could not read, or a signal, whose name is returned.
+
+        All ranks stop after the same step.
+        """
+        flags = torch.tensor([signals.received, len(problems)], device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        number, unreadable = flags.tolist()
+        if unreadable:
+            self.problems.add(self.step, problems)
+        return signal.Signals(number).name if number else None
+
+    def due(self, every: int | None) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
+        """Returns what is to be logged, and which images could not be read."""
+        started = time.perf_counter()
+        lr = learning_rate(self.config, self.step)
+        set_learning_rate(self.engine, lr)
+        torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
+        seen: list[tuple[Batch, Tensor]] = []
+        for last in [*[False] * (self.accumulation - 1), True]:
+            batch = next(stream).to(self.device)
+            losses = self.losses(batch)
+            self.engine.backward(losses.mean())
+            seen.append((batch, losses.detach()))
+            if not last:
+                self.engine.step()  # which only accumulates
+        loss = torch.cat([losses for _, losses in seen]).sum() / self.config.train.global_batch_size
+        dist.all_reduce(loss)
+        if skip := not loss.isfinite():
+            self.discard(seen)
+            norm = None
+        else:
+            norm = norm_before_step(self.engine)
+            self.engine.step()
+            norm = gradient_norm(self.engine) if norm is None else norm
+            if not 0 <= norm < math.inf:  # DeepSpeed says -1 of one that is not finite
+                raise AgreedError(f"the gradient of step {self.step + 1} is not finite. {self.last_good()}")
+        self.step += 1
+        self.averages.update(self.step)  # also if skipped: the weights of that step are those of the one before
+        seconds = time.perf_counter() - started
+        record = {
+            "step": self.step,
+            "loss": None if skip else loss.item(),
+            "grad_norm": norm,
+            "lr": lr,
+            "images_per_second": self.config.train.global_batch_size / seconds,
+        }
+        return record, [problem for batch, _ in seen for problem in batch.problems]
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each image of a micro-batch, (B,)."""
+        c = self.config.loss
+        sigma = noise_level(batch.normal, c.sigma_mean, c.sigma_std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            velocity = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
+        return flow_matching_loss(velocity, batch.x0, batch.eps, sigma, c.sigma_floor)
+
+    def discard(self, seen: list[tuple[Batch, Tensor]]) -> None:
+        """Answer a loss that is not finite: leave the weights as they are, or stop if that was allowed often enough."""
+        mine = [
+            sample
+            for batch, losses in seen
+            for sample, value in zip(batch.samples, losses, strict=True)
+            if not value.isfinite()
+        ]
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, mine)
+        where = "; ".join(
+            f"rank {rank}: samples {shortened(samples)}" for rank, samples in enumerate(everyone) if samples
+        )
+        self.skipped += 1
+        message = f"the loss of step {self.step + 1} is not finite ({where or 'only the sum of all'})"
+        if self.skipped > self.config.train.skip_nonfinite:
+            raise AgreedError(f"{message}. {self.last_good()}. Steps skipped before: {self.skipped - 1}")
+        if self.rank == 0:
+            tqdm.write(f"{message}: skipped, {self.skipped} of {self.config.train.skip_nonfinite}", file=sys.stderr)
+        with idle(self.engine):
+            self.engine.step()
+
+    def last_good(self) -> str:
+        saved = checkpoint.steps(self.out / run.CHECKPOINTS)
+        good = checkpoint.folder_of(self.out / run.CHECKPOINTS, saved[-1]) if saved else "none yet"
+        return f"The last good checkpoint: {good}"
+
+    # ---- What is kept ------------------------------------------------------------------------------------------------
+    def open_journals(self) -> None:
+        """Continue the metrics and the list of problems after `step`. Called by all ranks."""
+        self.journals: list[run.Journal] = []  # on rank 0
+
+        def begin():
+            self.journals += [run.Journal(self.out / name, self.step) for name in (run.METRICS, run.PROBLEMS)]
+
+        on_first(begin)
+        self.problems = Problems(self.journals[1] if self.journals else None, len(self.dataset))
+
+    def save(self) -> None:
+        folder = checkpoint.folder_of(self.out / run.CHECKPOINTS, self.step)
+        state = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "averages": [profile.name for profile in self.averages.values],
+        }
+        on_first(lambda: [journal.sync() for journal in self.journals] and None, f"before {folder} was written")
+        checkpoint.save(folder, self.pieces(), self.shapes, state)
+        keep = self.config.checkpoint
+        on_first(lambda: checkpoint.prune(folder.parent, keep.keep_last, keep.keep_every), "an old checkpoint stays")
+
+    def pieces(self) -> Iterator[Piece]:
+        """What a checkpoint holds of this rank."""
+        for f in self.averages.fragments:
+            yield Piece("weights", f.name, f.start, f.weight)
+            for moment, values in f.moments.items():
+                yield Piece(moment, f.name, f.start, values)
+        for profile in self.averages.values:
+            yield from self.average_pieces(profile)
+
+    def average_pieces(self, profile: Profile) -> Iterator[Piece]:
+        for name, (start, values) in self.averages.named_pieces(profile).items():
+            yield Piece(checkpoint.average_kind(profile.name), name, start, values)
+
+    def snapshot(self) -> None:
+        """Keep the power-function averages as they are now, for `asymflow ema`."""
+        widths = [profile for profile in self.averages.values if profile.sigma_rel]
+        pieces = (piece for profile in widths for piece in self.average_pieces(profile))
+        state = {"step": self.step, "averages": [profile.name for profile in widths]}
+        checkpoint.save(checkpoint.folder_of(self.out / run.SNAPSHOTS, self.step), pieces, self.shapes, state)
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint, of any ZeRO stage and number of ranks. Raises InputError if it does not fit."""
+        reader = checkpoint.Reader(folder)
+        if reader.shapes != self.shapes:
+            raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
+        self.step, self.skipped = reader.state["step"], reader.state["skipped"]
+        then = (reader.state["ranks"], reader.state["zero_stage"])
+        now = (self.world, self.engine.zero_optimization_stage())
+        if then != now:
+            self.how_resumed = ", written by {} ranks at ZeRO stage {}, on {} at stage {}".format(*then, *now)
+        for f in shards.held_fragments(self.engine):
+            f.weight.copy_(reader.read("weights", f.name, f.start, len(f.weight)))
+            for moment, values in f.moments.items():
+                values.copy_(reader.read(moment, f.name, f.start, len(values)))
+            f.state["step"].fill_(self.step - self.skipped)
+        shards.spread_weights(self.engine)
+        for profile, values in self.averages.values.items():
+            for f, value in zip(self.averages.fragments, values, strict=True):
+                value.copy_(reader.read(checkpoint.average_kind(profile.name), f.name, f.start, len(value)))
+
+    # ---- What is shown -----------------------------------------------------------------------------------------------
+    def log(self, record: dict, bar: tqdm) -> None:
+        if self.rank == 0:
+            self.journals[0].add(record)
+            bar.update()
+            loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+            shown = {"loss": loss, "images/s": f"{record['images_per_second']:.1f}"}
+            if self.problems.known:
+                shown["unreadable"] = len(self.problems.known)
+            if peak := peak_flops(self.device):
+                rate = self.flops * record["images_per_second"] / self.config.train.global_batch_size
+                shown["MFU"] = f"{rate / (peak * self.world):.1%}"
+            bar.set_postfix(shown, refresh=False)
+            if self.engine.monitor.enabled:
+                events = [
+                    (f"train/{name}", value, self.step)
+                    for name, value in record.items()
+                    if name != "step" and value is not None
+                ]
+                self.engine.monitor.write_events(events)
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """A grid of samples of the first average, from the same noise and classes every time."""
+        c = self.config
+        if not c.sample.every:
+            return
+        each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
+        indices = range(self.rank * each, (self.rank + 1) * each)
+        with averaged(self.engine, self.averages, next(iter(self.averages.values), None)) as flow:
+            labels = torch.tensor([i % c.model.num_classes for i in indices], device=self.device)
+            none = torch.full_like(labels, c.model.num_classes)
+            velocity = guided(flow, {"labels": labels}, {"labels": none}, c.sample.guidance, tuple(c.sample.interval))
+            shape = (flow.channels, c.model.image_size, c.model.image_size)
+            noise = flow.noise_scale * image_noise(c.train.seed, indices, shape, self.device)
+            images = sample(velocity, noise, sigma_grid(c.sample.steps), c.sample.method).contiguous()
+        everyone = [torch.empty_like(images) for _ in range(self.world)]
+        dist.all_gather(everyone, images)
+        if self.rank == 0:
+            with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
+                image_grid(torch.cat(everyone)[: c.sample.num].cpu()).save(beside)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of step 0, 1, ...: linear warm-up, then constant (arXiv 2605.12964)."""
+    return config.optimizer.lr * min(1.0, (step + 1) / max(config.optimizer.warmup_steps, 1))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+
+
+def shortened(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")

@@ -1,0 +1,26 @@
+"""Flow matching: the loss that every model here is trained with, whatever it predicts."""
+
+import torch
+from torch import Tensor
+
+SIGMA_FLOOR = 0.05
+
+
+def noise_level(normal: Tensor, mean: float = 0.8, std: float = 0.8) -> Tensor:
+    """Logit-normal noise levels, `sigmoid(mean + std n)` for n standard normal (arXiv 2605.12964)."""
+    return torch.sigmoid(mean + std * normal)
+
+
+def noisy(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """`x_sigma = (1 - sigma) x0 + sigma eps` for x0, eps (B, ...) and sigma (B,)."""
+    return torch.lerp(x0, eps, sigma.view(-1, *(1,) * (x0.ndim - 1)))
+
+
+def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, floor: float = SIGMA_FLOOR) -> Tensor:
+    """`((velocity - (eps - x0)) sigma / max(sigma, floor))^2`, the mean of each image (B,), in float32 or better.
+
+    velocity, x0, eps: (B, ...); sigma: (B,). Near the data the velocity of an x0-prediction is an error divided by
+    sigma: below the floor the weight takes the division away (arXiv 2605.12964).
+    """
+    error = (velocity - (eps - x0)).flatten(1).square().mean(1)
+    return error * (sigma / sigma.clamp(min=floor)).square()

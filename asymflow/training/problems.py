@@ -1,0 +1,34 @@
+"""Images that could not be read, and were replaced: counted over all ranks, logged by name, too many end the run."""
+
+import torch.distributed as dist
+
+from asymflow.training.ranks import AgreedError, on_first
+from asymflow.training.run import Journal
+
+SHARE = 0.01  # of the images of the data set: of an epoch
+
+
+class Problems:
+    """`known`: "name: reason" of each image that could not be read so far, once, however often it came up."""
+
+    def __init__(self, journal: Journal | None, images: int):
+        """journal: on rank 0. images: in the data set. Called by all ranks."""
+        self.journal, self.images = journal, images
+        read = on_first(lambda: [entry["problem"] for entry in journal.entries()], "problems.log cannot be read")
+        self.known = dict.fromkeys(read)
+
+    def add(self, step: int, mine: list[str]) -> None:
+        """What this rank could not read in a step. Called by all ranks; raises AgreedError if it is too much."""
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        new = [p for p in dict.fromkeys(problem for each in everyone for problem in each) if p not in self.known]
+        self.known |= dict.fromkeys(new)
+        if self.journal:
+            for problem in new:
+                self.journal.add({"step": step, "problem": problem})
+        if len(self.known) > SHARE * self.images:
+            first = "; ".join(list(self.known)[:10])
+            more = f"; and {len(self.known) - 10} more" if len(self.known) > 10 else ""
+            raise AgreedError(
+                f"{len(self.known)} of the {self.images} images could not be read, more than {SHARE:.0%}: {first}{more}"
+            )

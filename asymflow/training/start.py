@@ -1,0 +1,161 @@
+"""From the command line to a running training: parse, build, resume, run."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asymflow.backbones.jit import JiT
+from asymflow.cli.common import Parser
+from asymflow.data.datasets import make_dataset
+from asymflow.errors import InputError
+from asymflow.fitting import fit_pca
+from asymflow.model import AsymFlow
+from asymflow.patches import patchify
+from asymflow.subspace import Subspace
+from asymflow.training import run, streams
+from asymflow.training.config import Config, batch_sizes, differences, load_config, network
+from asymflow.training.loop import Training
+from asymflow.training.ranks import AgreedError, Lifeline, on_first, show, start_processes, together
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(prog="train_ddp.py", description="Train a pixel transformer as an asymmetric flow, with DeepSpeed.")
+    p.add_argument("--config", default="shapes_tiny", help="name of a shipped configuration, or a YAML file")
+    p.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/NAME)")
+    p.add_argument(
+        "--resume", default="auto", help="auto: from the newest whole checkpoint; never; or a checkpoint folder"
+    )
+    p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one key of the configuration")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # by the launcher
+    args = p.parse_args(argv)
+    args.out = args.out or Path("runs") / Path(args.config).stem
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a training. Returns the exit code: 0 when done or stopped by a signal, 2 for what a user got wrong.
+
+    Whatever goes wrong is said once, by the process of rank 0, which ends all others: see `Lifeline`.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    with nullcontext() if rank == 0 else quiet():
+        args = parse(argv)
+    lifeline = None
+    try:
+        device = start_processes()
+        lifeline = Lifeline()
+        training = build(args, device)
+        stopped_by = training.fit()
+        lifeline.close()
+    except (Exception, KeyboardInterrupt) as e:
+        text, code = answer(e, rank)
+        if lifeline:
+            return lifeline.fail(text, code)
+        show(text)
+        return code
+    if rank == 0:
+        ending = f"{stopped_by}: stopped and saved" if stopped_by else "done"
+        print(f"{ending} at step {training.step} of {training.config.train.steps}: {args.out}")
+        if stopped_by:
+            print("the same command continues")
+    dist.destroy_process_group()
+    return 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def answer(e: BaseException, rank: int) -> tuple[str, int]:
+    """What to say of it, and the exit code. What is no fault of ours is one line; the rest has a traceback."""
+    if isinstance(e, KeyboardInterrupt):
+        return "train_ddp.py: interrupted; the same command continues from the last checkpoint", 130
+    by = "" if isinstance(e, AgreedError) or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
+    if isinstance(e, InputError | OSError):
+        return f"train_ddp.py: error: {by}{e}", 2 if isinstance(e, InputError) else 1
+    return f"{''.join(traceback.format_exception(e))}train_ddp.py: error: {by}{type(e).__name__}: {e}", 1
+
+
+def build(args: argparse.Namespace, device: torch.device) -> Training:
+    """Everything up to the first step, by all ranks together. Raises AgreedError if something cannot be used."""
+    rank = dist.get_rank()
+    configs = together(lambda: load_config(args.config, args.set))
+    config = configs[rank]
+    for other, theirs in enumerate(configs):
+        if theirs != configs[0]:
+            there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
+            raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
+    together(lambda: batch_sizes(config, dist.get_world_size()))
+    held, made = [], []
+    together(lambda: made.append(make_dataset(config)))
+    on_first(lambda: held.append(run.open_run(args.out, config)))  # only now: what cannot begin leaves no folder
+    folder, remarks = run.to_resume(args.out, args.resume)
+    dataset = made[0]
+    torch.manual_seed(config.train.seed)
+    flow = make_flow(config, get_subspace(config, dataset, args.out, folder, device))
+    training = Training(config, args.out, flow, dataset, device)
+    training.held = held  # the lock of the folder, as long as there is a training
+    if folder is not None:
+        training.restore(folder)
+    if rank == 0:
+        for remark in remarks:
+            print(remark, file=sys.stderr)
+        if folder is not None:
+            print(f"continuing from {folder}{training.how_resumed}", file=sys.stderr)
+    training.open_journals()
+    return training
+
+
+def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
+    c = config.model
+    jit = JiT(**network(c))
+    jit.seed_patch_embedding(subspace)
+    return AsymFlow(jit, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
+
+
+def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, device: torch.device) -> Subspace:
+    """That of the run, if it has one already; else from the file or the data, as configured, by all ranks together.
+
+    A checkpoint of another run brings the subspace of that run with it.
+    """
+    path, patch = out / run.SUBSPACE, int(config.model.size.split("/")[1])
+    there = on_first(path.exists)
+    if not there and resumed is not None:
+        path, there = resumed.parent.parent / run.SUBSPACE, True
+    if there or config.subspace.file:
+        loaded = []
+        together(lambda: loaded.append(Subspace.load(path if there else config.subspace.file)), "the subspace")
+        subspace = loaded[0]
+    elif config.subspace.rank == "full":
+        subspace = Subspace.full(3 * patch**2, patch_size=patch)
+    elif config.subspace.rank == 0:
+        subspace = Subspace.empty(3 * patch**2, patch_size=patch)
+    else:
+        count = min(config.subspace.images, len(dataset))
+        mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
+        subspace = fit_pca(
+            (patchify(image.to(device), patch) for image in readable(dataset, mine)),
+            config.subspace.rank,
+            patch_size=patch,
+            token_order="channel_last",
+        )
+    if path != out / run.SUBSPACE or not there:
+        on_first(lambda: subspace.save(out / run.SUBSPACE), "the subspace could not be saved")
+    return subspace
+
+
+def readable(dataset, indices: Iterable[int]) -> Iterator[Tensor]:
+    """The images, (1, 3, H, W) in [-1, 1], but for those that cannot be read: training will count them."""
+    for i in indices:
+        with suppress(InputError):
+            yield dataset[int(i)].image[None].double() / 127.5 - 1

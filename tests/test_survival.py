@@ -1,0 +1,563 @@
+"""Trainings that are killed, stopped, starved and fed with rubbish, in real processes: what is left, and what is said.
+
+The functions before the tests are done to each rank before it begins: they break what the tests are about.
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from processes import Launched, metrics, same_bits, tensors, words
+
+from asymflow.errors import InputError
+from asymflow.training import checkpoint
+from asymflow.training.signals import CAUGHT, Signals
+
+
+pytestmark = pytest.mark.survival  # they take minutes
+
+
+# ---- Done to the ranks -----------------------------------------------------------------------------------------------
+def this_rank():
+    return int(os.environ["RANK"])
+
+
+def before_step(action, step):
+    """Do `action(training)` when `step` (1, 2, ...) begins."""
+    from asymflow.training.loop import Training
+
+    one_step = Training.one_step
+
+    def replaced(self, stream):
+        if self.step + 1 == step:
+            action(self)
+        return one_step(self, stream)
+
+    Training.one_step = replaced
+
+
+def on_rank(rank, action):
+    return lambda training: action() if training.rank == rank else None
+
+
+def slow_saving():
+    describe = checkpoint.describe
+    checkpoint.describe = lambda path: time.sleep(0.03) or describe(path)
+
+
+def saving_takes(seconds):
+    save = checkpoint.save
+    checkpoint.save = lambda *args: time.sleep(seconds) or save(*args)
+
+
+def bad_noise(value, samples):
+    """The noise of these samples of the training is not a number, or infinite."""
+    from asymflow.data.batches import Batches
+
+    get = Batches.__getitem__
+
+    def replaced(self, k):
+        batch = get(self, k)
+        for i, sample in enumerate(batch.samples):
+            if sample in samples:
+                batch.eps[i, 0, 0, 0] = value
+        return batch
+
+    Batches.__getitem__ = replaced
+
+
+def without_steps(first, count):
+    """A training that never sees the data of these steps."""
+    from asymflow.data.batches import Batches
+
+    get = Batches.__getitem__
+    Batches.__getitem__ = lambda self, k: get(
+        self, k + (count * self.accumulation if k >= first * self.accumulation else 0)
+    )
+
+
+def bad_gradient(step):
+    """The loss is right, but not its derivative."""
+    from asymflow.training.loop import Training
+
+    losses = Training.losses
+
+    def replaced(self, batch):
+        value = losses(self, batch)
+        return value + (0 * value).sqrt() if self.step + 1 == step else value  # whose derivative is 0 times infinity
+
+    Training.losses = replaced
+
+
+def corrupt_images(indices):
+    from asymflow.data.shapes import Shapes
+
+    get = Shapes.__getitem__
+
+    def replaced(self, index):
+        if index in indices:
+            raise InputError(f"shapes/{index}: it is cut off")
+        return get(self, index)
+
+    Shapes.__getitem__ = replaced
+
+
+def no_space(rank, name):
+    """On one rank, a file whose name contains `name` cannot be written."""
+
+    def hook(event, args):
+        if event == "open" and name in str(args[0]) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    if this_rank() == rank:
+        sys.addaudithook(hook)
+
+
+def little_space_for_metrics(step):
+    """From a step on, files cannot grow longer than half a line more than metrics.jsonl: a limit of the kernel's."""
+
+    def limit(training):
+        if training.rank == 0:
+            size = (training.out / "metrics.jsonl").stat().st_size + 50
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    before_step(limit, step)
+
+
+def fault_on(rank, function, message):
+    """`start.function` finds a fault on one rank."""
+    from asymflow.training import start
+
+    def replaced(*args):
+        raise InputError(message)
+
+    if this_rank() == rank:
+        setattr(start, function, replaced)
+
+
+def dies(rank, step, how):
+    def action():
+        if how == "exit":
+            os._exit(7)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("such is life")
+
+    before_step(on_rank(rank, action), step)
+
+
+def dies_while_others_wait(rank, step):
+    """The others wait for something else than gloo, which would notice by itself."""
+
+    def action(training):
+        if training.rank == rank:
+            time.sleep(0.5)
+            os._exit(7)
+        time.sleep(1000)
+
+    before_step(action, step)
+
+
+# ---- Looking ---------------------------------------------------------------------------------------------------------
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_steps(run, count, launched, timeout=60):
+    until = time.monotonic() + timeout
+    while lines(run / "metrics.jsonl") < count:
+        assert time.monotonic() < until, launched.said()
+        time.sleep(0.01)
+
+
+def everything(run):
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != ".lock")
+
+
+def whole_steps(run):
+    """The checkpoints there are, all of which have to be whole."""
+    steps = checkpoint.steps(run / "checkpoints")
+    for step in steps:
+        assert checkpoint.fault(checkpoint.folder_of(run / "checkpoints", step)) is None
+    return steps
+
+
+def one_line(launched, *parts, code=2):
+    """All ranks end with `code`, and one line is written in all, which has these parts."""
+    assert launched.wait() == [code] * len(launched.ranks), launched.said()
+    said = launched.said()
+    assert len(said) == 1, said
+    for part in parts:
+        assert part in said[0]
+    return said[0]
+
+
+# ---- Killed ----------------------------------------------------------------------------------------------------------
+def test_killed_twenty_times_and_none_the_worse(tmp_path):
+    every, steps = 4, 90
+    settings = [
+        f"train.steps={steps}",
+        f"checkpoint={{every: {every}, keep_last: 2}}",
+        "ema.snapshot_every=10",
+        "sample={every: 20, num: 2, steps: 1, method: euler}",
+        "data.workers=1",
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert Launched(2, straight, *settings).wait() == [0, 0]
+    moments, while_saving, furthest = random.Random(4), 0, 0
+    for i in range(20):
+        launched = Launched(2, killed, *settings, patch=slow_saving)
+        if i % 4:  # while it trains and saves
+            wait_for_steps(killed, furthest + 1, launched)
+            time.sleep(moments.uniform(0, 0.25))
+        else:  # perhaps while it starts
+            time.sleep(moments.uniform(0, 1.5))
+        launched.kill()
+        while_saving += any(killed.glob("*/.*.writing"))
+        done = lines(killed / "metrics.jsonl")
+        if done:
+            newest = max(whole_steps(killed), default=0)
+            assert done - newest <= every, launched.said()
+        furthest = max(furthest, done)
+    assert furthest < steps, "there was nothing left to kill"
+    assert while_saving >= 3
+    assert Launched(2, killed, *settings).wait() == [0, 0]
+    assert metrics(killed) == metrics(straight)
+    assert [m["step"] for m in metrics(killed)] == list(range(1, steps + 1))
+    assert same_bits(tensors(killed, steps), tensors(straight, steps))
+    assert everything(killed) == everything(straight)
+    for picture in (straight / "samples").iterdir():
+        assert (killed / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_other_numbers_of_ranks_and_stages_continue_and_say_so(tmp_path):
+    stage = "deepspeed.zero_optimization.stage={}".format
+    assert Launched(1, tmp_path / "alone", "train.steps=8", "checkpoint.every=4", stage(1)).wait() == [0]
+    cases = (((2, 1), (1, 1)), ((1, 0), (2, 2)), ((2, 3), (2, 1)))
+    for n, ((ranks, zero), (later_ranks, later_zero)) in enumerate(cases):
+        out = tmp_path / str(n)
+        assert Launched(ranks, out, "train.steps=4", "checkpoint.every=4", stage(zero)).wait() == [0] * ranks
+        rest = Launched(later_ranks, out, "train.steps=8", "checkpoint.every=4", stage(later_zero))
+        assert rest.wait() == [0] * later_ranks
+        assert rest.said() == [
+            f"continuing from {out}/checkpoints/00000004, written by {ranks} ranks at ZeRO stage {zero}, "
+            f"on {later_ranks} at stage {later_zero}"
+        ]
+        for m, expected in zip(metrics(out), metrics(tmp_path / "alone"), strict=True):
+            assert m["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+# ---- Stopped ---------------------------------------------------------------------------------------------------------
+ENDLESS = ("train.steps=100000", "checkpoint.every=100000")
+
+
+def test_a_signal_to_any_rank_saves_and_the_same_command_continues(tmp_path):
+    for n, (number, ranks) in enumerate([(signal.SIGTERM, [1]), (signal.SIGUSR1, [0, 1]), (signal.SIGTERM, [0, 0])]):
+        before = lines(tmp_path / "run" / "metrics.jsonl")
+        launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(saving_takes, 1))
+        wait_for_steps(tmp_path / "run", before + 3, launched)
+        for rank in ranks:  # the last of these twice, as by a scheduler and a launcher
+            launched.signal(number, rank)
+            time.sleep(0.2)
+        assert launched.wait() == [0, 0]
+        step = lines(tmp_path / "run" / "metrics.jsonl")
+        assert whole_steps(tmp_path / "run")[-1] == step
+        assert (
+            launched.said("out")[-2:]
+            == [
+                f"{number.name}: stopped and saved at step {step} of 100000: {tmp_path / 'run'}",
+                "the same command continues",
+            ]
+            or "built successfully" in launched.said("out")[-1]
+        )
+        assert sum("stopped and saved" in line for line in launched.said("out")) == 1
+        assert launched.said() == ([f"continuing from {tmp_path}/run/checkpoints/{before:08d}"] if n else [])
+
+
+def test_an_echo_of_a_signal_after_saving_is_harmless():
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(saving_takes, 30))
+    wait_for_steps(tmp_path / "run", 2, launched)
+    launched.signal(signal.SIGTERM)
+    time.sleep(2.3)
+    launched.signal(signal.SIGTERM)
+    assert launched.wait(5) == [128 + signal.SIGTERM] * 2
+    assert whole_steps(tmp_path / "run") == []
+
+
+# ---- Fed with rubbish ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("stage", "micro"), [(0, 2), (1, "null"), (2, 2), (3, 2)])
+def test_skipped_steps_leave_no_trace(tmp_path, stage, micro):
+    """Weights and moments are those of a training that never saw the data of the skipped steps."""
+    common = [
+        f"deepspeed.zero_optimization.stage={stage}",
+        f"train.micro_batch_size={micro}",
+        "checkpoint={every: 1, keep_last: 99}",
+        "train.skip_nonfinite=2",
+        "deepspeed.gradient_clipping=0.1",
+    ]
+    bad = partial(bad_noise, float("nan"), {8 * 3 + 1, 8 * 4 + 7})  # of rank 0 in step 4, and rank 1 in step 5
+    skipping = Launched(2, tmp_path / "skipping", "train.steps=8", *common, patch=bad)
+    assert skipping.wait() == [0, 0]
+    said = skipping.said()
+    assert [line.split(":")[0] for line in said] == [
+        "the loss of step 4 is not finite (rank 0",
+        "the loss of step 5 is not finite (rank 1",
+    ]
+    assert Launched(2, tmp_path / "without", "train.steps=6", *common, patch=partial(without_steps, 3, 2)).wait() == [
+        0,
+        0,
+    ]
+    states = {step: tensors(tmp_path / "skipping", step) for step in (3, 4, 5, 8)}
+    expected = tensors(tmp_path / "without", 6)
+    kept = [key for key in expected if not key[0].startswith("ema")]
+    for key in kept:
+        assert torch.equal(states[3][key], states[4][key])
+        assert torch.equal(states[3][key], states[5][key])
+        assert torch.equal(states[8][key], expected[key]), key
+    for (kind, name), value in states[4].items():  # the averages go on, with the weights as they are
+        if kind == "ema-0.5":
+            halfway = torch.lerp(states[3][kind, name], states[3]["weights", name], 0.5)
+            assert torch.equal(value, halfway)
+    taken = [m["loss"] for m in metrics(tmp_path / "skipping")]
+    assert taken[3:5] == [None, None]
+    assert taken[:3] + taken[5:] == [m["loss"] for m in metrics(tmp_path / "without")]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    out = tmp_path / "run"
+    bad = partial(bad_noise, float("inf"), {8 * 3 + 4, 8 * 3 + 6})
+    settings = ("train.steps=9", "checkpoint.every=2", "data.workers=1")
+    parts = ("step 4", "rank 1: samples 28, 30", f"last good checkpoint: {out}/checkpoints/00000002")
+    one_line(Launched(2, out, *settings, patch=bad), *parts)
+    assert whole_steps(out) == [2]
+    assert len(metrics(out)) == 3
+    more = ("train.skip_nonfinite=1", *settings)  # what was skipped is counted over both
+    two = partial(bad_noise, float("nan"), {8 * 3 + 4, 8 * 6})
+    launched = Launched(2, out, *more, patch=two)
+    assert launched.wait() == [2, 2]
+    assert len(launched.said()) == 3
+    assert "step 7" in launched.said()[-1]
+    assert "rank 0: samples 48" in launched.said()[-1]
+    assert "Steps skipped before: 1" in launched.said()[-1]
+    assert whole_steps(out)[-1] == 6
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, stage):
+    settings = ("train.steps=9", "checkpoint.every=1", f"deepspeed.zero_optimization.stage={stage}")
+    launched = Launched(2, tmp_path / "run", *settings, patch=partial(bad_gradient, 4))
+    one_line(launched, "the gradient of step 4 is not finite", "checkpoints/00000003")
+    assert whole_steps(tmp_path / "run")[-1] == 3
+
+
+def problems(run):
+    return [json.loads(line) for line in (run / "problems.log").read_text().splitlines()]
+
+
+def test_corrupt_images_are_logged_once_and_replaced(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    few = partial(corrupt_images, {5, 77})
+    settings = ("checkpoint.every=11", "data.workers=1", "ema.decays=[]", "ema.sigma_rel=[]")
+    assert Launched(2, straight, "train.steps=40", *settings, patch=few).wait() == [0, 0]
+    first = Launched(2, resumed, "train.steps=33", *settings, patch=few)
+    assert first.wait() == [0, 0]
+    shutil.rmtree(resumed / "checkpoints" / "00000033")
+    assert Launched(2, resumed, "train.steps=40", *settings, patch=few).wait() == [0, 0]
+    assert problems(straight) == problems(resumed)
+    assert {entry["problem"] for entry in problems(straight)} == {"shapes/5: it is cut off", "shapes/77: it is cut off"}
+    assert len(problems(straight)) == 2
+    assert metrics(straight) == metrics(resumed)
+
+
+def test_more_than_one_percent_of_corrupt_images_stop_the_run(tmp_path):
+    out = tmp_path / "run"
+    few, many = partial(corrupt_images, {5, 77}), partial(corrupt_images, {5, 77, *range(100, 130)})
+    # All that is known counts, from before a resumption as well.
+    assert Launched(2, out, "train.steps=32", "checkpoint.every=32", patch=few).wait() == [0, 0]
+    launched = Launched(2, out, "train.steps=64", "checkpoint.every=32", patch=many)
+    assert launched.wait() == [2, 2]
+    assert len(launched.said()) == 2
+    count = len(problems(out))
+    assert count > 2
+    assert f"{count} of the 256 images could not be read, more than 1%: shapes/" in launched.said()[1]
+    assert "shapes/5: it is cut off" in launched.said()[1]
+    assert "shapes/77: it is cut off" in launched.said()[1]
+
+
+# ---- Starved ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rank", "name"), [(1, "rank_00001"), (0, "manifest")])
+def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
+    out = tmp_path / "run"
+    assert Launched(2, out, "train.steps=2", "checkpoint.every=2").wait() == [0, 0]
+    there = everything(out)
+    launched = Launched(2, out, "train.steps=4", "checkpoint.every=2", patch=partial(no_space, rank, name))
+    assert launched.wait() == [2, 2]
+    assert len(launched.said()) == 2
+    assert "checkpoints/00000004 could not be" in launched.said()[1]
+    assert "No space left on device" in launched.said()[1]
+    assert everything(out) == there
+    assert whole_steps(out) == [2]
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+    out = tmp_path / "run"
+    settings = ("train.steps=8", "checkpoint.every=2")
+    launched = Launched(2, out, *settings, patch=partial(little_space_for_metrics, 4))
+    one_line(launched, "rank 0", "metrics.jsonl", os.strerror(errno.EFBIG), code=1)
+    assert not (out / "metrics.jsonl").read_bytes().endswith(b"\n")  # as long as there was space
+    assert whole_steps(out) == [2]
+    assert Launched(2, out, *settings).wait() == [0, 0]
+    assert [m["step"] for m in metrics(out)] == list(range(1, 9))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_and_one_that_is_read_only(small_disk):
+    out = small_disk / "run"
+    assert Launched(2, out, "train.steps=2", "checkpoint.every=2").wait() == [0, 0]
+    size = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*"))
+    there = everything(out)
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - size // 2))
+    launched = Launched(2, out, "train.steps=4", "checkpoint.every=2")
+    assert launched.wait() == [2, 2]
+    assert "No space left on device" in launched.said()[-1]
+    assert len(launched.said()) == 2
+    assert everything(out) == there
+    assert whole_steps(out) == [2]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    one_line(Launched(2, out, "train.steps=4"), "Read-only file system")
+    one_line(Launched(2, small_disk / "new"), "Read-only file system")
+
+
+# ---- Started wrongly -------------------------------------------------------------------------------------------------
+def test_what_cannot_begin_is_said_once(tmp_path):
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert Launched(1, out, "train.steps=2", "checkpoint.every=2").wait() == [0]
+    there = everything(out)
+    other.mkdir()
+    (other / "thesis.txt").write_text("all of it")
+    (tmp_path / "broken.yaml").write_text("train: [")
+    one_line(Launched(2, arguments=["--bla"]), "train_ddp.py: error: unrecognized arguments: --bla")
+    one_line(Launched(2, arguments=["--config", "shapes_tine"]), "did you mean shapes_tiny?")
+    one_line(Launched(2, arguments=["--config", str(tmp_path / "broken.yaml")]), "broken.yaml")
+    one_line(Launched(2, tmp_path / "new", "train.stepz=2"), "train.steps")
+    one_line(Launched(2, tmp_path / "new", "train.global_batch_size=7"), "7 is not divisible by 2 ranks")
+    one_line(Launched(2, out, "train.steps=4", "train.seed=1"), "train.seed: 0 there, 1 here")
+    one_line(Launched(2, other), "not the folder of a run")
+    for folder in (out, other / "nothing"):
+        launched = Launched(2, arguments=[*words(out, "train.steps=4"), "--resume", str(folder)])
+        one_line(launched, f"--resume {folder} is not a whole checkpoint")
+    one_line(Launched(2, arguments=[*words(out), "--resume", "never"]), "checkpoints up to step 2", "--out")
+    config = partial(fault_on, 1, "load_config", "run.yaml cannot be read")
+    one_line(Launched(2, tmp_path / "new", patch=config), "error: rank 1: run.yaml cannot be read")
+    data = partial(fault_on, 1, "make_dataset", "/data does not exist")
+    one_line(Launched(2, tmp_path / "new", patch=data), "error: rank 1: /data does not exist")
+    assert everything(out) == there
+    assert everything(other) == ["thesis.txt"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_run_and_one_that_is_not_the_newest(tmp_path):
+    """A branch: the weights and the subspace are those of the other run, the settings need not be."""
+    first, branch = tmp_path / "first", tmp_path / "branch"
+    assert Launched(1, first, "train.steps=4", "checkpoint.every=2").wait() == [0]
+    resume = ["--resume", str(first / "checkpoints" / "00000002")]
+    one_line(Launched(1, arguments=[*words(first, "train.steps=4"), *resume]), "is of step 2", "up to step 4")
+    settings = ("train.steps=4", "checkpoint.every=2", "subspace.images=32", "data.size=128")
+    assert Launched(1, arguments=[*words(branch, *settings, "optimizer.lr=0"), *resume]).wait() == [0]
+    assert [m["step"] for m in metrics(branch)] == [3, 4]
+    assert (branch / "subspace.safetensors").read_bytes() == (first / "subspace.safetensors").read_bytes()
+    old, new = tensors(first, 2), tensors(branch, 4)
+    assert all(torch.equal(old[key], new[key]) for key in old if key[0] == "weights")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
+    out, settings = tmp_path / "run", ("train.steps=6", "checkpoint={every: 2, keep_last: 1, keep_every: 2}")
+    assert Launched(2, out, *settings).wait() == [0, 0]
+    expected, path = tensors(out, 6), out / "checkpoints" / "00000006" / "rank_00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = Launched(2, out, *settings)
+    assert again.wait() == [0, 0]
+    assert again.said() == [
+        f"{path.parent} is damaged, not used, and now called 00000006.damaged: {path.name} is not as it was written",
+        f"continuing from {out}/checkpoints/00000004",
+    ]
+    assert same_bits(tensors(out, 6), expected)
+    assert [m["step"] for m in metrics(out)] == list(range(1, 7))
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    out = tmp_path / "run"
+    first = Launched(2, out, *ENDLESS, "data.workers=1")
+    wait_for_steps(out, 2, first)
+    one_line(Launched(2, out, *ENDLESS), f"{out} is being trained in by process {first.ranks[0].pid} on ")
+    steps = lines(out / "metrics.jsonl")
+    wait_for_steps(out, steps + 2, first)
+    first.kill()
+    last = Launched(2, out, "train.steps=2", "checkpoint.every=100000")
+    assert last.wait() == [0, 0]
+    assert len(metrics(out)) == 2
+
+
+# ---- Bereft ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_rank_that_dies_ends_the_others(tmp_path, rank, how):
+    launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(dies, rank, 3, how))
+    codes = launched.wait(20)
+    assert codes[rank] == {"exit": 7, "kill": -signal.SIGKILL}[how]
+    assert codes[1 - rank] == 1
+    assert len(launched.said()) == 1, launched.said()
+    assert f"rank {rank} died without a word" in launched.said()[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_in_one_rank_is_shown_once(tmp_path, rank):
+    launched = Launched(
+        3, tmp_path / "run", "train.global_batch_size=9", *ENDLESS, patch=partial(dies, rank, 3, "raise")
+    )
+    assert launched.wait(20) == [1, 1, 1]
+    said = launched.said()
+    assert said[-1] == f"train_ddp.py: error: rank {rank}: ValueError: such is life"
+    assert sum(line.startswith("Traceback") for line in said) == 1
+
+
+def test_a_rank_that_dies_ends_those_that_would_wait_forever(tmp_path):
+    launched = Launched(
+        3, tmp_path / "run", "train.global_batch_size=9", *ENDLESS, patch=partial(dies_while_others_wait, 2, 3)
+    )
+    assert launched.wait(20) == [1, 1, 7]
+    assert launched.said() == ["train_ddp.py: error: rank 2 died without a word: was it killed, or out of memory?"]
