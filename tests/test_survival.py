@@ -23,7 +23,6 @@ from asymflow.errors import InputError
 from asymflow.training import checkpoint
 from asymflow.training.signals import CAUGHT, Signals
 
-
 pytestmark = pytest.mark.survival  # they take minutes
 
 
