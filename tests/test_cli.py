@@ -426,3 +426,10 @@ def test_ctrl_c_while_it_writes(tmp_path):
         assert process.stderr.read().endswith("\nasymflow import: interrupted\n")
     assert process.returncode == 130
     assert left_over(tmp_path) == ["file.safetensors"]
+
+
+def test_what_is_not_installed_is_said(refused, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "asymflow.training.run", raising=False)
+    monkeypatch.setitem(sys.modules, "yaml", None)  # as if it were not there
+    monkeypatch.delitem(sys.modules, "asymflow.training.config", raising=False)
+    assert 'pip install -e ".[train]"' in refused("export", "--run", tmp_path, "--out", tmp_path / "new")

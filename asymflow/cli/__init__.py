@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as e:
         return complain(args, e)
+    except ModuleNotFoundError as e:
+        return complain(args, f'{e.name} is needed, and not installed: pip install -e ".[train]"')
     except OSError as e:
         return complain(args, f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
     except KeyboardInterrupt:
