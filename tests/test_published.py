@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -473,7 +474,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, inside_options):
     with pytest.raises(InputError, match="never run"):
         load_published(path, **BETWEEN)
     assert not trace.exists()
-    torch.load(path, weights_only=False)
+    pickle.loads(pickle.dumps(code))
     assert trace.exists()  # it would have been
 
 
