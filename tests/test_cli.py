@@ -429,7 +429,9 @@ def test_ctrl_c_while_it_writes(tmp_path):
 
 
 def test_what_is_not_installed_is_said(refused, monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "asymflow.training.run", raising=False)
-    monkeypatch.setitem(sys.modules, "yaml", None)  # as if it were not there
-    monkeypatch.delitem(sys.modules, "asymflow.training.config", raising=False)
-    assert 'pip install -e ".[train]"' in refused("export", "--run", tmp_path, "--out", tmp_path / "new")
+    def run(args):
+        raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
+
+    monkeypatch.setattr("asymflow.cli.export.run_export", run)
+    message = refused("export", "--run", tmp_path, "--out", tmp_path / "new")
+    assert 'pydantic is needed, and not installed: pip install -e ".[train]"' in message
