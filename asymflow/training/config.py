@@ -158,10 +158,14 @@ class Sample(Section):
 
 
 class Evaluate(Section):
-    """Evaluation while it trains, with the sampler of `sample`."""
+    """Fréchet distance between the data and samples drawn as in `sample`, by torch-fidelity, while it trains."""
 
     every: Count | None = Field(None, description="steps between evaluations; null: none")
-    num: Count = Field(10_000, description="images to evaluate")
+    num: Annotated[int, Field(ge=2)] = Field(10_000, description="samples to draw; distances of other numbers differ")
+    batch_size: Count = Field(64, description="samples at a time on a rank")
+    extractor: Text = Field("inception-v3-compat", description="torch-fidelity's name, or classifier: of this package")
+    weights: Text | None = Field(None, description="file of the weights of the extractor; null: downloaded")
+    reference: Text | None = Field(None, description="npz file with mu and sigma; null: taken from the training images")
 
 
 class Config(Section):
@@ -221,6 +225,8 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield "ema.snapshot_every", "needs ema.sigma_rel: there is nothing to take snapshots of"
     if c.checkpoint.keep_every and c.checkpoint.keep_every % c.checkpoint.every:
         yield "checkpoint.keep_every", f"must be a multiple of checkpoint.every, but it is {c.checkpoint.keep_every}"
+    if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
+        yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
     if c.sample.interval[0] > c.sample.interval[1]:
         yield "sample.interval", f"must have its low end first, but it is {list(c.sample.interval)}"
 
