@@ -72,7 +72,7 @@ def test_shards_hold_the_pixels_classes_and_captions_of_the_folder(run, argument
         numbers.append(number)
     assert sorted(numbers) == list(range(110))
     assert sum(packed[i].caption == "a würfel" for i in range(110)) == 1
-    assert all(set(packed.label[k : k + 40]) == {0, 1, 2} for k in (0, 40, 80))  # a fair sample in each shard
+    assert all(set(packed.labels[k : k + 40]) == {0, 1, 2} for k in (0, 40, 80))  # a fair sample in each shard
     meta = json.loads((tmp_path / "packed/meta.json").read_text())
     expected = {"files": 110, "images": 110, "unreadable": 0, "shards": 3, "size": 8, "classes": ["x", "y", "z"]}
     assert expected.items() <= meta.items()

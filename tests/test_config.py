@@ -15,20 +15,11 @@ import asymflow
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
 from asymflow.sampling import METHODS
-from asymflow.training.config import (
-    MAY_CHANGE,
-    Config,
-    Sample,
-    batch_sizes,
-    bf16_weights,
-    deepspeed_config,
-    differences,
-    dump,
-    known_keys,
-    load_config,
-    network,
-    shipped,
-)
+from asymflow.training.config import Config, dump, load_config, shipped
+from asymflow.training.derived import batch_sizes, bf16_weights, deepspeed_config, network
+from asymflow.training.differences import MAY_CHANGE, differences
+from asymflow.training.sections import Model, Sample, known_keys
+from asymflow.training.start import parse
 
 CONFIGS = Path(asymflow.__file__).parent / "configs"
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
@@ -335,7 +326,7 @@ def test_what_is_missing_is_named(write):
     assert complaint(write("train: {steps: 4}")).startswith("my.yaml: model is missing")
 
 
-@pytest.mark.parametrize("key", [k for k in known_keys() if k.count(".") and "options" not in k])
+@pytest.mark.parametrize("key", [k for k in known_keys(Config) if k.count(".") and "options" not in k])
 def test_one_wrong_letter_in_any_key_is_corrected(write, key):
     section, _, name = key.rpartition(".")
     wrong = name[:-1] + ("x" if name[-1] != "x" else "y")
@@ -664,7 +655,7 @@ def test_one_is_not_true():
 
 
 def test_every_key_that_may_change_exists():
-    assert all(key in known_keys() for key in MAY_CHANGE if not key.startswith("deepspeed."))
+    assert all(key in known_keys(Config) for key in MAY_CHANGE if not key.startswith("deepspeed."))
 
 
 OTHERS = {  # another valid value for every key that counts
@@ -699,10 +690,10 @@ OTHERS = {  # another valid value for every key that counts
 
 def test_every_other_key_counts():
     a = load("shapes_tiny", "data.path=x")
-    sections = {key.rpartition(".")[0] for key in known_keys()}
-    allowed = {k for k in known_keys() if any(f"{k}.".startswith(f"{m}.") for m in MAY_CHANGE)}
-    nested = {k for k in known_keys() if k.startswith(("loss.repa", "model.options", "deepspeed"))}
-    assert set(known_keys()) - sections - allowed - nested == set(OTHERS)
+    sections = {key.rpartition(".")[0] for key in known_keys(Config)}
+    allowed = {k for k in known_keys(Config) if any(f"{k}.".startswith(f"{m}.") for m in MAY_CHANGE)}
+    nested = {k for k in known_keys(Config) if k.startswith(("loss.repa", "model.options", "deepspeed"))}
+    assert set(known_keys(Config)) - sections - allowed - nested == set(OTHERS)
     for key, value in OTHERS.items():
         found = differences(a, load("shapes_tiny", "data.path=x", f"{key}={value}"))
         assert [line.split(":")[0] for line in found] == [key]
@@ -717,7 +708,7 @@ def test_dumped_configurations_have_all_keys_and_load_as_the_same(name, write):
     assert dump(load_config("my.yaml")) == text
     sections = [line.rstrip(":") for line in text.splitlines() if not line.startswith(" ")]
     assert sections == list(Config.model_fields)
-    for key in known_keys():
+    for key in known_keys(Config):
         if not key.startswith("loss.repa.") or c.loss.repa:
             assert f"{key.rpartition('.')[2]}:" in text
 
@@ -809,7 +800,7 @@ image_folder imagenet broken.yaml ../x"""
 ODDER = ["!!int 3", "!!int x", "!!str 3", "!!binary eA==", "&a 1", "- 1", "a: b", "[0.5, *a]", "9" * 400, "1" * 5000]
 VALUES = st.sampled_from([*ODD.split(), *ODDER, "[" * 200, "x" * 1000, "1e" + "9" * 50])
 KEYS = st.sampled_from(
-    [key.rpartition(".")[2] for key in known_keys()]
+    [key.rpartition(".")[2] for key in known_keys(Config)]
     + ["base", "<<", "", "?", "1", "null", "fp16", "bf16", "ключ", "a.b", "-"]
 ) | st.text(max_size=6)
 JUNK = st.binary(max_size=4) | st.sampled_from(

@@ -113,9 +113,11 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
     from asymflow.subspace import Subspace
     from asymflow.training import run
     from asymflow.training.config import load_config
+    from asymflow.training.repa import PROJECTOR
     from asymflow.training.start import make_flow
 
     flow: AsymFlow = make_flow(load_config(args.folder / run.CONFIG), Subspace.load(args.folder / run.SUBSPACE))
-    flow.load_state_dict({**flow.state_dict(), **weights})
+    own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
+    flow.load_state_dict({**flow.state_dict(), **own})
     with replacing_folder(args.out) as beside:
         flow.eval().save_pretrained(beside)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ examples:
   asymflow info asymflow_h_16_r8_imagenet.safetensors       a published checkpoint
   asymflow info JiT-H/16 --batch 128 --gpus 8               no file yet: what would it cost to train?
   asymflow info JiT-L/32 --image-size 512x768 --json
+  asymflow info config                                      all keys of the configuration of a training
 
 The names are JiT-SIZE/PATCH, with SIZE in {", ".join(SIZES)}. A multiply-add is two operations. Memory is that of AdamW
 with an EMA, under DeepSpeed ZeRO; stage 0 is plain data parallelism. Activations are those of the CPU's kernels: with
@@ -40,7 +42,7 @@ LABEL = 15  # characters of the first column
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("info", help="what a model is, and what it costs", description=TEXT, epilog=EXAMPLES)
-    p.add_argument("model", metavar="MODEL", help="folder of save_pretrained, published file, or a name: JiT-H/16")
+    p.add_argument("model", metavar="MODEL", help="folder, published file, a name: JiT-H/16; or config")
     p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
     p.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images on each GPU in training")
     p.add_argument("--gpus", type=at_least(1), metavar="N", help="GPUs in training (default: 1, 8 and 64)")
@@ -57,6 +59,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.model == "config" and not Path(args.model).exists():
+        print(configuration(args.json))
+        return
     found = describe(args)
     print(json.dumps(found, indent=2) if args.json else as_text(found))
 
@@ -260,3 +265,41 @@ def memory(found: dict) -> str:
 
 def aligned(lines: dict[str, str]) -> str:
     return "\n".join(f"{label:{LABEL}}{text}" for label, text in lines.items())
+
+
+# ---- What can be configured ------------------------------------------------------------------------------------------
+def configuration(as_json: bool = False) -> str:
+    """All keys of the configuration of a training, as in a file of the defaults; or their JSON schema, for editors."""
+    from asymflow.training.sections import Sections, known_keys  # needs pydantic
+
+    if as_json:
+        return json.dumps(Sections.model_json_schema(), indent=2)
+    lines = []
+    for key, field in known_keys(Sections).items():
+        *above, name = key.split(".")
+        section = [kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")]
+        default = "" if section or field.is_required() or field.default_factory else json.dumps(field.default)
+        about = [in_words(field.annotation, field.metadata)] if not section else []
+        about += ["needed"] if field.is_required() and not section else []
+        about += [field.description or section[0].__doc__.strip()]
+        lines.append(f"{'  ' * len(above) + f'{name}: {default}':35} # {'; '.join(about)}")
+    return "\n".join(lines)
+
+
+WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", dict: "section"}
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def in_words(kind, limits=()) -> str:
+    """What a value of this type has to be."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return in_words(inner[0], inner[1].metadata)
+    if origin is tuple:
+        return f"list of: {in_words(inner[0])}"
+    if origin is Literal:
+        return " or ".join(inner)
+    if inner and origin is not dict:
+        return " or ".join(map(in_words, sorted(inner, key=lambda one: one is not type(None))))
+    bounds = (f"{word} {getattr(limit, at):.4g}" for limit in limits for at, word in LIMITS.items() if hasattr(limit, at))
+    return ", ".join([WORDS[origin or kind], *bounds])

@@ -1,5 +1,9 @@
 """Micro-batches by number: what a rank trains on in micro-step k, drawn anew from (seed, index) each time."""
 
+import multiprocessing
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -10,10 +14,15 @@ from torch.utils.data import DataLoader
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.training import streams
-from asymflow.training.config import Config, batch_sizes
+from asymflow.training.config import Config
+from asymflow.training.derived import batch_sizes
 from asymflow.training.signals import ignore
 
 ATTEMPTS = 100  # images in a row that may be unreadable
+# Forked workers share the list of a million images, start at once, and take over the handlers of signals. They never
+# use what a fork breaks: the GPU, the process group, the threads of torch. Python 3.14 would start a server for them,
+# which dies of the SIGTERM that a scheduler sends to all processes, and they with it. (macOS cannot fork safely.)
+START = "fork" if sys.platform == "linux" else None
 
 
 @dataclass
@@ -77,31 +86,49 @@ class Batches(torch.utils.data.Dataset):
 
     def run(self, first: int, last: int) -> Iterator[Batch]:
         """Items first to last - 1, made ahead of time by `data.workers` processes. Raises what they raise."""
+        workers = self.config.data.workers
         loader = DataLoader(
             Outcomes(self),
             batch_size=None,
             sampler=range(first, last),
-            num_workers=self.config.data.workers,
+            num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore,
+            worker_init_fn=begin,
+            multiprocessing_context=START if workers else None,
         )
         for outcome in loader:
-            if isinstance(outcome, InputError):
+            if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
 
 
 class Outcomes(torch.utils.data.Dataset):
-    """What `batches[k]` returns, or its InputError: raised in a worker, DataLoader would add the traceback to it."""
+    """What `batches[k]` returns, or what is no fault of ours: raised in a worker, it would come with its traceback."""
 
     def __init__(self, batches: Batches):
         self.batches = batches
 
-    def __getitem__(self, k: int) -> Batch | InputError:
+    def __getitem__(self, k: int) -> Batch | InputError | OSError:
         try:
             return self.batches[k]
-        except InputError as e:
+        except (InputError, OSError) as e:
             return e
+
+
+def begin(worker: int) -> None:
+    """What a worker does first."""
+    ignore()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """A worker may wait for work, or to be rid of it: this thread waits for the end of the training, also if killed.
+
+    DataLoader looks only every five seconds whether the parent is still there, and under a fork server not even that.
+    Meanwhile a forked worker would hold the connections of the training open, and the other ranks think that it lives.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def read(dataset, seed: int, sample: int, problems: list[str]) -> Sample:

@@ -8,7 +8,7 @@ from asymflow.training.config import Config
 
 
 def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards:
-    """Random access by index: `len(dataset)`, `dataset.num_classes` and `dataset[i]`, a `Sample`.
+    """Random access by index: `len(dataset)`, `dataset.num_classes`, `dataset.label(i)` and `dataset[i]`, a `Sample`.
 
     `dataset[i]` raises UnreadableError, an InputError, if that image is damaged. Raises InputError if there are no
     images, or more classes than the model has.

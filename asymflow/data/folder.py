@@ -47,11 +47,13 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.names)
 
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
     def __getitem__(self, index: int) -> Sample:
         image = to_uint8(self.square(index))
-        return Sample(
-            image, int(self.labels[index]), str(self.entry(index)), self.caption(index).decode(errors="replace")
-        )
+        caption = self.caption(index).decode(errors="replace")
+        return Sample(image, self.label(index), str(self.entry(index)), caption)
 
     def entry(self, index: int) -> Entry:
         return Entry(self.path + os.fsdecode(self.names[index]))

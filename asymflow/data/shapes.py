@@ -56,6 +56,9 @@ class Shapes:
     def __len__(self) -> int:
         return self.count
 
+    def label(self, index: int) -> int:
+        return make_scene(self.seed, index).label
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.count:
             raise IndexError(index)

@@ -38,13 +38,16 @@ class TarShards:
             raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
         self.shard = np.repeat(np.arange(len(counts)), counts)
         # One array each, not a million objects: to count the references to those is to write, and so to copy, memory.
-        self.name, self.label, self.image, self.caption = (
+        self.name, self.labels, self.image, self.caption = (
             np.concatenate([index[column] for index in indices]) for column in ("name", "label", "image", "caption")
         )
-        self.num_classes = int(self.label.max()) + 1
+        self.num_classes = int(self.labels.max()) + 1
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.labels)
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
 
     def __getitem__(self, index: int) -> Sample:
         shard, name = self.shards[self.shard[index]], os.fsdecode(self.name[index])
@@ -52,7 +55,7 @@ class TarShards:
         caption = Entry(shard, name, *self.caption[index].tolist())
         text = caption.read().decode(errors="replace").strip() if caption.size >= 0 else ""
         image = adm_crop(read_image(entry), self.size)
-        return Sample(to_uint8(image), int(self.label[index]), str(entry), text)
+        return Sample(to_uint8(image), self.label(index), str(entry), text)
 
 
 def shard_paths(path: Path, size: int) -> list[str]:

@@ -1,22 +1,35 @@
 """The DeepSpeed engine of a training."""
 
+import importlib.util
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from asymflow.backbones.jit import Block
+from asymflow.errors import InputError
 from asymflow.training import shards
-from asymflow.training.config import Config, deepspeed_config
+from asymflow.training.config import Config
+from asymflow.training.derived import bf16_weights, deepspeed_config
 from asymflow.training.ema import Averages, Profile
+from asymflow.training.ranks import together
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
 
 
-def make_engine(flow: nn.Module, config: Config):
-    """The engine that trains `flow`: AdamW under the ZeRO stage of the configuration."""
+# ---- Making it -------------------------------------------------------------------------------------------------------
+def make_engine(flow: nn.Module, config: Config, out: Path):
+    """The engine that trains `flow`: AdamW under the ZeRO stage of the configuration.
+
+    flow: in float32; the engine takes it over. out: the folder of the run, where monitors write if nothing else is
+    said. Called by all ranks; raises AgreedError if a monitor's package is not installed.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -28,16 +41,64 @@ def make_engine(flow: nn.Module, config: Config):
     # behind that all later ones wait for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+    options = deepspeed_config(config, dist.get_world_size())
+    together(lambda: prepare_monitors(options, out))
+    if config.train.compile:
+        compile_blocks(flow)
+    originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
     weights = [p for p in flow.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-    options = deepspeed_config(config, dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
     base_optimizer(engine).state.clear()
-    if config.train.compile:
-        engine.compile()
+    if originals:  # DeepSpeed has made its own from weights that it had rounded before
+        with torch.no_grad():
+            for f in shards.held_fragments(engine):
+                f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
+        shards.spread_weights(engine)
+    if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
+        csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
+    engine.monitor.enabled = False  # for the engine, which counts anew from every start; the loop writes to it
     return engine
+
+
+def prepare_monitors(options: dict, out: Path) -> None:
+    """Let DeepSpeed's monitors write below the folder of the run, unless the options say where.
+
+    Raises InputError if the package of one that is enabled is not installed.
+    """
+    for name, package in MONITORS.items():
+        section = options.get(name)
+        if not isinstance(section, dict) or not section.get("enabled"):
+            continue
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"deepspeed.{name}.enabled is true, but {package} is not installed: pip install {package}")
+        if name in ("tensorboard", "csv_monitor"):  # they write to output_path/job_name
+            section.setdefault("job_name", out.name if section.get("output_path") else name)
+            section["output_path"] = section.get("output_path") or str(out)
+        elif name == "wandb":
+            os.environ.setdefault("WANDB_DIR", str(out))
+
+
+def compile_blocks(flow: nn.Module) -> None:
+    """torch.compile for each block: alike as they are, a few graphs do for all, however deep the network is.
+
+    What is left outside is small. Under ZeRO-3 a block's weights are gathered at once, before it is entered: where that
+    happens, inside, at every layer, a graph would be cut.
+    """
+    import deepspeed
+
+    for block in (module for module in flow.modules() if isinstance(module, Block)):
+        block.forward = torch.compile(block.forward, dynamic=False)
+    deepspeed.utils.set_z3_leaf_modules(flow, [Block])
+
+
+def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in flow.named_parameters()}
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
 def base_optimizer(engine) -> torch.optim.Optimizer:
@@ -62,7 +123,8 @@ def norm_before_step(engine) -> float | None:
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else None
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # also of bfloat16
+    return torch.stack(norms).norm().item() if norms else None
 
 
 @contextmanager
@@ -76,6 +138,7 @@ def idle(engine) -> Iterator[None]:
         del optimizer.step
 
 
+# ---- Other weights ---------------------------------------------------------------------------------------------------
 @contextmanager
 def averaged(engine, averages: Averages, profile: Profile) -> Iterator[nn.Module]:
     """The module with an average as its weights, in eval mode; afterwards the weights are back, bit for bit."""

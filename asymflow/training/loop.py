@@ -4,7 +4,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,18 +19,21 @@ from asymflow.data.batches import Batch, Batches
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
-from asymflow.sampling import guided, image_noise, sample, sigma_grid
 from asymflow.training import checkpoint, run, shards, streams
 from asymflow.training.checkpoint import Piece
-from asymflow.training.config import Config, batch_sizes, bf16_weights
+from asymflow.training.config import Config
+from asymflow.training.derived import batch_sizes, bf16_weights
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
+from asymflow.training.evaluate import Evaluation, draw, gathered
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
 from asymflow.training.problems import Problems
 from asymflow.training.ranks import AgreedError, on_first
+from asymflow.training.repa import Aligned, Encoder, misalignment
 from asymflow.training.signals import Signals
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}  # dense, bfloat16
+TERMS = ("loss", "repa")  # of what is minimized, as they are called in the metrics
 
 
 class Training:
@@ -39,18 +43,26 @@ class Training:
     of the configuration and the step.
     """
 
-    def __init__(self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device):
+    def __init__(
+        self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device, encoder: Encoder | None = None
+    ):
         self.config, self.out, self.device = config, out, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.micro, self.accumulation = batch_sizes(config, self.world)
         self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
-        self.dataset = dataset
-        self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
+        self.dataset, self.encoder = dataset, encoder
         shape = (flow.channels, config.model.image_size, config.model.image_size)
+        # Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU.
         self.flops = config.train.global_batch_size * flops(flow, shape, training=True)
+        if encoder:
+            flow = Aligned(flow, config.loss.repa.after, config.loss.repa.hidden, encoder.width)
+        # Of the terms of the loss: flow matching and, with REPA, the alignment.
+        self.term_weights = torch.tensor([1.0, config.loss.repa.weight] if encoder else [1.0], device=device)
+        self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
         self.engine = make_engine(flow.to(device).train(), config)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
         self.averages = Averages(shards.owned_fragments(self.engine), profiles)
+        self.evaluation = Evaluation(config, dataset, out, device) if config.evaluate.every else None
         self.step, self.skipped, self.how_resumed = 0, 0, ""
 
     # ---- Steps -------------------------------------------------------------------------------------------------------
@@ -59,6 +71,8 @@ class Training:
         c, stopped_by = self.config, None
         if self.step == 0:
             self.draw()
+        else:
+            self.evaluate()  # if it was stopped before it was, or is only now to be
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
         stream = Batches(self.dataset, c, self.rank, self.world).run(first, last)
         bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
@@ -73,6 +87,8 @@ class Training:
                     self.save()
                 if self.due(c.sample.every) or self.step == c.train.steps:
                     self.draw()
+                if not stopped_by:
+                    self.evaluate()
         return stopped_by if self.step < c.train.steps else None
 
     def attend(self, signals: Signals, problems: list[str]) -> str | None:
@@ -91,22 +107,25 @@ class Training:
         return bool(every) and self.step % every == 0
 
     def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
-        """Returns what is to be logged, and which images could not be read."""
+        """Returns what is to be logged, and which images could not be read.
+
+        Logged as `loss` is flow matching alone, also with REPA: so it compares with that of any other training.
+        """
         started = time.perf_counter()
         lr = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
         seen: list[tuple[Batch, Tensor]] = []
-        for last in [*[False] * (self.accumulation - 1), True]:
-            batch = next(stream).to(self.device)
-            losses = self.losses(batch)
-            self.engine.backward(losses.mean())
+        batches = (next(stream).to(self.device) for _ in range(self.accumulation))
+        for batch, features in self.with_features(batches):
+            losses = self.losses(batch, features)
+            self.engine.backward((losses * self.term_weights).sum(1).mean())
             seen.append((batch, losses.detach()))
-            if not last:
+            if len(seen) < self.accumulation:
                 self.engine.step()  # which only accumulates
-        loss = torch.cat([losses for _, losses in seen]).sum() / self.config.train.global_batch_size
+        loss = torch.cat([losses for _, losses in seen]).sum(0) / self.config.train.global_batch_size
         dist.all_reduce(loss)
-        if skip := not loss.isfinite():
+        if skip := not loss.isfinite().all():
             self.discard(seen)
             norm = None
         else:
@@ -120,20 +139,31 @@ class Training:
         seconds = time.perf_counter() - started
         record = {
             "step": self.step,
-            "loss": None if skip else loss.item(),
+            **{name: None if skip else value for name, value in zip(TERMS, loss.tolist(), strict=False)},
             "grad_norm": norm,
             "lr": lr,
             "images_per_second": self.config.train.global_batch_size / seconds,
         }
         return record, [problem for batch, _ in seen for problem in batch.problems]
 
-    def losses(self, batch: Batch) -> Tensor:
-        """The loss of each image of a micro-batch, (B,)."""
+    def with_features(self, batches: Iterator[Batch]) -> Iterable[tuple[Batch, Tensor | None]]:
+        """Each batch of a step with what its tokens are aligned with: made of all of them at once, see repa.py."""
+        if not self.encoder:
+            return ((batch, None) for batch in batches)
+        batches = list(batches)
+        features = self.encoder(torch.cat([batch.x0 for batch in batches]))
+        return zip(batches, features.split(self.micro), strict=True)
+
+    def losses(self, batch: Batch, features: Tensor | None) -> Tensor:
+        """The terms of the loss of each image of a micro-batch, not yet weighted: (B, 1), with REPA (B, 2)."""
         c = self.config.loss
         sigma = noise_level(batch.normal, c.sigma_mean, c.sigma_std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            velocity = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
-        return flow_matching_loss(velocity, batch.x0, batch.eps, sigma, c.sigma_floor)
+            output = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
+        velocity, *projected = (output,) if features is None else output
+        terms = [flow_matching_loss(velocity, batch.x0, batch.eps, sigma, c.sigma_floor)]
+        terms += [misalignment(tokens, features) for tokens in projected]
+        return torch.stack(terms, dim=1)
 
     def discard(self, seen: list[tuple[Batch, Tensor]]) -> None:
         """Answer a loss that is not finite: leave the weights as they are, or stop if that was allowed often enough."""
@@ -141,7 +171,7 @@ class Training:
             sample
             for batch, losses in seen
             for sample, value in zip(batch.samples, losses, strict=True)
-            if not value.isfinite()
+            if not value.isfinite().all()
         ]
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
@@ -168,7 +198,8 @@ class Training:
         self.journals: list[run.Journal] = []  # on rank 0
 
         def begin():
-            self.journals += [run.Journal(self.out / name, self.step) for name in (run.METRICS, run.PROBLEMS)]
+            names = run.METRICS, run.PROBLEMS, run.EVALUATIONS
+            self.journals += [run.Journal(self.out / name, self.step) for name in names]
 
         on_first(begin)
         self.problems = Problems(self.journals[1] if self.journals else None, len(self.dataset))
@@ -256,18 +287,40 @@ class Training:
             return
         each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
         indices = range(self.rank * each, (self.rank + 1) * each)
-        with averaged(self.engine, self.averages, next(iter(self.averages.values), None)) as flow:
-            labels = torch.tensor([i % c.model.num_classes for i in indices], device=self.device)
-            none = torch.full_like(labels, c.model.num_classes)
-            velocity = guided(flow, {"labels": labels}, {"labels": none}, c.sample.guidance, tuple(c.sample.interval))
-            shape = (flow.channels, c.model.image_size, c.model.image_size)
-            noise = flow.noise_scale * image_noise(c.train.seed, indices, shape, self.device)
-            images = sample(velocity, noise, sigma_grid(c.sample.steps), c.sample.method).contiguous()
-        everyone = [torch.empty_like(images) for _ in range(self.world)]
-        dist.all_gather(everyone, images)
+        with self.shown() as flow:
+            images = gathered(draw(flow, c, [i % c.model.num_classes for i in indices], indices))
         if self.rank == 0:
             with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
-                image_grid(torch.cat(everyone)[: c.sample.num].cpu()).save(beside)
+                image_grid(images[: c.sample.num].cpu()).save(beside)
+
+    @contextmanager
+    def shown(self) -> Iterator[AsymFlow]:
+        """The model that is drawn from and evaluated: the first average, or the weights where none is configured."""
+        first = next(iter(self.averages.values), None)
+        with (
+            averaged(self.engine, self.averages, first) if first else nullcontext(self.engine.module.eval()) as flow,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
+        ):
+            yield flow
+        self.engine.module.train()
+
+    def evaluate(self) -> None:
+        """Hold samples against the data, if that is due at this step and was not done already."""
+        every = self.config.evaluate.every
+        if not every or (self.step % every and self.step < self.config.train.steps):
+            return
+        if on_first(lambda: any(entry["step"] == self.step for entry in self.journals[2].entries())):
+            return
+        with self.shown() as flow:
+            distance = self.evaluation.distance(flow)
+        if self.rank == 0:
+            c = self.config.evaluate
+            record = {"step": self.step, "frechet_distance": distance, "samples": c.num, "extractor": c.extractor}
+            self.journals[2].add(record)
+            words = f"step {self.step}: Fréchet distance {distance:.4g} of {c.num} samples ({c.extractor})"
+            tqdm.write(words, file=sys.stderr)
+            if self.engine.monitor.enabled:
+                self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
 
 
 def learning_rate(config: Config, step: int) -> float:

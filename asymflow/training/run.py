@@ -3,6 +3,7 @@
 RUN/config.yaml             the resolved configuration
 RUN/subspace.safetensors    the subspace that the model uses
 RUN/metrics.jsonl           one object a step
+RUN/evaluations.jsonl       one object an evaluation
 RUN/checkpoints/00001000/   see checkpoint.py; one that was found damaged is renamed to 00001000.damaged
 RUN/snapshots/00001000/     power-function averages for `asymflow ema`
 RUN/samples/00001000.png    images from fixed noise
@@ -23,10 +24,12 @@ import torch.distributed as dist
 from asymflow import files
 from asymflow.errors import InputError
 from asymflow.training import checkpoint
-from asymflow.training.config import Config, differences, dump, load_config
+from asymflow.training.config import Config, dump, load_config
+from asymflow.training.differences import differences
 from asymflow.training.ranks import AgreedError, on_first, together
 
-CONFIG, SUBSPACE, METRICS, PROBLEMS = "config.yaml", "subspace.safetensors", "metrics.jsonl", "problems.log"
+CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"
+METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
 LOCK = ".lock"
 

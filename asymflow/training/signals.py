@@ -32,7 +32,7 @@ class Signals:
             os._exit(128 + number)
 
 
-def ignore(worker: int) -> None:
+def ignore() -> None:
     """In the workers of a DataLoader, which get the signals that are sent to all processes, but have yet to read."""
     for number in (*CAUGHT, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -21,9 +21,12 @@ from asymflow.model import AsymFlow
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
 from asymflow.training import run, streams
-from asymflow.training.config import Config, batch_sizes, differences, load_config, network
+from asymflow.training.config import Config, load_config
+from asymflow.training.derived import batch_sizes, network
+from asymflow.training.differences import differences
 from asymflow.training.loop import Training
 from asymflow.training.ranks import AgreedError, Lifeline, on_first, show, start_processes, together
+from asymflow.training.repa import Encoder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,6 +84,9 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(e, KeyboardInterrupt):
         return "train_ddp.py: interrupted; the same command continues from the last checkpoint", 130
     by = "" if isinstance(e, AgreedError) or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
+    if isinstance(e, RuntimeError) and str(e).startswith("DataLoader worker"):
+        hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
+        return f"train_ddp.py: error: {by}{' '.join(str(e).split())} ({hint})", 1
     if isinstance(e, InputError | OSError):
         return f"train_ddp.py: error: {by}{e}", 2 if isinstance(e, InputError) else 1
     return f"{''.join(traceback.format_exception(e))}train_ddp.py: error: {by}{type(e).__name__}: {e}", 1
@@ -98,12 +104,13 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     together(lambda: batch_sizes(config, dist.get_world_size()))
     held, made = [], []
     together(lambda: made.append(make_dataset(config)))
+    together(lambda: made.append(make_encoder(config, device)), "loss.repa.model")
     on_first(lambda: held.append(run.open_run(args.out, config)))  # only now: what cannot begin leaves no folder
     folder, remarks = run.to_resume(args.out, args.resume)
-    dataset = made[0]
+    dataset, encoder = made
     torch.manual_seed(config.train.seed)
     flow = make_flow(config, get_subspace(config, dataset, args.out, folder, device))
-    training = Training(config, args.out, flow, dataset, device)
+    training = Training(config, args.out, flow, dataset, device, encoder)
     training.held = held  # the lock of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
@@ -121,6 +128,15 @@ def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
     jit = JiT(**network(c))
     jit.seed_patch_embedding(subspace)
     return AsymFlow(jit, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
+
+
+def make_encoder(config: Config, device: torch.device) -> Encoder | None:
+    """DINOv2, if tokens are to be aligned with it (REPA)."""
+    if config.loss.repa is None:
+        return None
+    side = config.model.image_size // network(config.model)["patch_size"]
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return Encoder(config.loss.repa.model, (side, side), device, dtype)
 
 
 def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, device: torch.device) -> Subspace:
@@ -143,19 +159,26 @@ def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, devic
     else:
         count = min(config.subspace.images, len(dataset))
         mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-        subspace = fit_pca(
-            (patchify(image.to(device), patch) for image in readable(dataset, mine)),
-            config.subspace.rank,
-            patch_size=patch,
-            token_order="channel_last",
-        )
+        tokens = (patchify(image.to(device), patch) for image in readable(dataset, mine))
+        fit = lambda: fit_pca(tokens, config.subspace.rank, patch_size=patch, token_order="channel_last")
+        fitted = []
+        together(lambda: fitted.append(fit()), "the subspace cannot be fitted")
+        subspace = fitted[0]
     if path != out / run.SUBSPACE or not there:
         on_first(lambda: subspace.save(out / run.SUBSPACE), "the subspace could not be saved")
     return subspace
 
 
-def readable(dataset, indices: Iterable[int]) -> Iterator[Tensor]:
-    """The images, (1, 3, H, W) in [-1, 1], but for those that cannot be read: training will count them."""
+def readable(dataset, indices: Sequence[int]) -> Iterator[Tensor]:
+    """The images, (1, 3, H, W) in [-1, 1], but for those that cannot be read: training will count them.
+
+    Raises InputError, with the last of the reasons, if there is none that can be.
+    """
+    problems = []
     for i in indices:
-        with suppress(InputError):
+        try:
             yield dataset[int(i)].image[None].double() / 127.5 - 1
+        except (InputError, OSError) as e:
+            problems.append(e)
+    if problems and len(problems) == len(indices):
+        raise InputError(f"none of {len(indices)} images could be read; the last: {problems[-1]}")

@@ -1,0 +1,126 @@
+"""What does not fit together in a configuration: the key that is to blame, and why."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from asymflow.backbones.jit import check_sizes
+from asymflow.errors import InputError
+from asymflow.training.derived import disagreement, network, same
+from asymflow.training.ema import Profile
+from asymflow.training.sections import Sections
+from asymflow.training.yaml12 import short, shown
+
+
+def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    try:
+        net = network(c.model)
+    except InputError as e:
+        yield "model.size", str(e)
+        return
+    if c.model.image_size % net["patch_size"]:
+        yield "model.image_size", f"must be a multiple of the patch of {c.model.size}, but it is {c.model.image_size}"
+    else:
+        try:
+            check_sizes(net)
+        except InputError as e:
+            yield "model.options", f"make no network: {e}"
+    if net["in_context_start"] >= net["depth"]:
+        yield "model.options.in_context_start", f"must be below the depth {net['depth']}: no block would see the class"
+    dim = net["channels"] * net["patch_size"] ** 2
+    if isinstance(c.subspace.rank, int) and c.subspace.rank > dim:
+        yield "subspace.rank", f"must be at most {dim}, all of a patch of {c.model.size}, but it is {c.subspace.rank}"
+    if c.data.kind == "shapes" and c.data.size is None:
+        yield "data.size", "is needed for generated images: how many there are"
+    if c.data.kind != "shapes" and c.data.path is None:
+        yield "data.path", f"is needed for {c.data.kind}, as with --set data.path=PATH"
+    if c.loss.repa and c.loss.repa.after > net["depth"]:
+        yield "loss.repa.after", f"must be at most {net['depth']}, the blocks there are, but it is {c.loss.repa.after}"
+    for key, names in (
+        ("ema.decays", [Profile(decay=decay).name for decay in c.ema.decays]),
+        ("ema.sigma_rel", [Profile(sigma_rel=width).name for width in c.ema.sigma_rel]),
+    ):
+        if len(set(names)) < len(names):
+            yield key, f"has two that are the same when rounded as in their names: {short(', '.join(names))}"
+    if c.ema.snapshot_every and not c.ema.sigma_rel:
+        yield "ema.snapshot_every", "needs ema.sigma_rel: there is nothing to take snapshots of"
+    if c.checkpoint.keep_every and c.checkpoint.keep_every % c.checkpoint.every:
+        yield "checkpoint.keep_every", f"must be a multiple of checkpoint.every, but it is {c.checkpoint.keep_every}"
+    if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
+        yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
+    if c.sample.interval[0] > c.sample.interval[1]:
+        yield "sample.interval", f"must have its low end first, but it is {list(c.sample.interval)}"
+
+
+REFUSED = {  # in the section deepspeed
+    "optimizer": "is not used: AdamW has a section of its own, optimizer",
+    "scheduler": "is not used: see optimizer.warmup_steps",
+    "bfloat16": "is an old name of bf16: use that",
+    "amp": "is gone from DeepSpeed: use train.precision: bf16",
+    "activation_checkpointing": "has no effect on this model: use model.checkpoint_every",
+}
+SWITCHES = {
+    "fp16": "float16 is not supported: its loss scale skips steps and is in no checkpoint. Use train.precision: bf16",
+    "torch_autocast": "autocast is what train.precision: bf16 switches on: use that",
+}
+ROUNDED = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+MISSPELT = ("zero_optimization", "gradient_clipping", "gradient_accumulation_steps", "bf16", "fp16")
+
+
+def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    """DeepSpeed ignores what it does not know, and leaves to chance what contradicts the rest; here it is said."""
+    given = c.deepspeed
+    for name in given:
+        if name in REFUSED:
+            yield f"deepspeed.{name}", REFUSED[name]
+        elif name not in MISSPELT and (near := get_close_matches(name, MISSPELT, 1, cutoff=0.85)):
+            yield f"deepspeed.{name}", f"is unknown: did you mean deepspeed.{near[0]}?"
+    on = {}
+    for name in ("bf16", *SWITCHES):
+        section = given.get(name) or {}
+        on[name] = section.get("enabled", False) if isinstance(section, dict) else None
+        if not isinstance(on[name], bool):
+            yield f"deepspeed.{name}", "must be a section with the key enabled: true or false"
+        elif on[name] and name in SWITCHES:
+            yield f"deepspeed.{name}.enabled", f"cannot be true: {SWITCHES[name]}"
+    if on["bf16"]:
+        if c.train.precision != "bf16":
+            yield "deepspeed.bf16.enabled", f"is true, which contradicts train.precision: {c.train.precision}"
+        for name in ROUNDED:
+            if given["bf16"].get(name):
+                yield f"deepspeed.bf16.{name}", "is refused: averages and checkpoints are made of float32 weights"
+    clip = given.get("gradient_clipping", 0)
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0:
+        yield "deepspeed.gradient_clipping", f"must be a number, at least 0, but it is {shown(clip)}"
+    for name, expected in (
+        ("train_batch_size", c.train.global_batch_size),
+        ("train_micro_batch_size_per_gpu", c.train.micro_batch_size),
+    ):
+        if name in given and expected is not None and not same(given[name], expected):
+            yield f"deepspeed.{name}", disagreement(given[name], expected)
+    yield from zero_contradictions(given.get("zero_optimization"))
+
+
+def zero_contradictions(zero: object) -> Iterator[tuple[str, str]]:
+    key = "deepspeed.zero_optimization"
+    if not isinstance(zero, dict):
+        yield key, "must be a section with the key stage"
+        return
+    stage = zero.get("stage")
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
+        yield f"{key}.stage", f"must be 0, 1, 2 or 3, but it is {shown(stage)}"
+        return
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        section = zero.get(name) or {}
+        device = section.get("device", "none") if isinstance(section, dict) else None
+        if device == "nvme":
+            yield f"{key}.{name}.device", "cannot be nvme: averages and checkpoints need the weights in memory. Use cpu"
+        elif device not in ("cpu", "none"):
+            yield f"{key}.{name}", "must be a section with the key device: cpu or none"
+        elif device == "cpu" and stage < lowest:
+            yield f"{key}.{name}", f"needs stage {lowest} or above, but the stage is {stage}"
+        elif device == "cpu" and section.get("super_offload"):
+            yield f"{key}.{name}.super_offload", "is refused: averages and checkpoints cannot see such weights"
+    if zero.get("compute_grad_norm") is False:
+        yield f"{key}.compute_grad_norm", "cannot be false: it tells whether a step can be taken"
+    if zero.get("zenflow") is not None:
+        yield f"{key}.zenflow", "is refused: averages and checkpoints cannot see such weights"

@@ -1,0 +1,54 @@
+"""Whether a run may go on with another configuration than the one it began with."""
+
+from collections.abc import Iterator
+
+from asymflow.training.sections import Sections
+from asymflow.training.yaml12 import in_yaml
+
+MAY_CHANGE = (  # without making another training of it
+    "train.steps",  # longer, or shorter: the learning rate does not depend on it
+    # The images, labels and noise of a step stay, however they are cut. Not so the masks of dropout, if there is any,
+    # as on another number of ranks: from then on the weights are others, but no better or worse.
+    "train.micro_batch_size",
+    "train.compile",
+    "train.skip_nonfinite",
+    "model.checkpoint_every",  # of memory and time only
+    "data.path",  # data is moved between machines
+    "data.workers",
+    "ema.snapshot_every",  # what is taken out, not what is averaged
+    "checkpoint",
+    "sample",
+    "evaluate",
+    "deepspeed.zero_optimization",  # the checkpoints are of any stage
+    "deepspeed.train_batch_size",  # these three must agree with the section train, given or not
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.gradient_accumulation_steps",
+    "deepspeed.tensorboard",  # what is told of the run, and where
+    "deepspeed.wandb",
+    "deepspeed.csv_monitor",
+    "deepspeed.comet",
+    "deepspeed.steps_per_print",
+    "deepspeed.wall_clock_breakdown",
+    "deepspeed.flops_profiler",
+)
+ABSENT = object()
+
+
+def differences(there: Sections, here: Sections) -> list[str]:
+    """What makes `here` another training than `there`, as in "train.seed: 0 there, 1 here"; MAY_CHANGE does not."""
+    return list(differing(there.model_dump(), here.model_dump(), ""))
+
+
+def differing(there: object, here: object, key: str) -> Iterator[str]:
+    if key in MAY_CHANGE:
+        return
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*there, *here]):
+            below = f"{key}.{name}" if key else name
+            yield from differing(there.get(name, ABSENT), here.get(name, ABSENT), below)
+    elif there != here or isinstance(there, bool) != isinstance(here, bool):  # 1 is not true
+        yield f"{key}: {given(there)} there, {given(here)} here"
+
+
+def given(value: object) -> str:
+    return "not set" if value is ABSENT else in_yaml(value)

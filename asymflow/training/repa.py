@@ -1,0 +1,142 @@
+"""REPA: representation alignment with DINOv2 (Yu et al. 2024, arXiv 2410.06940).
+
+Inside of the network, after some blocks, the tokens of the noisy image are projected onto the features that DINOv2 has
+of the clean one, and the cosine between the two becomes part of the loss:
+
+    repa = mean over the tokens of -cos(projector(token), feature)        loss = flow matching + weight * repa
+
+The features depend on the images alone, on no weight that is trained. So they are computed without gradients, once for
+all that a rank has of a step and before its micro-batches are: accumulation shares them, and the size of a micro-batch,
+which the memory of the trained model dictates, does not matter to DINOv2.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asymflow.errors import InputError
+from asymflow.model import OPTIONS, AsymFlow
+
+CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}  # of transformers
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: what DINOv2 expects pixels to be scaled by
+AT_ONCE = 64  # images that DINOv2 looks at together
+PROJECTOR = "projector."  # begins the names of the parameters that only training needs
+
+
+class Aligned(AsymFlow):
+    """An AsymFlow that in training also says what DINOv2 would see: `(velocity, projected tokens (B, N, features))`.
+
+    In eval mode it is the AsymFlow that it is made of: same backbone and subspace, same names of their parameters.
+
+    after: blocks that the tokens have passed; only those of the image are projected, never those of the class.
+    hidden, features: widths of the projector, three linear layers with SiLU between them.
+    """
+
+    def __init__(self, flow: AsymFlow, after: int, hidden: int, features: int):
+        super().__init__(flow.backbone, flow.subspace, **{name: getattr(flow, name) for name in OPTIONS})
+        self.after = after
+        width = flow.backbone.config["width"]
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
+        )
+        for layer in self.projector[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor | float, **conditions) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.training:
+            return super().forward(x_sigma, sigma, **conditions)
+        velocity, tokens = super().forward(x_sigma, sigma, return_tokens_after=self.after, **conditions)
+        return velocity, self.projector(tokens)
+
+
+def misalignment(projected: Tensor, features: Tensor) -> Tensor:
+    """`-cos(projected, features)`, the mean over the tokens of each image, (B,) in [-1, 1], in float32 or better.
+
+    projected, features: (B, N, F), of any dtype.
+    """
+    projected, features = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (projected, features))
+    return -F.cosine_similarity(projected, features, dim=-1).mean(1)
+
+
+class Encoder:
+    """DINOv2, frozen, from a folder of the package `transformers`, with or without registers.
+
+    `encoder(x0)` are its features of images (B, 3, H, W) in [-1, 1]: one for each token of the model that is trained,
+    (B, h * w, width) for `grid` (h, w), row by row, after the last norm, in `dtype`. The images are resized so that its
+    own patches form that grid: 256 pixels in 16 x 16 patches become 224 for the patches of 14 pixels that DINOv2 has.
+    `transformers` interpolates the positions.
+
+    It is no module of anything: neither engine nor checkpoints see it. Only weights in safetensors are read, and no
+    code that lies beside them. Raises InputError, in one line, if the folder holds no DINOv2 or not all of one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        grid: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model = load(Path(folder)).to(device, dtype)
+        config = self.model.config
+        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        self.size = (grid[0] * patch, grid[1] * patch)
+        self.not_patches = 1 + getattr(config, "num_register_tokens", 0)  # the class token, then the registers
+        self.width, self.dtype = config.hidden_size, dtype
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor) -> Tensor:
+        return torch.cat([self.features(images) for images in x0.split(AT_ONCE)])
+
+    def features(self, x0: Tensor) -> Tensor:
+        pixels = F.interpolate((x0 + 1) / 2, self.size, mode="bicubic", antialias=True)
+        pixels = ((pixels - self.mean) / self.std).to(self.dtype)
+        return self.model(pixels).last_hidden_state[:, self.not_patches :]
+
+
+def load(folder: Path) -> nn.Module:
+    """The DINOv2 of a folder, as it is used, in eval mode and without gradients. Raises InputError."""
+    name = class_name(folder)
+    try:
+        import transformers
+    except ImportError:
+        raise InputError('REPA needs the package transformers: pip install -e ".[repa]"') from None
+    # Neither progress bars nor tables of what fits: what matters of those is an error here.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        model, report = getattr(transformers, name).from_pretrained(folder, **options)
+    except Exception as e:  # of as many types as there are ways to damage a file
+        reason = " ".join(str(e).split())
+        raise InputError(f"{folder} cannot be loaded as a {name} ({type(e).__name__}: {reason[:200]})") from None
+    misfits = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if misfits:  # they would be random
+        raise InputError(f"{folder} lacks weights of a {name}, or has them in another shape: {', '.join(misfits[:5])}")
+    return model.eval().requires_grad_(False)
+
+
+def class_name(folder: Path) -> str:
+    """The class of transformers that a folder is of. Raises InputError if it is no DINOv2 in safetensors."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give that of a DINOv2, downloaded as from Hugging Face")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = config["model_type"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no config.json: give the folder of a DINOv2 of transformers") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / 'config.json'} is not the configuration of a model of transformers") from None
+    if kind not in CLASSES:
+        raise InputError(f"{folder} is no DINOv2: its model_type is {kind!r}, expected {' or '.join(CLASSES)}")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} has no weights in safetensors, and pickles are not read: convert it with "
+            f'transformers.{CLASSES[kind]}.from_pretrained("{folder}").save_pretrained("NEW FOLDER")'
+        )
+    return CLASSES[kind]

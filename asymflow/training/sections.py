@@ -1,0 +1,182 @@
+"""The keys of a configuration: what can be set, what it may be, and what it is if nothing is said.
+
+A class is a section of the YAML file, a field is a key. Keys without a default are needed.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.fields import FieldInfo
+
+Count = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+RelativeWidth = Annotated[float, Field(ge=0.001, lt=math.sqrt(1 / 12))]  # see `ema.power_of`
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def listed(*default, **checks) -> Any:
+    """A field that is a list in YAML and a tuple here; its elements are as strict as everything else."""
+    return Field(default, strict=False, **checks)
+
+
+class Options(Section):
+    """Sizes of the network where they are not those that `model.size` has; null leaves them."""
+
+    width: Count | None = Field(None, description="of the transformer")
+    depth: Count | None = Field(None, description="blocks")
+    heads: Count | None = Field(None, description="of the attention; width must be a multiple of 4 heads")
+    bottleneck: Count | None = Field(None, description="rank of the patch embedding")
+    in_context_start: WholeNumber | None = Field(None, description="the class tokens join before this block")
+    in_context_tokens: WholeNumber | None = Field(None, description="class tokens")
+
+
+class Model(Section):
+    """The network: a JiT."""
+
+    size: Text = Field(description="SIZE/PATCH, such as B/16; the sizes are those of asymflow/backbones/jit.py")
+    image_size: Count = Field(description="height and width in pixels, a multiple of the patch")
+    num_classes: Count = Field(description="classes in the data; one more, no class, is added")
+    options: Options = Field(Options(), description="other sizes than the published ones")
+    dropout: BelowOne | None = Field(None, description="of the projections; null: as published for the size")
+    checkpoint_every: WholeNumber = Field(0, description="recompute every n-th block in the backward pass; 0: none")
+    noise_scale: Positive = Field(
+        default_factory=lambda model: max(1.0, model.get("image_size", 0) / 256),  # as `JiT.noise_scale`, published
+        description="standard deviation of the noise; not given: image_size / 256, but at least 1",
+    )
+    sigma_min: NotNegative = Field(0.04, description="clamp of sigma when sampling, outside of the subspace")
+
+
+class Subspace(Section):
+    """Where the noise is predicted. Rank 0 is x0-prediction, the full rank u-prediction."""
+
+    rank: WholeNumber | Literal["full", "auto"] = Field(description="dimensions; auto: as many as pay off")
+    file: Text | None = Field(None, description="of `asymflow subspace`; null: fitted on first start")
+    images: Count = Field(10_000, description="images to fit it on")
+
+
+class Data(Section):
+    """Where the images come from."""
+
+    kind: Literal["shapes", "image_folder", "webdataset"] = Field(description="what `path` is; shapes are generated")
+    path: Text | None = Field(None, description="folder of images, or tar shards")
+    size: Count | None = Field(None, description="how many images, for shapes")
+    flip: bool = Field(False, description="mirror every other image at random")
+    workers: WholeNumber = Field(4, description="processes that read images, for each rank; 0: the rank itself")
+
+
+class Repa(Section):
+    """Alignment of the tokens after one block with the features of DINOv2."""
+
+    model: Text = Field(description="folder of a DINOv2 of the package transformers")
+    weight: Positive = Field(0.5, description="of the alignment in the loss")
+    after: Count = Field(8, description="blocks that the tokens have passed")
+    hidden: Count = Field(2048, description="width of the projection")
+
+
+class Loss(Section):
+    """Flow matching: mean of ((u_pred - u) sigma / max(sigma, sigma_floor))^2."""
+
+    sigma_mean: float = Field(0.8, description="sigma = sigmoid(sigma_mean + sigma_std n), n standard normal")
+    sigma_std: NotNegative = Field(0.8, description="see sigma_mean")
+    sigma_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="below, errors count less")
+    label_dropout: Fraction = Field(0.1, description="share of the images whose class is not told")
+    repa: Repa | None = Field(None, description="null: none")
+
+
+class Train(Section):
+    """How long, how much at a time, and in what numbers."""
+
+    steps: Count = Field(description="optimizer steps in all")
+    global_batch_size: Count = Field(description="images in a step, of all ranks together")
+    micro_batch_size: Count | None = Field(None, description="images at a time on a rank; null: all of its share")
+    seed: WholeNumber = Field(description="with an image's index, fixes everything random about it")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
+    compile: bool = Field(False, description="use torch.compile")
+    skip_nonfinite: WholeNumber = Field(0, description="steps with a NaN or infinite loss to skip before giving up")
+
+
+class Optimizer(Section):
+    """AdamW; the learning rate rises linearly over the warm-up, then stays."""
+
+    lr: NotNegative = Field(2e-4, description="learning rate")
+    betas: tuple[BelowOne, BelowOne] = listed(0.9, 0.95, description="decays of the two moments")
+    weight_decay: NotNegative = Field(0.0, description="decoupled from the gradient")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    warmup_steps: WholeNumber = Field(0, description="0: none")
+
+
+class Ema(Section):
+    """Moving averages of the weights."""
+
+    decays: tuple[BelowOne, ...] = listed(0.9999, description="constant decays, each an average of its own")
+    sigma_rel: tuple[RelativeWidth, ...] = listed(
+        0.05, 0.10, description="relative widths of the power-function averages that others are rebuilt from"
+    )
+    snapshot_every: Count | None = Field(None, description="steps between snapshots of them; null: none")
+
+
+class Checkpoint(Section):
+    """What is saved, and how much of it stays."""
+
+    every: Count = Field(description="steps between checkpoints")
+    keep_last: Count = Field(3, description="the newest so many stay")
+    keep_every: Count | None = Field(None, description="those of every so many steps stay too; null: none")
+
+
+class Sample(Section):
+    """Images drawn while it trains, always from the same noise."""
+
+    every: Count | None = Field(None, description="steps between grids; null: none")
+    num: Count = Field(16, description="images in the grid")
+    steps: Count = Field(50, description="of the sampler")
+    method: Literal["heun", "euler"] = Field("heun", description="heun evaluates the model twice a step")
+    guidance: float = Field(2.3, description="scale of classifier-free guidance; 1: none")
+    interval: tuple[Fraction, Fraction] = listed(0.0, 0.88, description="noise levels where guidance acts, low first")
+
+
+class Evaluate(Section):
+    """Fréchet distance between the data and samples drawn as in `sample`, by torch-fidelity, while it trains."""
+
+    every: Count | None = Field(None, description="steps between evaluations; null: none")
+    num: Annotated[int, Field(ge=2)] = Field(10_000, description="samples to draw; distances of other numbers differ")
+    batch_size: Count = Field(64, description="samples at a time on a rank")
+    extractor: Text = Field("inception-v3-compat", description="torch-fidelity's name, or classifier: of this package")
+    weights: Text | None = Field(None, description="file of the weights of the extractor; null: downloaded")
+    labels: Literal["balanced", "data"] = Field("balanced", description="classes to draw: all alike, or as in the data")
+    reference: Text | None = Field(None, description="npz file with mu and sigma; null: taken from the training images")
+
+
+class Sections(Section):
+    """All of a training: what every configuration has."""
+
+    model: Model
+    subspace: Subspace
+    data: Data
+    loss: Loss = Loss()
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    checkpoint: Checkpoint
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    deepspeed: dict[str, JsonValue] = Field(description="DeepSpeed's own configuration, passed on as it is")
+
+
+def known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """All keys of a section, such as "train" and "train.steps", those of a section after it, and what they may be."""
+    keys = {}
+    for name, field in section.model_fields.items():
+        keys[key := f"{prefix}{field.alias or name}"] = field
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if hasattr(kind, "model_fields"):
+                keys |= known_keys(kind, f"{key}.")
+    return keys

@@ -1,0 +1,211 @@
+"""Does it hold for a transformer on real images? 3,781 emoji of 64 x 64 pixels: velocity against x0 against asymmetric.
+
+    python -m toy.emoji64 --data emoji64.tar --out runs/emoji64       # hours on a CPU; may be stopped and started again
+
+The README says how to make emoji64.tar, and `pip install -e ".[train]"` is needed. For every seed and rank,
+`train_ddp.py --config emoji64` trains the same JiT (width 256, depth 6, patch 16: D = 768) on the same images in the
+same order with the same noise; only `subspace.rank` differs: 0 is x0-prediction, "full" u-prediction. Each run is
+judged by its loss, the flow-matching loss of the recovered velocity, and by the Fréchet distance between its samples
+(without guidance) and the images.
+
+The features for that distance are those of a small classifier (asymflow/classifier.py), which is trained here first, on
+the same images: Inception has never seen an emoji, and FIDs by fewer samples than it has features mean little. So these
+distances can be compared with each other, not with anybody's FID. The floor: one random half of the images against the
+other.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import AsymFlow
+from asymflow.classifier import Classifier
+from asymflow.data.shards import TarShards
+from asymflow.errors import InputError
+from asymflow.evaluation import frechet_distance, statistics
+from asymflow.pictures import image_grid
+from asymflow.sampling import generate
+
+SIZE, CLASSES, KEPT = 64, 9, 381  # pixels; classes; images kept from the classifier
+NAMES = {"0": "x0-prediction", "full": "u-prediction"}
+COLORS = {"0": "C1", "full": "C3", "8": "C0", "32": "C2"}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser("toy.emoji64", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--data", type=Path, required=True, help="emoji64.tar: see the README")
+    p.add_argument("--out", type=Path, default=Path("runs/emoji64"), help="folder for the runs, figures and results")
+    p.add_argument("--ranks", default="8,0,full", help="of the subspace: 0 is x0-, full is u-prediction")
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--steps", type=int, default=1500, help="of each training")
+    p.add_argument("--samples", type=int, default=2000, help="for the Fréchet distance")
+    p.add_argument("--epochs", type=int, default=12, help="of the classifier")
+    p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="passed on to train_ddp.py")
+    return p.parse_args(argv)
+
+
+# ---- The judge -------------------------------------------------------------------------------------------------------
+def load(data: Path) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, 64, 64), uint8, and their classes (n,)."""
+    dataset = TarShards(data, SIZE)
+    samples = [dataset[i] for i in tqdm(range(len(dataset)), desc="reading", unit="image", leave=False)]
+    return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
+
+
+def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Classifier, float]:
+    """A classifier in eval mode, and its accuracy on `KEPT` images that it has not seen."""
+    torch.manual_seed(0)
+    kept, used = torch.randperm(len(images)).split([KEPT, len(images) - KEPT])
+    classifier = Classifier(CLASSES)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
+    steps = epochs * (len(used) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the classifier", unit="step"):
+        if step % (len(used) // 64) == 0:
+            order = used[torch.randperm(len(used))]
+        batch = order[step % (len(used) // 64) * 64 :][:64]
+        dx, dy = torch.randint(-6, 7, (2,)).tolist()
+        shifted = F.pad(images[batch], (6, 6, 6, 6), value=255)[:, :, 6 + dy : 70 + dy, 6 + dx : 70 + dx]
+        loss = F.cross_entropy(classifier(shifted), labels[batch], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval().requires_grad_(False)
+    right = [classifier(images[part]).argmax(1) == labels[part] for part in kept.split(64)]
+    return classifier, torch.cat(right).double().mean().item()
+
+
+def floor(classifier: Classifier, images: Tensor) -> float:
+    """The Fréchet distance between random halves of the images, the mean of 8."""
+    features = torch.cat([classifier.features(part) for part in images.split(64)])
+    distances = []
+    for seed in range(8):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        one, other = (statistics(features[half]) for half in order.tensor_split(2))
+        distances.append(frechet_distance(one, other))
+    return float(np.mean(distances))
+
+
+# ---- The runs --------------------------------------------------------------------------------------------------------
+def train(args: argparse.Namespace, rank: str, seed: str, weights: Path) -> dict:
+    """One run of train_ddp.py, continued or left alone if it is there already: its losses and its distance."""
+    run = args.out / f"rank-{rank}-seed-{seed}"
+    settings = {
+        "data.path": args.data,
+        "subspace.rank": rank,
+        "train.seed": seed,
+        "train.steps": args.steps,
+        "sample.guidance": 1.0,
+        "sample.steps": 25,
+        "evaluate.every": args.steps,
+        "evaluate.num": args.samples,
+        "evaluate.extractor": "classifier",
+        "evaluate.weights": weights,
+        "evaluate.labels": "data",
+    }
+    options = [f"--set={key}={value}" for key, value in settings.items()] + [f"--set={option}" for option in args.set]
+    command = [sys.executable, "train_ddp.py", "--config", "emoji64", "--out", str(run), *options]
+    print(" ".join(command), flush=True)
+    if subprocess.run(command, check=False).returncode:
+        raise InputError(f"the training in {run} failed; see above")
+    metrics, evaluations = (
+        [json.loads(line) for line in (run / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "evaluations.jsonl")
+    )
+    return {
+        "rank": rank,
+        "seed": seed,
+        "loss": [entry["loss"] for entry in metrics],
+        "images_per_second": float(np.median([entry["images_per_second"] for entry in metrics])),
+        "frechet_distance": evaluations[-1]["frechet_distance"],
+    }
+
+
+def grid(args: argparse.Namespace, rank: str, seed: str) -> np.ndarray:
+    """Samples of a run, with guidance: 36 images, of the same classes from the same noise for each run."""
+    run, model = args.out / f"rank-{rank}-seed-{seed}", args.out / f"rank-{rank}-seed-{seed}" / "model"
+    if not model.exists():
+        subprocess.run([sys.executable, "-m", "asymflow", "export", "--run", run, "--out", model], check=True)
+    labels = [i % CLASSES for i in range(36)]
+    return np.asarray(image_grid(generate(AsymFlow.from_pretrained(model).eval(), labels, steps=25, guidance=2.0)))
+
+
+def name(rank: str) -> str:
+    return NAMES.get(rank, f"asymmetric, rank {rank}")
+
+
+def picture(ranks: list[str], runs: list[dict], grids: dict[str, np.ndarray], results: dict) -> Figure:
+    figure = Figure(figsize=(14, 9.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
+    for axis, (title, image) in zip(above.subplots(1, len(grids)), grids.items(), strict=True):
+        axis.imshow(image)
+        axis.set_title(title)
+        axis.set_axis_off()
+    loss, distance = below.subplots(1, 2)
+    for i, rank in enumerate(ranks):
+        own = [run for run in runs if run["rank"] == rank]
+        window = min(50, len(own[0]["loss"]))
+        smooth = np.array([np.convolve(run["loss"], np.ones(window) / window, "valid") for run in own])
+        steps, color = np.arange(window, window + smooth.shape[1]), COLORS.get(rank, f"C{4 + i}")
+        loss.plot(steps, smooth.mean(0), color=color, label=name(rank))
+        loss.fill_between(steps, smooth.min(0), smooth.max(0), color=color, alpha=0.25, linewidth=0)
+        distance.plot([i] * len(own), [run["frechet_distance"] for run in own], "o", color=color)
+    loss.set(yscale="log", xlabel="step", title="flow-matching loss (mean of 50 steps; band: the seeds)")
+    loss.legend()
+    distance.axhline(results["floor"], linestyle="--", color="0.5", label="images against images")
+    distance.set(yscale="log", title="Fréchet distance in the classifier's features, each seed")
+    distance.set_xticks(range(len(ranks)), [name(rank) for rank in ranks])
+    distance.legend()
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    ranks, seeds = args.ranks.split(","), args.seeds.split(",")
+    try:
+        images, labels = load(args.data)
+        judge = args.out / "classifier.safetensors"
+        if not judge.exists():
+            classifier, accuracy = train_classifier(images, labels, args.epochs)
+            classifier.save(judge)
+            (args.out / "classifier.json").write_text(json.dumps({"accuracy": accuracy, "epochs": args.epochs}) + "\n")
+        classifier = Classifier.load(judge)
+        accuracy = json.loads((args.out / "classifier.json").read_text())["accuracy"]
+        results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
+        results["floor"] = floor(classifier, images)
+        print(
+            f"the classifier is right about {accuracy:.1%} of {KEPT} images; floor {results['floor']:.3f}", flush=True
+        )
+        runs = [train(args, rank, seed, judge) for seed in seeds for rank in ranks]
+    except InputError as e:
+        print(f"toy.emoji64: error: {e}", file=sys.stderr)
+        return 2
+    table = []
+    for rank in ranks:
+        own = [run for run in runs if run["rank"] == rank]
+        last = [float(np.mean(run["loss"][-100:])) for run in own]
+        distances = [run["frechet_distance"] for run in own]
+        table.append({"rank": rank, "loss_of_last_100": last, "frechet_distance": distances})
+        shown = " ".join(f"{d:8.3f}" for d in distances), " ".join(f"{loss:.4f}" for loss in last)
+        print(f"{name(rank):22} Fréchet distance {shown[0]}   loss of the last 100 steps {shown[1]}")
+    shown_first = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:36]
+    grids = {"images": np.asarray(image_grid(images[shown_first].float() / 127.5 - 1))}
+    grids |= {name(rank): grid(args, rank, seeds[0]) for rank in ranks}
+    picture(ranks, runs, grids, results).savefig(args.out / "emoji64.png", dpi=110)
+    (args.out / "emoji64.json").write_text(json.dumps({**results, "table": table, "runs": runs}) + "\n")
+    print(f"wrote {args.out / 'emoji64.png'} and {args.out / 'emoji64.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
