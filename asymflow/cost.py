@@ -5,6 +5,7 @@ Nothing here needs the weights, a GPU or the memory that it counts: a JiT-H take
 
 import copy
 import math
+import re
 import warnings
 import weakref
 
@@ -20,6 +21,30 @@ from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 
 PRECISIONS = ("autocast", "bfloat16", "float32")
+PEAKS = {  # of GPUs, by words of their names: 10^12 operations a second in bfloat16, dense, as in the data sheets
+    "B200": 2250,
+    "GB200": 2500,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "GH200": 989,
+    "H200": 989,
+    "H200 NVL": 835,
+    "H20": 148,
+    "A100": 312,
+    "A30": 165,
+    "A40": 150,
+    "A10": 125,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 210,
+}
+PARTS = {"MIG", "Laptop", "Ti", "D"}  # words of names of other GPUs, or of slices of one
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -29,22 +54,43 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
-def flops(flow: AsymFlow, image_shape: tuple[int, ...], training: bool = False, **conditions: Tensor) -> int:
+def flops(
+    flow: AsymFlow,
+    image_shape: tuple[int, ...],
+    training: bool = False,
+    recomputed: bool = True,
+    **conditions: Tensor,
+) -> int:
     """Floating point operations for one image: of a forward pass, or of forward and backward if `training`.
 
     A multiply-add is two operations (tables in papers, such as that of arXiv 2511.13720, often call it one "flop").
     Only products of matrices count, those of attention and of the subspace among them: all else is small. What
-    `checkpoint_every` computes twice counts twice; attention counts as if it kept its scores, in every kernel.
+    `checkpoint_every` computes twice counts twice, if `recomputed`; attention counts as if it kept its scores, in every
+    kernel.
 
     image_shape: (C, H, W), or (T, C, H, W) of a video. conditions: for one image, (1, ...); only shapes and dtypes
     matter. JiT needs none. Raises InputError if the shape does not fit the model.
     """
     flow = stand_in(flow, "meta").train(training)
+    if not recomputed and isinstance(flow.backbone, JiT):
+        flow.backbone.checkpoint_every = 0
     with FlopCounterMode(display=False) as counter:
         loss = loss_of_noise(flow, 1, image_shape, "meta", conditions)
         if training:
             loss.backward()
     return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Floating point operations a second that a GPU can do in bfloat16; None for CPUs, unknown GPUs and parts of one.
+
+    Dense, of products of matrices that are accumulated in float32, at the clock of the data sheet.
+    """
+    if device.type != "cuda":
+        return None
+    words = set(re.findall(r"\w+", torch.cuda.get_device_name(device)))
+    known = [name for name in PEAKS if set(name.split()) <= words and not words & PARTS]
+    return PEAKS[max(known, key=lambda name: len(name.split()))] * 1e12 if known else None
 
 
 # ---- Memory for activations ------------------------------------------------------------------------------------------

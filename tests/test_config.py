@@ -1,7 +1,11 @@
 """Configurations: the recipe is the paper's, and whatever a user writes is a training or one line that helps."""
 
+import functools
 import importlib
+import json
 import math
+import re
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -13,24 +17,27 @@ from pydantic import BaseModel, ValidationError
 
 import asymflow
 from asymflow.backbones.jit import SIZES, JiT
+from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.sampling import METHODS
 from asymflow.training.config import Config, dump, load_config, shipped
 from asymflow.training.derived import batch_sizes, bf16_weights, deepspeed_config, network
 from asymflow.training.differences import MAY_CHANGE, differences
-from asymflow.training.sections import Model, Sample, known_keys
+from asymflow.training.sections import Sample, known_keys
 from asymflow.training.start import parse
+from asymflow.training.yaml12 import parse as parse_yaml
 
 CONFIGS = Path(asymflow.__file__).parent / "configs"
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
 NEEDED = {"data.path=somewhere"}  # what a user has to give, of the shipped files
 
 
-def load(name: str, *overrides: str) -> Config:
+def load(name: str, *overrides: str, file: str | None = None) -> Config:
+    """A shipped configuration, or a file that is based on it."""
     needed = {"loss.repa.model=dinov2"} if name.endswith("_repa") else set()
     if name != "shapes_tiny":
         needed |= NEEDED
-    return load_config(name, [*sorted(needed), *overrides])
+    return load_config(file or name, [*sorted(needed), *overrides])
 
 
 def complaint(*args) -> str:
@@ -72,9 +79,40 @@ def test_shipped_files_load_have_the_promised_keys_and_say_what_they_are(name):
     assert "--config " in comment
     assert "--set subspace.rank=0" in comment
     assert "--set subspace.rank=full" in comment
-    for ranks in (1, 2, 4, 8):
+    for ranks in (1, 2, 4, 8, *([16, 32] if "8 to 32 GPUs" in comment else [])):
         micro, accumulation = batch_sizes(c, ranks)
         assert micro * accumulation * ranks == c.train.global_batch_size
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_commands_in_the_shipped_files_are_understood_by_launcher_and_program(name):
+    from deepspeed.launcher.runner import parse_args as deepspeed
+    from torch.distributed.run import get_args_parser as torchrun
+
+    text = re.sub(r"\\\n# +", "", (CONFIGS / f"{name}.yaml").read_text())  # a command may go on in the next line
+    commands = [shlex.split(line.lstrip("# "), comments=True) for line in text.splitlines() if "train_ddp.py" in line]
+    assert commands
+    for launcher, *words in commands:
+        if launcher == "python":
+            script, *arguments = words
+        elif launcher == "deepspeed":
+            launched = deepspeed(words)
+            script, arguments = launched.user_script, launched.user_args
+        else:
+            launched = torchrun().parse_args(words)
+            script, arguments = launched.training_script, launched.training_script_args
+        assert script == "train_ddp.py"
+        args = parse(arguments)
+        assert args.config == ("imagenet256_h16" if name == "imagenet" else name)
+        assert load_config(args.config, args.set) == load(args.config, *args.set)
+
+
+@pytest.mark.parametrize("rank", ["0", "full"])
+@pytest.mark.parametrize("name", shipped())
+def test_a_baseline_is_one_line_and_differs_in_nothing_else(name, rank, write):
+    asymmetric, baseline = load(name), load(name, f"subspace.rank={rank}")
+    assert differences(asymmetric, baseline) == [f"subspace.rank: 8 there, {rank} here"]
+    assert load(name, file=write(f"base: {name}\nsubspace: {{rank: {rank}}}\n")) == baseline
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, "imagenet512_h32"])
@@ -114,6 +152,13 @@ def test_emoji64_is_the_network_of_the_specification():
     assert (net["width"], net["depth"], net["patch_size"], net["image_size"]) == (256, 6, 16, 64)
 
 
+@pytest.mark.parametrize("size", [32, 240, 256, 272, 512, 1024])
+def test_unless_given_the_noise_is_that_of_jit(size):
+    c = load("imagenet256_b16", f"model.image_size={size}")
+    assert c.model.noise_scale == JiT(**network(c.model) | {"width": 16, "heads": 2, "depth": 5}).noise_scale
+    assert load("imagenet256_b16", f"model.image_size={size}", "model.noise_scale=3").model.noise_scale == 3
+
+
 def test_the_network_is_what_is_set_and_published_otherwise():
     set_ = {"num_classes": 3, "checkpoint_every": 2, "dropout": 0.0, "options": {"in_context_start": 0, "heads": 4}}
     c = load("imagenet256_h16", f"model={set_}")
@@ -123,20 +168,28 @@ def test_the_network_is_what_is_set_and_published_otherwise():
 
 
 def test_every_key_says_what_it_is():
-    def fields(section):
-        for field in section.model_fields.values():
-            inner = [k for k in (field.annotation, *getattr(field.annotation, "__args__", ())) if is_section(k)]
-            if section is not Config:
-                yield field
-            for kind in inner:
-                assert kind.__doc__
-                yield from fields(kind)
-
-    assert all(field.description for field in fields(Config))
+    for key, field in known_keys(Config).items():
+        assert field.description or is_section(field.annotation), key
 
 
 def is_section(kind) -> bool:
-    return isinstance(kind, type) and issubclass(getattr(kind, "__origin__", kind), BaseModel)
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and bool(kind.__doc__)
+
+
+def test_info_lists_all_keys_with_their_defaults_as_a_file_would_have_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "config"]) == 0
+    text = capsys.readouterr().out
+    values, origins = parse_yaml(text, str)
+    listed = {".".join(path): path for path in origins if path and all(isinstance(name, str) for name in path)}
+    assert listed.keys() == known_keys(Config).keys()
+    for key, field in known_keys(Config).items():
+        value = functools.reduce(dict.get, listed[key], values)
+        if not (isinstance(value, dict) or field.is_required() or field.default_factory or "." not in key):
+            assert value == json.loads(json.dumps(field.default)), key
+    assert "  steps:                            # whole number, at least 1; needed; optimizer steps in all" in text
+    assert main(["info", "config", "--json"]) == 0
+    assert {*json.loads(capsys.readouterr().out)["properties"]} == {*Config.model_fields}
 
 
 def test_the_sampling_methods_are_those_of_the_sampler():
@@ -530,6 +583,11 @@ def test_overrides_that_cannot_be(override, expected):
             "super_offload is refused",
         ),
         (["deepspeed.zero_optimization.zenflow.topk_ratio=0.1"], "zenflow is refused"),
+        (["deepspeed.zero_optimization.compute_grad_norm=false"], "compute_grad_norm cannot be false"),
+        (
+            ["deepspeed.activation_checkpointing={}"],
+            "activation_checkpointing has no effect on this model: use model.c",
+        ),
     ],
 )
 def test_contradictions_with_deepspeed_are_refused_by_name(overrides, expected):
@@ -571,6 +629,53 @@ def test_what_deepspeed_gets_is_what_was_given_and_batch_sizes(overrides):
     ours = DeepSpeedConfig(deepspeed_config(c, 1) if micro * accumulation == 64 else alone(c))
     assert ours.zero_optimization_stage == c.deepspeed["zero_optimization"]["stage"]
     assert ours.gradient_clipping == c.deepspeed.get("gradient_clipping", 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["zero_optimization.stag3_prefetch=1"],
+            "unknown key deepspeed.zero_optimization.stag3_prefetch: did you mean "
+            "deepspeed.zero_optimization.stage3_prefetch_bucket_size?",
+        ),
+        (
+            ["zero_optimization.offload_optimizer={device: cpu, pin_memroy: true}"],
+            "did you mean deepspeed.zero_optimization.offload_optimizer.pin_memory?",
+        ),
+        (["zero_optimization.qqqq=1"], "unknown key deepspeed.zero_optimization.qqqq: DeepSpeed has none"),
+        (["zero_optimization.reduce_bucket_size=big"], "deepspeed.zero_optimization.reduce_bucket_size is refused"),
+        (
+            ["zero_optimization.reduce_bucket_size=big"],
+            "valid integer, unable to parse string as an integer, but it is",
+        ),
+        (["zero_optimization.leaf_module=3"], "deepspeed.zero_optimization is refused by DeepSpeed: leaf_module"),
+        (["tensorboard.enabledd=true"], "deepspeed.tensorboard.enabledd: did you mean deepspeed.tensorboard.enabled?"),
+        (["csv_monitor=3"], "deepspeed.csv_monitor is refused by DeepSpeed"),
+        (["wandb.projet=x"], "did you mean deepspeed.wandb.project?"),
+        (["bf16={enabled: false, immediate: true}"], "did you mean deepspeed.bf16.immediate_grad_update?"),
+        (["torch_autocast={enabled: false, dtype: float7}"], "deepspeed.torch_autocast is refused by DeepSpeed"),
+        (["flops_profiler=3"], "deepspeed.flops_profiler is refused by DeepSpeed: 'int' object has no"),
+        (
+            ["zero_optimization.stage=3", "gradient_allreduce_op=sum"],
+            "deepspeed.gradient_allreduce_op is refused by DeepSpeed",
+        ),
+    ],
+)
+def test_what_deepspeed_would_stumble_over_is_one_line(overrides, expected):
+    c = load("shapes_tiny", *(f"deepspeed.{override}" for override in overrides))
+    with pytest.raises(InputError) as caught:
+        deepspeed_config(c, 2)
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_configuration_is_read_without_deepspeed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.config", None)
+    c = load("shapes_tiny", "deepspeed.zero_optimization.stag3_prefetch=1")
+    with pytest.raises(ImportError):
+        deepspeed_config(c, 1)
 
 
 def alone(c: Config) -> dict:

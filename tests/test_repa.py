@@ -228,6 +228,7 @@ def runs(tmp_path_factory, folder):
         [0, words("resumed", steps=4)],
         [0, words("resumed")],
         [0, words("without", repa="loss.repa=null")],
+        [0, words("faint", "loss.repa.weight=1e-9")],
         [2, words("wrong", repa="loss.repa={model: nowhere, after: 1}")],
     ]
     pair = [[0, words(f"stage{n}", stage(n), "train.micro_batch_size=2")] for n in (0, 3)]
@@ -242,12 +243,18 @@ def runs(tmp_path_factory, folder):
     return out
 
 
-def test_alignment_grows_and_begins_from_the_same_model_as_without(runs):
-    entries, plain = metrics(runs / "alone"), metrics(runs / "without")
-    assert entries[-1]["repa"] < entries[0]["repa"] - 0.3
-    assert entries[-1]["repa"] >= -1
-    assert entries[0]["loss"] == plain[0]["loss"]  # of flow matching alone, before anything is learnt
-    assert entries[-1]["loss"] != plain[-1]["loss"]
+def test_alignment_grows_when_it_is_trained(runs):
+    similarity = [-entry["repa"] for entry in metrics(runs / "alone")]
+    assert similarity[-1] > similarity[0] + 0.3
+    assert similarity[-1] <= 1
+
+
+def test_without_weight_the_alignment_changes_nothing(runs):
+    """The logged loss is flow matching alone; the model begins as it does without, and sees the same noise."""
+    plain, faint = metrics(runs / "without"), metrics(runs / "faint")
+    assert [entry["loss"] for entry in faint] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
+    assert metrics(runs / "alone")[0]["loss"] == plain[0]["loss"]
+    assert metrics(runs / "alone")[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-2)
     assert "repa" not in plain[0]
 
 

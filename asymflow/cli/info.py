@@ -301,5 +301,7 @@ def in_words(kind, limits=()) -> str:
         return " or ".join(inner)
     if inner and origin is not dict:
         return " or ".join(map(in_words, sorted(inner, key=lambda one: one is not type(None))))
-    bounds = (f"{word} {getattr(limit, at):.4g}" for limit in limits for at, word in LIMITS.items() if hasattr(limit, at))
+    bounds = (
+        f"{word} {getattr(limit, at):.4g}" for limit in limits for at, word in LIMITS.items() if hasattr(limit, at)
+    )
     return ", ".join([WORDS[origin or kind], *bounds])

@@ -12,6 +12,7 @@ from asymflow.training.yaml12 import short, shown
 
 
 def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    """In all but the section deepspeed."""
     try:
         net = network(c.model)
     except InputError as e:

@@ -114,7 +114,8 @@ def refusal(name: str, error: ValidationError) -> str:
         return f"{key} is refused by DeepSpeed: {one_line(first['msg'])}{given_as(first['input'])}"
     known = next((known_keys(m) for m in DeepSpeedConfigModel.__subclasses__() if m.__name__ == error.title), ())
     near = get_close_matches(path, known, 1, 0.5)
-    return f"unknown key {key}: " + (f"did you mean {section}.{near[0]}?" if near else "DeepSpeed has none of that name")
+    hint = f"did you mean {section}.{near[0]}?" if near else "DeepSpeed has none of that name"
+    return f"unknown key {key}: {hint}"
 
 
 def given_as(value: object) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.cost import flops
+from asymflow.cost import flops, peak_flops
 from asymflow.data.batches import Batch, Batches
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -32,7 +32,6 @@ from asymflow.training.ranks import AgreedError, on_first
 from asymflow.training.repa import Aligned, Encoder, misalignment
 from asymflow.training.signals import Signals
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}  # dense, bfloat16
 TERMS = ("loss", "repa")  # of what is minimized, as they are called in the metrics
 
 
@@ -53,13 +52,13 @@ class Training:
         self.dataset, self.encoder = dataset, encoder
         shape = (flow.channels, config.model.image_size, config.model.image_size)
         # Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU.
-        self.flops = config.train.global_batch_size * flops(flow, shape, training=True)
+        self.flops, self.peak = flops(flow, shape, training=True, recomputed=False), peak_flops(device)
         if encoder:
             flow = Aligned(flow, config.loss.repa.after, config.loss.repa.hidden, encoder.width)
         # Of the terms of the loss: flow matching and, with REPA, the alignment.
         self.term_weights = torch.tensor([1.0, config.loss.repa.weight] if encoder else [1.0], device=device)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
-        self.engine = make_engine(flow.to(device).train(), config)
+        self.engine = make_engine(flow.to(device).train(), config, out)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
         self.averages = Averages(shards.owned_fragments(self.engine), profiles)
         self.evaluation = Evaluation(config, dataset, out, device) if config.evaluate.every else None
@@ -136,10 +135,11 @@ class Training:
                 raise AgreedError(f"the gradient of step {self.step + 1} is not finite. {self.last_good()}")
         self.step += 1
         self.averages.update(self.step)  # also if skipped: the weights of that step are those of the one before
+        terms = loss.tolist()  # which waits for the GPU: the step ends here
         seconds = time.perf_counter() - started
         record = {
             "step": self.step,
-            **{name: None if skip else value for name, value in zip(TERMS, loss.tolist(), strict=False)},
+            **{name: None if skip else value for name, value in zip(TERMS, terms, strict=False)},
             "grad_norm": norm,
             "lr": lr,
             "images_per_second": self.config.train.global_batch_size / seconds,
@@ -260,24 +260,26 @@ class Training:
 
     # ---- What is shown -----------------------------------------------------------------------------------------------
     def log(self, record: dict, bar: tqdm) -> None:
+        """To the journal, the bar and DeepSpeed's monitors.
+
+        With the MFU (Chowdhery et al. 2022, arXiv 2204.02311) where the GPU's peak is known: the part of the peaks of
+        all ranks that the model needs, in bfloat16, without what is computed twice to save memory. On CPUs there is
+        none.
+        """
         if self.rank == 0:
+            if self.peak:
+                record["mfu"] = self.flops * record["images_per_second"] / (self.peak * self.world)
             self.journals[0].add(record)
             bar.update()
             loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
             shown = {"loss": loss, "images/s": f"{record['images_per_second']:.1f}"}
             if self.problems.known:
                 shown["unreadable"] = len(self.problems.known)
-            if peak := peak_flops(self.device):
-                rate = self.flops * record["images_per_second"] / self.config.train.global_batch_size
-                shown["MFU"] = f"{rate / (peak * self.world):.1%}"
+            if self.peak:
+                shown["MFU"] = f"{record['mfu']:.1%}"
             bar.set_postfix(shown, refresh=False)
-            if self.engine.monitor.enabled:
-                events = [
-                    (f"train/{name}", value, self.step)
-                    for name, value in record.items()
-                    if name != "step" and value is not None
-                ]
-                self.engine.monitor.write_events(events)
+            values = {name: value for name, value in record.items() if name != "step" and value is not None}
+            self.engine.monitor.write_events([(f"train/{name}", value, self.step) for name, value in values.items()])
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -299,6 +301,7 @@ class Training:
         first = next(iter(self.averages.values), None)
         with (
             averaged(self.engine, self.averages, first) if first else nullcontext(self.engine.module.eval()) as flow,
+            torch.compiler.set_stance("force_eager"),  # else each number of images would be compiled for
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
         ):
             yield flow
@@ -319,20 +322,12 @@ class Training:
             self.journals[2].add(record)
             words = f"step {self.step}: Fréchet distance {distance:.4g} of {c.num} samples ({c.extractor})"
             tqdm.write(words, file=sys.stderr)
-            if self.engine.monitor.enabled:
-                self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
+            self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
 
 
 def learning_rate(config: Config, step: int) -> float:
     """Of step 0, 1, ...: linear warm-up, then constant (arXiv 2605.12964)."""
     return config.optimizer.lr * min(1.0, (step + 1) / max(config.optimizer.warmup_steps, 1))
-
-
-def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
 
 
 def shortened(samples: list[int]) -> str:
