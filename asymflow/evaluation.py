@@ -16,6 +16,7 @@ from asymflow.classifier import Classifier
 from asymflow.errors import InputError
 
 CLASSIFIER = "classifier"
+EXTRACTORS = ("inception-v3-compat", "vgg16", CLASSIFIER)  # torch-fidelity's others run code that they download
 
 Features = Callable[[Tensor], Tensor]
 Statistics = dict[str, np.ndarray]
@@ -25,31 +26,65 @@ Statistics = dict[str, np.ndarray]
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Features:
     """A function from images (B, 3, H, W), uint8, to their features (B, F), float32, both on `device`.
 
-    name: one that torch-fidelity knows, such as "inception-v3-compat", whose features make the distance the FID; or
-        "classifier", for a `Classifier` in the file `weights`.
-    weights: a file with the weights of the extractor; without, torch-fidelity downloads them.
-    Raises InputError if torch-fidelity is not installed, does not know the name, or cannot use or find the weights.
+    name: one of `EXTRACTORS`; with the features of "inception-v3-compat" the distance is the FID.
+    weights: a file with the weights of the extractor; without, torch-fidelity downloads them. For "classifier" it is
+        what `Classifier.save` wrote.
+    Raises InputError if torch-fidelity is not installed, the name is another, or the weights cannot be had or used.
     """
-    if name == CLASSIFIER:
-        return Classifier.load(weights).to(device).features
+    if name not in EXTRACTORS:
+        raise InputError(f"the extractor must be one of {', '.join(EXTRACTORS)}, but it is {name!r}")
     try:
-        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as KNOWN
         from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
     except ImportError:
-        raise InputError("evaluation needs torch-fidelity 0.4: pip install 'asymflow[train]'") from None
-    if name not in KNOWN:
-        raise InputError(f"the extractor must be one of {', '.join([*KNOWN, CLASSIFIER])}, but it is {name!r}")
-    if weights is not None:
+        raise InputError("evaluation needs torch-fidelity, 0.4 or newer: pip install 'asymflow[train]'") from None
+    if name == CLASSIFIER:
+        register_classifier()
+    elif weights is not None:
         files.read_pickle(weights)  # torch-fidelity would run what is in it: it may hold nothing but tensors
-    options = {"feature_extractor_weights_path": weights and str(weights), "verbose": False}
     layer = resolve_feature_layer_for_metric("fid", feature_extractor=name)
+    options = {"feature_extractor_weights_path": None if weights is None else str(weights), "verbose": False}
     try:
         extractor = create_feature_extractor(name, [layer], cuda=False, **options).to(device)
     except OSError as e:
         raise InputError(f"the weights of {name} cannot be downloaded ({e}): give a file of them") from None
-    except (RuntimeError, TypeError, AttributeError) as e:
+    except (RuntimeError, TypeError, AttributeError) as e:  # by which torch says that a state dict does not fit
         raise InputError(f"{weights} does not hold the weights of {name}: {str(e).splitlines()[0]}") from None
     return torch.no_grad()(lambda images: extractor(images)[0])
+
+
+def register_classifier() -> None:
+    """Make "classifier" a feature extractor of torch-fidelity, in this process.
+
+    Then its other metrics can use it too: `calculate_metrics(..., feature_extractor="classifier",
+    feature_extractor_weights_path=FILE)`.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class ClassifierFeatures(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path=None, **options):
+            super().__init__(name, features_list)
+            if feature_extractor_weights_path is None:
+                raise InputError("the extractor classifier needs weights: the file that Classifier.save wrote")
+            self.classifier = Classifier.load(feature_extractor_weights_path)
+
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            return (self.classifier.features(images),)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str]:
+            return ("pooled",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "pooled"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    if CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(CLASSIFIER, ClassifierFeatures)
 
 
 def statistics(features: Tensor) -> Statistics:

@@ -1,4 +1,4 @@
-"""The launchers that users start trainings with: what they do when a rank fails, and with signals.
+"""The launchers that users start trainings with: the commands of the README, several nodes, failures, and signals.
 
 torchrun passes SIGTERM on to the ranks, waits 30 s, and exits with 1 itself; of SIGUSR1 it dies, and the ranks go on.
 deepspeed on one machine is two processes: the first passes nothing on; the second passes SIGTERM on, waits 30 s, and
@@ -6,7 +6,11 @@ exits with 1; of SIGUSR1 either dies, and the ranks go on. So a signal is best s
 """
 
 import os
+import re
+import secrets
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +19,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import environment_of, words
+from processes import ROOT, environment_of, metrics, words
 from test_survival import ENDLESS, lines, whole_steps
 
-pytestmark = pytest.mark.survival  # they take minutes
+from asymflow import AsymFlow
 
 TESTS = Path(__file__).parent
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 DRIVER = """
 import sys
 sys.path[:0] = {paths!r}
@@ -30,6 +35,133 @@ sys.exit(main())
 """
 
 
+# ---- The commands of the README --------------------------------------------------------------------------------------
+COMMANDS = """\
+deepspeed --num_gpus 2 train_ddp.py --config shapes_tiny --out runs/shapes
+torchrun --nproc-per-node 2 train_ddp.py --config shapes_tiny --out runs/shapes
+python train_ddp.py --config shapes_tiny --out runs/shapes
+asymflow export --run runs/shapes --out models/shapes
+asymflow ema --run runs/shapes --sigma-rel 0.05 --out models/shapes_ema
+asymflow sample --model models/shapes --classes 0,5,10,15 --num 8 --out runs/shapes_samples
+"""
+QUICK = (
+    *("train.steps=3", "train.global_batch_size=8", "checkpoint.every=3", "ema.snapshot_every=1", "sample.every=null"),
+    *("subspace.images=64", "data.size=256", "data.workers=1"),
+)
+
+
+def shown(command):
+    """The lines of the README's section on training that begin like this and are about shapes_tiny."""
+    section = re.search(r"^## Training$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^{command} .*/shapes.*$", section[1] if section else COMMANDS, re.MULTILINE)
+    assert found, command
+    return [re.sub(r" +#.*", "", line) for line in found]
+
+
+def execute(command, folder, *settings):
+    """In a folder that has train_ddp.py, as typed but for these settings at the end; nothing may be left running."""
+    if not (folder / "train_ddp.py").exists():
+        (folder / "train_ddp.py").symlink_to(ROOT / "train_ddp.py")
+    mark = secrets.token_hex(8)
+    line = shlex.join([*shlex.split(command), *(word for setting in settings for word in ("--set", setting))])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "ASYMFLOW_TEST": mark}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(line, shell=True, cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            code = process.wait(120)
+        finally:
+            left = marked(mark)
+            for other in left:
+                other.kill()
+    assert code == 0, (folder / "log").read_text()
+    assert not left
+
+
+def marked(mark, **environment):
+    """The processes that were started with this mark, and these variables, in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if {"ASYMFLOW_TEST": mark, **environment}.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder for each launcher, where its command was run."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", 29500))
+        except OSError:
+            pytest.skip("port 29500, where launchers meet, is in use by another training")
+    folders = {}
+    for launcher in ("deepspeed", "torchrun", "python"):
+        (command,) = shown(launcher)
+        folders[launcher] = tmp_path_factory.mktemp(launcher)
+        execute(command, folders[launcher], *QUICK)
+    return folders
+
+
+def test_the_commands_that_train_give_the_same_curve(trained):
+    curves = {launcher: metrics(folder / "runs" / "shapes") for launcher, folder in trained.items()}
+    assert curves["deepspeed"] == curves["torchrun"]
+    assert [m["step"] for m in curves["python"]] == [1, 2, 3]
+    for two, one in zip(curves["torchrun"], curves["python"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_the_commands_that_follow_a_training(trained):
+    folder = trained["deepspeed"]
+    for command in shown("asymflow"):
+        execute(command, folder)
+    for model in ("shapes", "shapes_ema"):
+        assert AsymFlow.from_pretrained(folder / "models" / model).subspace.rank == 8
+    assert len(list((folder / "runs" / "shapes_samples").glob("0*.png"))) == 8
+
+
+# ---- Several nodes: here, launchers of their own, with one rank each -------------------------------------------------
+NODES = {
+    "torchrun": "torchrun --nnodes 2 --node-rank {n} --master-addr 127.0.0.1 --master-port {port} --nproc-per-node 1",
+    "deepspeed": "deepspeed --hostfile hosts --no_ssh --node_rank {n} --master_addr 127.0.0.1 --master_port {port}",
+}
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_rank_that_dies_ends_those_on_other_nodes(tmp_path, launcher):
+    out, mark, port = tmp_path / "run", secrets.token_hex(8), environment_of(2)["MASTER_PORT"]
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "ASYMFLOW_TEST": mark}
+    arguments = [str(ROOT / "train_ddp.py"), *words(out, *ENDLESS, "data.workers=1")]
+    nodes = []
+    for n in range(2):
+        log = (tmp_path / f"log{n}").open("w")
+        command = [*NODES[launcher].format(n=n, port=port).split(), *arguments]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
+    try:
+        wait_for_lines(out / "metrics.jsonl", 3, tmp_path)
+        worker, rank = sorted(marked(mark, RANK="1"), key=lambda process: len(process.children()))
+        assert worker.parent() == rank
+        rank.kill()
+        assert all(node.wait(60) for node in nodes)  # not 0
+        assert (tmp_path / "log0").read_text().count("rank 1 died without a word") == 1
+    finally:
+        left = marked(mark)
+        for process in left:
+            process.kill()
+    assert not left
+
+
+def wait_for_lines(path, count, logs, seconds=100):
+    until = time.monotonic() + seconds
+    while lines(path) < count:
+        assert time.monotonic() < until, [log.read_text() for log in logs.glob("log*")]
+        time.sleep(0.1)
+
+
+# ---- Failures and signals --------------------------------------------------------------------------------------------
 def launch(launcher, out, patch=""):
     driver = out.parent / "driver.py"
     driver.write_text(DRIVER.format(paths=[str(TESTS), str(TESTS.parent)], patch=patch))
@@ -39,7 +171,7 @@ def launch(launcher, out, patch=""):
         "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port],
         "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port],
     }[launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH}
     log = (out.parent / "log").open("w")
     settings = words(out, *ENDLESS)
     command = [sys.executable, "-m", *command, str(driver), *settings]
@@ -56,6 +188,7 @@ def end(process, out, timeout=60):
     return code, (out.parent / "log").read_text()
 
 
+@pytest.mark.survival
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
     out = tmp_path / "run"
@@ -67,14 +200,12 @@ def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
     assert lines(out / "metrics.jsonl") == 2
 
 
+@pytest.mark.survival
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_signal_to_the_launcher_or_to_all_processes(tmp_path, launcher):
     out = tmp_path / "run"
     process = launch(launcher, out)
-    until = time.monotonic() + 100
-    while lines(out / "metrics.jsonl") < 3:
-        assert time.monotonic() < until, (tmp_path / "log").read_text()
-        time.sleep(0.1)
+    wait_for_lines(out / "metrics.jsonl", 3, tmp_path)
     if launcher == "torchrun":
         os.killpg(process.pid, signal.SIGTERM)  # to all, and torchrun passes it on once more
     else:

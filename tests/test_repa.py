@@ -62,7 +62,7 @@ def test_features_are_what_transformers_computes(tmp_path, registers):
     assert expected.shape == (AT_ONCE + 2, 1 + registers + 16, 24)
     assert torch.allclose(features, expected[:, 1 + registers :], rtol=0, atol=1e-5)
     assert not features.requires_grad
-    assert features.std(dim=(0, 1)).min() > 0.01
+    assert features.std(dim=(0, 1)).mean() > 0.05
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 2), (1, 0), (2, 1)])
@@ -228,7 +228,7 @@ def runs(tmp_path_factory, folder):
         [0, words("resumed", steps=4)],
         [0, words("resumed")],
         [0, words("without", repa="loss.repa=null")],
-        [0, words("faint", "loss.repa.weight=1e-9")],
+        [0, words("faint", "loss.repa.weight=1e-20")],
         [2, words("wrong", repa="loss.repa={model: nowhere, after: 1}")],
     ]
     pair = [[0, words(f"stage{n}", stage(n), "train.micro_batch_size=2")] for n in (0, 3)]
@@ -252,7 +252,7 @@ def test_alignment_grows_when_it_is_trained(runs):
 def test_without_weight_the_alignment_changes_nothing(runs):
     """The logged loss is flow matching alone; the model begins as it does without, and sees the same noise."""
     plain, faint = metrics(runs / "without"), metrics(runs / "faint")
-    assert [entry["loss"] for entry in faint] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
+    assert [entry["loss"] for entry in faint] == pytest.approx([entry["loss"] for entry in plain], rel=1e-6)
     assert metrics(runs / "alone")[0]["loss"] == plain[0]["loss"]
     assert metrics(runs / "alone")[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-2)
     assert "repa" not in plain[0]

@@ -13,10 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
+import psutil
 import pytest
 import torch
+from PIL import Image
 from processes import Launched, metrics, same_bits, tensors, words
 
 from asymflow.errors import InputError
@@ -91,8 +94,8 @@ def bad_gradient(step):
 
     losses = Training.losses
 
-    def replaced(self, batch):
-        value = losses(self, batch)
+    def replaced(self, *args):
+        value = losses(self, *args)
         return value + (0 * value).sqrt() if self.step + 1 == step else value  # whose derivative is 0 times infinity
 
     Training.losses = replaced
@@ -133,12 +136,12 @@ def little_space_for_metrics(step):
     before_step(limit, step)
 
 
-def fault_on(rank, function, message):
+def fault_on(rank, function, fault):
     """`start.function` finds a fault on one rank."""
     from asymflow.training import start
 
     def replaced(*args):
-        raise InputError(message)
+        raise fault
 
     if this_rank() == rank:
         setattr(start, function, replaced)
@@ -153,6 +156,14 @@ def dies(rank, step, how):
         raise ValueError("such is life")
 
     before_step(on_rank(rank, action), step)
+
+
+def loses_a_worker(rank, step):
+    before_step(on_rank(rank, lambda: psutil.Process().children()[0].kill()), step)
+
+
+def vanishes(folder, step):
+    before_step(on_rank(0, lambda: shutil.rmtree(folder)), step)
 
 
 def dies_while_others_wait(rank, step):
@@ -405,6 +416,42 @@ def test_more_than_one_percent_of_corrupt_images_stop_the_run(tmp_path):
     assert "shapes/77: it is cut off" in launched.said()[1]
 
 
+def stale_after(count):
+    """From then on, in each process, the images are on a disk that is gone."""
+    from asymflow.data.shapes import Shapes
+
+    get, reads = Shapes.__getitem__, iter(range(count))
+
+    def replaced(self, index):
+        if next(reads, None) is None:
+            raise OSError(errno.ESTALE, "Stale file handle", "/data")
+        return get(self, index)
+
+    Shapes.__getitem__ = replaced
+
+
+def test_images_of_which_none_can_be_read(tmp_path):
+    none, stale = partial(corrupt_images, range(256)), partial(stale_after, 0)
+    parts = "the subspace cannot be fitted", "none of 32 images could be read", "the last: "
+    one_line(Launched(2, tmp_path / "run", patch=none), *parts, "it is cut off")
+    one_line(Launched(2, tmp_path / "run", patch=stale), *parts, "Stale file handle: '/data'")
+    without = ("subspace.rank=0", "train.steps=9")
+    one_line(Launched(2, tmp_path / "x0", *without, patch=none), "100 images in a row could not be read")
+    for workers in (0, 1):
+        later = Launched(2, tmp_path / "x0", *without, f"data.workers={workers}", patch=partial(stale_after, 9))
+        one_line(later, "[Errno 116] Stale file handle: '/data'", code=1)
+
+
+def test_a_folder_that_vanishes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(150):
+            Image.new("RGB", (16, 16), (i, i, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    images = ("data.kind=image_folder", f"data.path={tmp_path / 'data'}", "data.workers=1", *ENDLESS)
+    vanishing = partial(vanishes, tmp_path / "data", 3)
+    one_line(Launched(2, tmp_path / "run", *images, patch=vanishing), "could not be read", "No such file or directory")
+
+
 # ---- Starved ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("rank", "name"), [(1, "rank_00001"), (0, "manifest")])
 def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
@@ -478,10 +525,10 @@ def test_what_cannot_begin_is_said_once(tmp_path):
         launched = Launched(2, arguments=[*words(out, "train.steps=4"), "--resume", str(folder)])
         one_line(launched, f"--resume {folder} is not a whole checkpoint")
     one_line(Launched(2, arguments=[*words(out), "--resume", "never"]), "checkpoints up to step 2", "--out")
-    config = partial(fault_on, 1, "load_config", "run.yaml cannot be read")
+    config = partial(fault_on, 1, "load_config", InputError("run.yaml cannot be read"))
     one_line(Launched(2, tmp_path / "new", patch=config), "error: rank 1: run.yaml cannot be read")
-    data = partial(fault_on, 1, "make_dataset", "/data does not exist")
-    one_line(Launched(2, tmp_path / "new", patch=data), "error: rank 1: /data does not exist")
+    data = partial(fault_on, 1, "make_dataset", PermissionError(errno.EACCES, "Permission denied", "/data"))
+    one_line(Launched(2, tmp_path / "new", patch=data), "error: rank 1: [Errno 13] Permission denied: '/data'")
     assert everything(out) == there
     assert everything(other) == ["thesis.txt"]
     assert not (tmp_path / "new").exists()
@@ -552,6 +599,50 @@ def test_an_exception_in_one_rank_is_shown_once(tmp_path, rank):
     said = launched.said()
     assert said[-1] == f"train_ddp.py: error: rank {rank}: ValueError: such is life"
     assert sum(line.startswith("Traceback") for line in said) == 1
+
+
+def in_session(number):
+    """The processes of a session that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == number and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("how", ["killed", "failed", "stopped", "done"])
+def test_nothing_is_left_running(tmp_path, how):
+    """Each rank is the leader of a session, to which its workers belong."""
+    settings = ("train.steps=60", "data.workers=2") if how == "done" else (*ENDLESS, "data.workers=2")
+    launched = Launched(
+        2, tmp_path / "run", *settings, patch=partial(dies, 1, 60, "raise") if how == "failed" else None
+    )
+    wait_for_steps(tmp_path / "run", 5, launched)
+    sessions = [rank.pid for rank in launched.ranks]
+    assert [len(in_session(session)) for session in sessions] == [3, 3]
+    if how == "killed":
+        launched.signal(signal.SIGKILL, 1)
+    elif how == "stopped":
+        for session in sessions:
+            os.killpg(session, signal.SIGTERM)  # the workers as well, as a scheduler does
+    try:
+        until = time.monotonic() + 15
+        for rank in launched.ranks:
+            rank.join(max(0, until - time.monotonic()))
+        codes = [rank.exitcode for rank in launched.ranks]
+        assert codes == {"killed": [1, -signal.SIGKILL], "failed": [1, 1]}.get(how, [0, 0]), launched.said()
+        time.sleep(1)
+        assert [in_session(session) for session in sessions] == [[], []]
+    finally:
+        launched.kill()
+
+
+def test_a_worker_that_dies_is_no_riddle(tmp_path):
+    launched = Launched(2, tmp_path / "run", *ENDLESS, "data.workers=1", patch=partial(loses_a_worker, 1, 3))
+    one_line(
+        launched, "rank 1: DataLoader worker (pid ", "is killed by signal: Killed. (is there enough memory", code=1
+    )
 
 
 def test_a_rank_that_dies_ends_those_that_would_wait_forever(tmp_path):

@@ -26,10 +26,10 @@ TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": 
 
 def captions(emoji: list[dict]) -> Iterator[tuple[str, str, str]]:
     """(file name of the image, category, caption) of every emoji, skin tones included."""
-    for e in emoji:
+    for e in sorted(emoji, key=lambda e: e["unified"]):
         if e["category"] != "Component" and e["has_img_google"]:
             yield e["image"], e["category"], e["name"].lower()
-            for tones, variation in e.get("skin_variations", {}).items():
+            for tones, variation in sorted(e.get("skin_variations", {}).items()):
                 if variation["has_img_google"]:
                     words = [e["name"].lower(), *(f"{TONES[tone]} skin tone" for tone in tones.split("-"))]
                     yield variation["image"], e["category"], ", ".join(words)
@@ -47,7 +47,7 @@ def make(package: Path, out: Path) -> int:
     """Write the shard, in the order of the code points, and return the number of images."""
     with tarfile.open(files.existing_file(package)) as inside, files.replacing(out, new=True) as beside:
         read = lambda name: inside.extractfile(f"package/{name}").read()
-        rows = sorted(captions(json.loads(read("emoji.json"))), key=lambda row: row[0].removesuffix(".png"))
+        rows = list(captions(json.loads(read("emoji.json"))))
         categories = sorted({category for _, category, _ in rows})
         # The package is compressed as a whole: its files are read in the order in which they lie.
         wanted = {f"package/img/google/64/{image}" for image, _, _ in rows}

@@ -15,6 +15,7 @@ MAY_CHANGE = (  # without making another training of it
     "model.checkpoint_every",  # of memory and time only
     "data.path",  # data is moved between machines
     "data.workers",
+    "loss.repa.model",  # and so is DINOv2
     "ema.snapshot_every",  # what is taken out, not what is averaged
     "checkpoint",
     "sample",

@@ -22,7 +22,7 @@ from asymflow.patches import patchify
 from asymflow.subspace import Subspace
 from asymflow.training import run, streams
 from asymflow.training.config import Config, load_config
-from asymflow.training.derived import batch_sizes, network
+from asymflow.training.derived import deepspeed_config, network
 from asymflow.training.differences import differences
 from asymflow.training.loop import Training
 from asymflow.training.ranks import AgreedError, Lifeline, on_first, show, start_processes, together
@@ -36,7 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--resume", default="auto", help="auto: from the newest whole checkpoint; never; or a checkpoint folder"
     )
-    p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one key of the configuration")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="override a key: see `asymflow info config`"
+    )
     p.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # by the launcher
     args = p.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.config).stem
@@ -101,7 +103,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
         if theirs != configs[0]:
             there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
             raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
-    together(lambda: batch_sizes(config, dist.get_world_size()))
+    together(lambda: deepspeed_config(config, dist.get_world_size()))
     held, made = [], []
     together(lambda: made.append(make_dataset(config)))
     together(lambda: made.append(make_encoder(config, device)), "loss.repa.model")
@@ -160,7 +162,8 @@ def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, devic
         count = min(config.subspace.images, len(dataset))
         mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
         tokens = (patchify(image.to(device), patch) for image in readable(dataset, mine))
-        fit = lambda: fit_pca(tokens, config.subspace.rank, patch_size=patch, token_order="channel_last")
+        options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
+        fit = lambda: fit_pca(tokens, config.subspace.rank, **options)
         fitted = []
         together(lambda: fitted.append(fit()), "the subspace cannot be fitted")
         subspace = fitted[0]

@@ -1,0 +1,252 @@
+"""The Fréchet distance: equal to torch-fidelity's, the same by any number of ranks, and never a disturbance."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from processes import Launched, metrics, same_bits, tensors
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from asymflow.classifier import Classifier
+from asymflow.errors import InputError
+from asymflow.evaluation import (
+    CLASSIFIER,
+    frechet_distance,
+    load_extractor,
+    load_statistics,
+    register_classifier,
+    save_statistics,
+    statistics,
+)
+
+
+def images(count, seed=0, size=32):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    Classifier(16, width=8).save(file)
+    return file
+
+
+# ---- The distance ----------------------------------------------------------------------------------------------------
+def test_the_distance_of_normal_distributions_is_the_known_one():
+    """|mu - mu'|^2 + sum (s - s')^2, for covariances that commute; 0 from itself; the same both ways."""
+    g = np.random.default_rng(0)
+    rotation, _ = np.linalg.qr(g.standard_normal((5, 5)))
+    one, other = (
+        {"mu": g.standard_normal(5), "sigma": rotation @ np.diag(std**2) @ rotation.T}
+        for std in (np.array([1, 2, 3, 4, 5.0]), np.array([2, 2, 1, 4, 0.5]))
+    )
+    expected = np.square(one["mu"] - other["mu"]).sum() + 1 + 0 + 4 + 0 + 4.5**2
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_are_the_mean_and_the_covariance():
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    found = statistics(features)
+    assert np.allclose(found["mu"], features.double().mean(0), rtol=1e-12)
+    assert np.allclose(found["sigma"], torch.cov(features.double().T), rtol=1e-12)
+
+
+def test_it_is_the_distance_of_torch_fidelity(classifier):
+    class Stored(torch.utils.data.Dataset):
+        def __init__(self, of):
+            self.of = of
+
+        def __len__(self):
+            return len(self.of)
+
+        def __getitem__(self, i):
+            return self.of[i]
+
+    register_classifier()
+    one, other = images(60, 1), images(50, 2) // 2
+    theirs = calculate_metrics(
+        input1=Stored(one),
+        input2=Stored(other),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        feature_extractor=CLASSIFIER,
+        feature_extractor_weights_path=str(classifier),
+    )["frechet_inception_distance"]
+    features = load_extractor(CLASSIFIER, classifier)
+    ours = frechet_distance(statistics(features(one)), statistics(features(other)))
+    assert ours == pytest.approx(theirs, rel=1e-4)  # they average in float32
+    assert ours > 0.01
+
+
+def test_inception_from_a_file_has_torch_fidelitys_features(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:  # its weights are not to be had here: random ones do
+        m.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        m.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    torch.save(theirs.state_dict(), tmp_path / "inception.pth")
+    ours = load_extractor("inception-v3-compat", tmp_path / "inception.pth")
+    found = ours(images(2))
+    assert found.shape == (2, 2048)
+    assert torch.equal(found, theirs(images(2))[0])
+
+
+# ---- What can be wrong -----------------------------------------------------------------------------------------------
+def test_what_cannot_be_used_is_one_line(tmp_path, classifier, monkeypatch):
+    (tmp_path / "text").write_text("no tensors")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    monkeypatch.setattr(
+        "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
+    )
+    for name, weights, said in [
+        ("inception", None, "one of inception-v3-compat"),
+        ("dinov2-vit-b-14", None, "one of"),
+        ("inception-v3-compat", None, "no network"),
+        ("inception-v3-compat", tmp_path / "missing", "does not exist"),
+        ("inception-v3-compat", tmp_path / "text", "plain tensors"),
+        ("inception-v3-compat", tmp_path / "other.pth", "does not hold the weights"),
+        (CLASSIFIER, None, "needs weights"),
+        (CLASSIFIER, tmp_path / "text", "not a whole safetensors file"),
+    ]:
+        with pytest.raises(InputError, match=said) as e:
+            load_extractor(name, weights)
+        assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_hostile_weights_file_is_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"a": Hostile()}, tmp_path / "weights.pth")
+    with pytest.raises(InputError):
+        load_extractor("inception-v3-compat", tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_statistics_are_kept_as_an_npz_that_others_have_too(tmp_path):
+    kept = statistics(torch.randn(20, 3))
+    save_statistics(tmp_path / "a.npz", kept, "twenty")
+    found, about = load_statistics(tmp_path / "a.npz")
+    assert about == "twenty"
+    assert frechet_distance(found, kept) == pytest.approx(0, abs=1e-9)
+    np.savez(tmp_path / "published.npz", mu=np.float32([0, 1]), sigma=np.eye(2, dtype=np.float32))
+    assert load_statistics(tmp_path / "published.npz")[0]["mu"].dtype == np.float64
+    for name, arrays in {
+        "other": {"mean": [0.0]},
+        "shapes": {"mu": [0.0, 1.0], "sigma": np.eye(3)},
+        "infinite": {"mu": [math.nan], "sigma": np.eye(1)},
+        "object": {"mu": np.array([None], dtype=object), "sigma": np.eye(1)},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(InputError, match=f"{name}.npz"):
+            load_statistics(tmp_path / f"{name}.npz")
+    with pytest.raises(InputError, match="does not exist"):
+        load_statistics(tmp_path / "missing.npz")
+
+
+# ---- The classifier --------------------------------------------------------------------------------------------------
+def test_a_classifier_learns_and_its_file_is_whole_or_refused(tmp_path):
+    torch.manual_seed(0)
+    net = Classifier(2, width=8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    x = images(32) // 4
+    y = torch.arange(32) % 2
+    x[y == 1, 0] += 150  # red
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    net.save(tmp_path / "c.safetensors")
+    same = Classifier.load(tmp_path / "c.safetensors")
+    assert torch.equal(same(x), net(x))
+    assert torch.equal(same.features(x[:4]), net.features(x[:4]))
+    content = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-8])
+    with pytest.raises(InputError):
+        Classifier.load(tmp_path / "cut.safetensors")
+
+
+# ---- While it trains -------------------------------------------------------------------------------------------------
+def settings(classifier, every=2, stage=1):
+    return [
+        "train.steps=4",
+        "checkpoint.every=2",
+        f"evaluate.every={every}",
+        "evaluate.num=22",
+        "evaluate.batch_size=6",
+        "evaluate.extractor=classifier",
+        f"evaluate.weights={classifier}",
+        "sample.steps=2",
+        "sample.num=3",
+        "data.size=100",
+        f"deepspeed.zero_optimization.stage={stage}",
+    ]
+
+
+def run(world, out, *settings):
+    launched = Launched(world, out, *settings)
+    assert launched.wait(120) == [0] * world, launched.said()
+    return launched
+
+
+def evaluations(out):
+    return [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path, classifier):
+    run(1, tmp_path / "one", *settings(classifier))
+    run(2, tmp_path / "two", *settings(classifier, stage=3))
+    run(1, tmp_path / "off", *settings(classifier, every="null"))
+    one, two = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [2, 4]
+    for a, b in zip(one, two, strict=True):
+        assert a["frechet_distance"] == pytest.approx(b["frechet_distance"], rel=2e-2)  # a pixel may round otherwise
+        assert a["frechet_distance"] > 0.01
+    (of_one, _), (of_two, _) = (load_statistics(tmp_path / name / "reference.npz") for name in ("one", "two"))
+    assert np.allclose(of_one["mu"], of_two["mu"], rtol=1e-5)
+    assert np.allclose(of_one["sigma"], of_two["sigma"], rtol=1e-4, atol=1e-7)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "off")
+    assert same_bits(tensors(tmp_path / "one", 4), tensors(tmp_path / "off", 4))
+    assert not (tmp_path / "off" / "evaluations.jsonl").read_text()
+
+
+def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
+    run(1, tmp_path / "run", *settings(classifier, every="null"))
+    launched = run(1, tmp_path / "run", *settings(classifier))
+    assert any("Fréchet distance" in line for line in launched.said())
+    (first,) = evaluations(tmp_path / "run")
+    assert first["step"] == 4
+    run(1, tmp_path / "run", *settings(classifier))
+    assert evaluations(tmp_path / "run") == [first]
+    # Of another extractor, the statistics of the data are not those that were kept.
+    torch.manual_seed(1)
+    Classifier(16, width=8).save(tmp_path / "other.safetensors")
+    shutil.move(tmp_path / "run" / "evaluations.jsonl", tmp_path / "earlier.jsonl")
+    before = load_statistics(tmp_path / "run" / "reference.npz")[0]["mu"]
+    run(1, tmp_path / "run", *settings(tmp_path / "other.safetensors"))
+    assert not np.allclose(load_statistics(tmp_path / "run" / "reference.npz")[0]["mu"], before)
+    assert evaluations(tmp_path / "run")[0]["frechet_distance"] != first["frechet_distance"]
+
+
+def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training(tmp_path, classifier):
+    features = load_extractor(CLASSIFIER, classifier)(images(40))
+    save_statistics(tmp_path / "reference.npz", statistics(features), "")
+    run(1, tmp_path / "run", *settings(classifier, every=4), f"evaluate.reference={tmp_path / 'reference.npz'}")
+    assert len(evaluations(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / "reference.npz").exists()
+    launched = Launched(2, tmp_path / "other", *settings(classifier), "evaluate.reference=missing.npz")
+    assert launched.wait() == [2, 2]
+    (line,) = launched.said()
+    assert "evaluate.reference" in line
+    assert "missing.npz" in line

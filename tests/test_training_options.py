@@ -1,0 +1,257 @@
+"""What a training may be set to, in real processes: the curve stays, and so do the bits after an interruption."""
+
+import csv
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from processes import TINY, Launched, finish, metrics, same_bits, start, tensors, words
+
+from asymflow import cost
+from asymflow.subspace import Subspace
+from asymflow.training import loop
+from asymflow.training.config import load_config
+from asymflow.training.run import SUBSPACE
+from asymflow.training.start import make_flow
+
+# Many trainings in one start of the processes: importing torch and DeepSpeed takes longer than the steps.
+MANY = """
+import functools, json, sys
+import torch, torch.distributed as dist
+from asymflow.training.start import main
+todo, backend = json.loads(sys.argv[1]), sys.argv[2]
+if backend:
+    torch.compile = functools.partial(torch.compile, backend=backend)
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+for arguments in todo:
+    if code := main(arguments):
+        sys.exit(code)
+destroy()
+"""
+STEPS, BETWEEN = 3, 1
+BF16 = ("deepspeed.bf16.enabled=true", "train.precision=bf16")
+DROPOUT = ("model.dropout=0.2", "model.options.depth=4")
+
+
+def stage(number, **offload):
+    zero = f"deepspeed.zero_optimization.stage={number}"
+    return [zero, *(f"deepspeed.zero_optimization.offload_{what}.device={device}" for what, device in offload.items())]
+
+
+# In float32: all have the curve of the first.
+SINGLE = {
+    "plain": stage(1),
+    "offload1": stage(1, optimizer="cpu"),
+    "offload2-fourtimes": [*stage(2, optimizer="cpu"), "train.micro_batch_size=1"],
+    "offload3": [*stage(3, optimizer="cpu"), "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"],
+    "offload3-all": stage(3, optimizer="cpu", param="cpu"),
+    "twice": [*stage(2), "train.micro_batch_size=2"],
+}
+# With weights in bfloat16 and float32 originals.
+HALF = {
+    **{f"half{number}": [*stage(number), *BF16] for number in range(4)},
+    "half3-offload": [*stage(3, optimizer="cpu", param="cpu"), *BF16],
+    "half1-sums": [*stage(1), *BF16, "deepspeed.data_types.grad_accum_dtype=fp32", "train.micro_batch_size=1"],
+}
+AUTOCAST = {f"autocast{number}": [*stage(number), "train.precision=bf16"] for number in range(4)}
+RESUMED = ("offload1", "offload2-fourtimes", "offload3-all", *HALF)
+RECOMPUTED = {  # with dropout, whose draws have to be the same again
+    name: [*stage(3), *DROPOUT, f"model.checkpoint_every={every}"] for name, every in (("kept", 0), ("recomputed", 1))
+}
+
+
+def arguments(out, *settings, resume="auto"):
+    common = f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep_last=9"
+    return ["--config", "shapes_tiny", *words(out, *common, *settings), "--resume", str(resume)]
+
+
+def run_all(todo, backend="", world=2):
+    codes, written = finish(start(world, json.dumps(todo), backend, code=MANY), timeout=500)
+    assert codes == [0] * world, written
+
+
+def middle(run):
+    return run / "checkpoints" / f"{BETWEEN:08d}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All of them on two ranks; those in RESUMED once more from the checkpoint in the middle, as NAME-resumed."""
+    folder = tmp_path_factory.mktemp("runs")
+    cases = SINGLE | HALF | AUTOCAST | RECOMPUTED
+    todo = [arguments(folder / name, *settings) for name, settings in cases.items()]
+    for name in RESUMED:
+        todo.append(arguments(folder / f"{name}-resumed", *cases[name], resume=middle(folder / name)))
+    todo.append(arguments(folder / "from2to3", *HALF["half3"], resume=middle(folder / "half2")))
+    todo.append(arguments(folder / "from3to0", *HALF["half0"], resume=middle(folder / "half3")))
+    run_all(todo)
+    return folder
+
+
+def compare(run, expected, first=0, **tolerance):
+    found = metrics(run)
+    assert len(found) == STEPS - first
+    for m, e in zip(found, metrics(expected)[first:], strict=True):
+        assert (m["step"], m["lr"]) == (e["step"], e["lr"])
+        for name in ("loss", "grad_norm"):
+            assert m[name] == pytest.approx(e[name], **tolerance), (m["step"], name)
+
+
+# ---- Curves ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*SINGLE][1:])
+def test_offloading_and_accumulation_change_rounding_alone(runs, name):
+    compare(runs / name, runs / "plain", rel=1e-4)
+    expected, found = tensors(runs / "plain", STEPS), tensors(runs / name, STEPS)
+    for key, value in expected.items():
+        if not key[0].startswith("exp"):
+            assert torch.allclose(value, found[key], rtol=0, atol=2e-4), key
+
+
+@pytest.mark.parametrize("name", [*HALF, *AUTOCAST])
+def test_bfloat16_stays_close_to_float32(runs, name):
+    """Its numbers have 8 bits: each is off by up to 0.4 %, and a mean over many by less."""
+    compare(runs / name, runs / "plain", rel=5e-3)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_autocast_keeps_weights_in_float32(runs, number):
+    compare(runs / f"autocast{number}", runs / "autocast1", rel=1e-3)
+    assert metrics(runs / f"autocast{number}") != metrics(runs / "plain")  # it does something
+
+
+def test_recomputing_activations_changes_no_bit(runs):
+    assert metrics(runs / "kept") == metrics(runs / "recomputed")
+    assert same_bits(tensors(runs / "kept", STEPS), tensors(runs / "recomputed", STEPS))
+
+
+# ---- Going on --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_training_has_the_same_bits(runs, name):
+    resumed = runs / f"{name}-resumed"
+    assert metrics(runs / name)[BETWEEN:] == metrics(resumed)
+    assert same_bits(tensors(runs / name, STEPS), tensors(resumed, STEPS))
+
+
+@pytest.mark.parametrize(("name", "of"), [("from2to3", "half2"), ("from3to0", "half3")])
+def test_weights_in_bfloat16_go_on_in_another_stage(runs, name, of):
+    compare(runs / name, runs / of, first=BETWEEN, rel=5e-3)
+
+
+# ---- Averages --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["plain", "offload3-all", *HALF])
+def test_averages_are_of_the_float32_weights(runs, name):
+    """Tracked again from the weights of every step, from the initial ones on, which bfloat16 would have rounded."""
+    config = load_config(runs / name / "config.yaml")
+    torch.manual_seed(config.train.seed)
+    average = dict(make_flow(config, Subspace.load(runs / name / SUBSPACE)).named_parameters())
+    average = {key: value.detach().clone() for key, value in average.items()}
+    for step in range(1, STEPS + 1):
+        found = tensors(runs / name, step)
+        for key, value in average.items():
+            value.lerp_(found["weights", key], 1 - 0.9)
+            assert torch.allclose(found["ema-0.9", key], value, rtol=1e-6, atol=1e-7), (step, key)
+    weights = torch.cat([found["weights", key].flatten() for key in average])
+    assert (weights != weights.bfloat16().float()).float().mean() > 0.5
+
+
+# ---- Compiled --------------------------------------------------------------------------------------------------------
+def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
+    """All of torch.compile but for the compiler: graphs of forward and backward, whose kernels are those of torch."""
+    settings = {"one": stage(1), "three": stage(3), "saving": [*stage(3), "model.checkpoint_every=2"]}
+    compiled = ["train.compile=true", f"sample.every={STEPS}", "sample.num=6", "sample.steps=2"]
+    todo = [arguments(tmp_path / name, *compiled, *words) for name, words in settings.items()]
+    resumed = arguments(tmp_path / "resumed", *compiled, *settings["three"], resume=middle(tmp_path / "three"))
+    run_all([*todo, resumed], "aot_eager")
+    for name in settings:
+        compare(tmp_path / name, runs / "plain", rel=1e-4)
+        assert tensors(tmp_path / name, STEPS).keys() == tensors(runs / "plain", STEPS).keys()
+        assert (tmp_path / name / "samples" / f"{STEPS:08d}.png").is_file()
+    assert metrics(tmp_path / "three")[BETWEEN:] == metrics(tmp_path / "resumed")
+    assert same_bits(tensors(tmp_path / "three", STEPS), tensors(tmp_path / "resumed", STEPS))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_by_the_compiler(runs, tmp_path):
+    small = ["model.options.depth=1", "model.options.in_context_start=0"]
+    todo = [arguments(tmp_path / f"compiled-{c}", *stage(1), *small, f"train.compile={c}") for c in ("true", "false")]
+    run_all(todo, world=1)
+    compare(tmp_path / "compiled-true", tmp_path / "compiled-false", rel=1e-4)
+
+
+# ---- What is told of it ----------------------------------------------------------------------------------------------
+def test_monitors_write_below_the_run_once_a_step(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    monitors = "deepspeed.tensorboard.enabled=true", "deepspeed.csv_monitor.enabled=true"
+    run_all([arguments(run, *stage(1), *monitors, f"train.steps={steps}") for steps in (BETWEEN, STEPS)])
+    steps = [m["step"] for m in metrics(run)]
+    for name in ("loss", "lr", "grad_norm"):
+        heading, *rows = csv.reader((run / "csv_monitor" / f"train_{name}.csv").open())
+        assert heading == ["step", name]
+        assert [(int(step), float(value)) for step, value in rows] == [(m["step"], m[name]) for m in metrics(run)]
+    events = accumulators.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == [f"train/{n}" for n in ("grad_norm", "images_per_second", "loss", "lr")]
+    assert [event.step for event in events.Scalars("train/loss")] == steps
+    assert len(list((run / "tensorboard").iterdir())) == 2  # of rank 0, for each start
+    assert not (tmp_path / "DeepSpeedJobName").exists()
+
+
+def without_wandb():
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "wandb" else find(name, *rest)
+
+
+def test_a_monitor_whose_package_is_not_installed_is_one_line(tmp_path):
+    launched = Launched(2, tmp_path / "run", *stage(1), "deepspeed.wandb.enabled=true", patch=without_wandb)
+    assert launched.wait() == [2, 2]
+    expected = "train_ddp.py: error: deepspeed.wandb.enabled is true, but wandb is not installed: pip install wandb"
+    assert launched.said() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peaks_by_name(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert cost.peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)
+
+
+def test_there_is_no_peak_of_a_cpu():
+    assert cost.peak_flops(torch.device("cpu")) is None
+
+
+def with_a_peak():
+    loop.peak_flops = lambda device: 1e9
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_mfu_is_what_the_model_needs_of_all_peaks(tmp_path, every):
+    """Forward and backward once, whatever is recomputed: 2 operations a multiply-add, and twice that backward."""
+    settings = *stage(1), "train.steps=2", f"model.checkpoint_every={every}"
+    launched = Launched(2, tmp_path / "run", *settings, patch=with_a_peak)
+    assert launched.wait() == [0, 0], launched.said()
+    config = load_config("shapes_tiny", TINY)
+    flow = make_flow(config, Subspace.load(tmp_path / "run" / SUBSPACE))
+    needed = cost.flops(flow, (3, 16, 16), training=True)
+    forward = cost.flops(flow, (3, 16, 16))
+    assert 2 * forward < needed <= 3 * forward
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for m in lines:
+        assert m["mfu"] == pytest.approx(needed * m["images_per_second"] / 2e9)
