@@ -83,7 +83,7 @@ def train(world, out, *settings, config="shapes_tiny", timeout=180, **environmen
 def metrics(run):
     """All of each step but how fast it was."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name != "images_per_second"} for entry in entries]
+    return [{name: value for name, value in entry.items() if name not in ("images_per_second", "mfu")} for entry in entries]
 
 
 def tensors(run, step):

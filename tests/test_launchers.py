@@ -89,7 +89,7 @@ def marked(mark, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder for each launcher, where its command was run."""
+    """For each launcher, the folder where its command was run, and its run."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -99,13 +99,14 @@ def trained(tmp_path_factory):
     folders = {}
     for launcher in ("deepspeed", "torchrun", "python"):
         (command,) = shown(launcher)
-        folders[launcher] = tmp_path_factory.mktemp(launcher)
-        execute(command, folders[launcher], *QUICK)
+        folder = tmp_path_factory.mktemp(launcher)
+        execute(command, folder, *QUICK)
+        folders[launcher] = folder, folder / re.search(r"--out (\S+)", command)[1]
     return folders
 
 
 def test_the_commands_that_train_give_the_same_curve(trained):
-    curves = {launcher: metrics(folder / "runs" / "shapes") for launcher, folder in trained.items()}
+    curves = {launcher: metrics(run) for launcher, (_, run) in trained.items()}
     assert curves["deepspeed"] == curves["torchrun"]
     assert [m["step"] for m in curves["python"]] == [1, 2, 3]
     for two, one in zip(curves["torchrun"], curves["python"], strict=True):
@@ -113,7 +114,7 @@ def test_the_commands_that_train_give_the_same_curve(trained):
 
 
 def test_the_commands_that_follow_a_training(trained):
-    folder = trained["deepspeed"]
+    folder, _ = trained["deepspeed"]
     for command in shown("asymflow"):
         execute(command, folder)
     for model in ("shapes", "shapes_ema"):

@@ -159,7 +159,7 @@ def test_averages_are_of_the_float32_weights(runs, name):
 # ---- Compiled --------------------------------------------------------------------------------------------------------
 def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
     """All of torch.compile but for the compiler: graphs of forward and backward, whose kernels are those of torch."""
-    settings = {"one": stage(1), "three": stage(3), "saving": [*stage(3), "model.checkpoint_every=2"]}
+    settings = {"three": stage(3), "saving": [*stage(3), "model.checkpoint_every=2"]}
     compiled = ["train.compile=true", f"sample.every={STEPS}", "sample.num=6", "sample.steps=2"]
     todo = [arguments(tmp_path / name, *compiled, *words) for name, words in settings.items()]
     resumed = arguments(tmp_path / "resumed", *compiled, *settings["three"], resume=middle(tmp_path / "three"))

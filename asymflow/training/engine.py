@@ -99,8 +99,6 @@ def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
-
-
 def base_optimizer(engine) -> torch.optim.Optimizer:
     """torch's AdamW, inside of DeepSpeed's optimizer or alone."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

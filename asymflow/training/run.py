@@ -8,6 +8,7 @@ RUN/checkpoints/00001000/   see checkpoint.py; one that was found damaged is ren
 RUN/snapshots/00001000/     power-function averages for `asymflow ema`
 RUN/samples/00001000.png    images from fixed noise
 RUN/problems.log            images that could not be read, one object each
+RUN/tensorboard, csv_monitor  what DeepSpeed's monitors write, if they are enabled
 RUN/.lock                   held by the process that trains here
 """
 
