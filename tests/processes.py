@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 
+from asymflow.data.batches import end_with_parent
 from asymflow.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +85,9 @@ def train(world, out, *settings, config="shapes_tiny", timeout=180, **environmen
 def metrics(run):
     """All of each step but how fast it was."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name not in ("images_per_second", "mfu")} for entry in entries]
+    return [
+        {name: value for name, value in entry.items() if name not in ("images_per_second", "mfu")} for entry in entries
+    ]
 
 
 def tensors(run, step):
@@ -148,7 +152,7 @@ class Launched:
 
 def one_rank(argv, environment, log, patch):
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # for the workers of the data: patched as this process is
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a pytest that is killed leaves no training behind
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(environment)

@@ -440,3 +440,21 @@ def test_the_data_set_of_a_configuration(folder, shards):
         make(kind, f"data.path={path}", f"model.num_classes={classes}")
         with pytest.raises(InputError, match=f"{path} has {classes} classes, but model.num_classes is {classes - 1}"):
             make(kind, f"data.path={path}", f"model.num_classes={classes - 1}")
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(folder, tmp_path):
+    first = sorted(folder.iterdir())[0]
+    os.mkfifo(first / "pipe.png")
+    (first / "zero.png").symlink_to("/dev/zero")
+    (first / "folder.png").mkdir()
+    images, unreadable = ImageFolder(folder, 16), []
+    for i in range(len(images)):
+        try:
+            images[i]
+        except UnreadableError as e:
+            unreadable.append(str(e))
+    assert f"{first}/pipe.png is not a file, but a pipe or a device" in unreadable
+    assert f"{first}/zero.png is not a file, but a pipe or a device" in unreadable
+    os.mkfifo(tmp_path / "shard.tar")
+    with pytest.raises(InputError, match="is not a file"):
+        TarShards(tmp_path / "shard.tar", 16)

@@ -9,6 +9,7 @@ the headers are read to list it. All that follows are plain functions: `choose` 
 import io
 import os
 import random
+import stat
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -59,11 +60,18 @@ class Entry(NamedTuple):
 
     def read(self) -> bytes:
         try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 (a million Paths would be slow)
+            with open(self.path, "rb", opener=at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UnreadableError(f"{self} is not a file, but a pipe or a device")
                 file.seek(self.offset)
                 return file.read(self.size)
         except OSError as e:
             raise UnreadableError(f"{self} cannot be read: {e.strerror}") from None
+
+
+def at_once(path: str, flags: int) -> int:
+    """For `open`: a pipe is opened without waiting for someone to write to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows does not have
 
 
 # ---- Finding -------------------------------------------------------------------------------------------------------
@@ -143,6 +151,8 @@ def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
 
 def tar_entries(path: str) -> Iterator[Entry]:
     """The files in a tar file. InputError unless it is whole and not compressed."""
+    if not os.path.isfile(path):  # noqa: PTH113 (to open a pipe is to wait for someone to write to it)
+        raise InputError(f"{path} is not a file")
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:

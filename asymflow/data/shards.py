@@ -83,9 +83,9 @@ def read_meta(folder: Path) -> dict:
 
 def read_index(shard: str) -> Index:
     """The index of a tar file, from its headers. Raises InputError if it is damaged, or a sample is not complete."""
-    rows = []
+    rows, found = [], samples(tar_entries(shard))
     with open(shard, "rb") as file:  # noqa: PTH123
-        for key, kinds in samples(tar_entries(shard)).items():
+        for key, kinds in found.items():
             images = [kinds[kind] for kind in IMAGES if kind in kinds]
             if not images:
                 continue

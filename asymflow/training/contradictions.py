@@ -64,7 +64,8 @@ SWITCHES = {
     "torch_autocast": "autocast is what train.precision: bf16 switches on: use that",
 }
 ROUNDED = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
-MISSPELT = ("zero_optimization", "gradient_clipping", "gradient_accumulation_steps", "bf16", "fp16")
+ZERO = "zero_optimization"
+MISSPELT = (ZERO, "gradient_clipping", "gradient_accumulation_steps", "bf16", "fp16")
 
 
 def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
@@ -89,6 +90,12 @@ def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         for name in ROUNDED:
             if given["bf16"].get(name):
                 yield f"deepspeed.bf16.{name}", "is refused: averages and checkpoints are made of float32 weights"
+        zero, types = (given.get(name) if isinstance(given.get(name), dict) else {} for name in (ZERO, "data_types"))
+        if zero.get("stage") == 0 and types.get("grad_accum_dtype") == "fp32":
+            yield (
+                "deepspeed.data_types.grad_accum_dtype",
+                "cannot be fp32 at stage 0 with bfloat16 weights",
+            )
     clip = given.get("gradient_clipping", 0)
     if isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0:
         yield "deepspeed.gradient_clipping", f"must be a number, at least 0, but it is {shown(clip)}"
@@ -98,11 +105,11 @@ def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     ):
         if name in given and expected is not None and not same(given[name], expected):
             yield f"deepspeed.{name}", disagreement(given[name], expected)
-    yield from zero_contradictions(given.get("zero_optimization"))
+    yield from zero_contradictions(given.get(ZERO))
 
 
 def zero_contradictions(zero: object) -> Iterator[tuple[str, str]]:
-    key = "deepspeed.zero_optimization"
+    key = f"deepspeed.{ZERO}"
     if not isinstance(zero, dict):
         yield key, "must be a section with the key stage"
         return

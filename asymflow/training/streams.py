@@ -57,5 +57,5 @@ def share(step: int, global_batch: int, rank: int, world: int) -> range:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """For torch's own generator, which dropout draws from."""
+    """For torch's own generator, which dropout draws from: its masks depend on the rank, and how its share is cut."""
     return int(generator(seed, DROPOUT, (step << 20) + rank).integers(2**63))
