@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from asymflow import files
+from asymflow.cli.common import new_file
 from asymflow.errors import InputError
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
@@ -45,6 +46,7 @@ def on_white(png: bytes) -> bytes:
 
 def make(package: Path, out: Path) -> int:
     """Write the shard, in the order of the code points, and return the number of images."""
+    new_file(out)
     with tarfile.open(files.existing_file(package)) as inside, files.replacing(out, new=True) as beside:
         read = lambda name: inside.extractfile(f"package/{name}").read()
         rows = list(captions(json.loads(read("emoji.json"))))
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"toy.make_emoji64: error: {e}", file=sys.stderr)
         return 2
     except (tarfile.TarError, KeyError, ValueError) as e:
-        reason = f"{args.package} is not the package emoji-datasource-google, or not all of it ({e})"
+        reason = (
+            f"{args.package} is not the package emoji-datasource-google, or not all of it ({str(e).splitlines()[0]})"
+        )
         print(f"toy.make_emoji64: error: {reason}", file=sys.stderr)
         return 2
     return 0
