@@ -4,13 +4,14 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from asymflow.backbones.jit import JiT
 from asymflow.cli.common import Parser
@@ -161,7 +162,8 @@ def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, devic
     else:
         count = min(config.subspace.images, len(dataset))
         mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-        tokens = (patchify(image.to(device), patch) for image in readable(dataset, mine))
+        bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0)
+        tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
         options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
         fit = lambda: fit_pca(tokens, config.subspace.rank, **options)
         fitted = []
@@ -172,7 +174,7 @@ def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, devic
     return subspace
 
 
-def readable(dataset, indices: Sequence[int]) -> Iterator[Tensor]:
+def readable(dataset, indices: Collection[int]) -> Iterator[Tensor]:
     """The images, (1, 3, H, W) in [-1, 1], but for those that cannot be read: training will count them.
 
     Raises InputError, with the last of the reasons, if there is none that can be.
