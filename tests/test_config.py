@@ -725,7 +725,7 @@ def test_what_makes_another_training_is_listed():
     assert differences(a, b) == [
         "loss.repa: null there, {model: x, weight: 0.5, after: 1, hidden: 2048} here",
         "train.seed: 0 there, 1 here",
-        "optimizer.lr: 0.002 there, 1.0e-05 here",
+        "optimizer.lr: 0.001 there, 1.0e-05 here",
         "ema.decays: [0.995] there, [0.5] here",
         "deepspeed.gradient_clipping: not set there, 1.5 here",
     ]
