@@ -20,12 +20,12 @@ from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.sampling import METHODS
-from asymflow.training.config import Config, dump, load_config, shipped
-from asymflow.training.derived import batch_sizes, bf16_weights, deepspeed_config, network
-from asymflow.training.differences import MAY_CHANGE, differences
-from asymflow.training.sections import Sample, known_keys
+from asymflow.training.config.derived import batch_sizes, bf16_weights, deepspeed_config, network
+from asymflow.training.config.differences import MAY_CHANGE, differences
+from asymflow.training.config.reading import Config, dump, load_config, shipped
+from asymflow.training.config.sections import Sample, known_keys
+from asymflow.training.config.yaml12 import parse as parse_yaml
 from asymflow.training.start import parse
-from asymflow.training.yaml12 import parse as parse_yaml
 
 CONFIGS = Path(asymflow.__file__).parent / "configs"
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
@@ -207,7 +207,7 @@ def test_they_are_found_when_the_package_is_imported_from_a_zip_file(tmp_path, m
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path / "wheel.zip")
     try:
-        zipped = importlib.import_module("asymflow.training.config")
+        zipped = importlib.import_module("asymflow.training.config.reading")
         assert "wheel.zip" in zipped.__file__
         assert zipped.shipped() == shipped()
         assert dump(zipped.load_config("imagenet256_l16", NEEDED)) == dump(load("imagenet256_l16"))

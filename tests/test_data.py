@@ -27,7 +27,7 @@ from asymflow.data.shapes import COLORS, COUNTS, Shapes, make_scene, render
 from asymflow.data.shards import TarShards, fingerprint, index_path, read_index, save_index
 from asymflow.errors import InputError
 from asymflow.training import streams
-from asymflow.training.config import load_config
+from asymflow.training.config.reading import load_config
 
 
 def pixels(seed, height=8, width=8):

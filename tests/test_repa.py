@@ -15,7 +15,7 @@ from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training import checkpoint
-from asymflow.training.config import load_config
+from asymflow.training.config.reading import load_config
 from asymflow.training.repa import AT_ONCE, MEAN, STD, Aligned, Encoder, misalignment
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4)

@@ -12,7 +12,7 @@ from processes import TINY, Launched, finish, metrics, same_bits, start, tensors
 from asymflow import cost
 from asymflow.subspace import Subspace
 from asymflow.training import loop
-from asymflow.training.config import load_config
+from asymflow.training.config.reading import load_config
 from asymflow.training.run import SUBSPACE
 from asymflow.training.start import make_flow
 

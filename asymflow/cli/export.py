@@ -112,7 +112,7 @@ def whole(folder: Path, step: int | None):
 def save(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
     from asymflow.subspace import Subspace
     from asymflow.training import run
-    from asymflow.training.config import load_config
+    from asymflow.training.config.reading import load_config
     from asymflow.training.repa import PROJECTOR
     from asymflow.training.start import make_flow
 

@@ -270,7 +270,7 @@ def aligned(lines: dict[str, str]) -> str:
 # ---- What can be configured ------------------------------------------------------------------------------------------
 def configuration(as_json: bool = False) -> str:
     """All keys of the configuration of a training, as in a file of the defaults; or their JSON schema, for editors."""
-    from asymflow.training.sections import Sections, known_keys  # needs pydantic
+    from asymflow.training.config.sections import Sections, known_keys  # needs pydantic
 
     if as_json:
         return json.dumps(Sections.model_json_schema(), indent=2)

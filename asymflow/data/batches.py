@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.training import streams
-from asymflow.training.config import Config
-from asymflow.training.derived import batch_sizes
+from asymflow.training.config.derived import batch_sizes
+from asymflow.training.config.reading import Config
 from asymflow.training.signals import ignore
 
 ATTEMPTS = 100  # images in a row that may be unreadable

@@ -4,7 +4,7 @@ from asymflow.data.folder import ImageFolder
 from asymflow.data.shapes import Shapes
 from asymflow.data.shards import TarShards
 from asymflow.errors import InputError
-from asymflow.training.config import Config
+from asymflow.training.config.reading import Config
 
 
 def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from asymflow.backbones.jit import Block
 from asymflow.errors import InputError
 from asymflow.training import shards
-from asymflow.training.config import Config
-from asymflow.training.derived import bf16_weights, deepspeed_config
+from asymflow.training.config.derived import bf16_weights, deepspeed_config
+from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.ranks import together
 

@@ -15,7 +15,7 @@ from asymflow.evaluation import statistics as statistics_of
 from asymflow.model import AsymFlow
 from asymflow.sampling import generate
 from asymflow.training import streams
-from asymflow.training.config import Config
+from asymflow.training.config.reading import Config
 from asymflow.training.ranks import on_first, together
 
 REFERENCE = "reference.npz"  # in the folder of the run

@@ -21,8 +21,8 @@ from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
 from asymflow.training.checkpoint import Piece
-from asymflow.training.config import Config
-from asymflow.training.derived import batch_sizes, bf16_weights
+from asymflow.training.config.derived import batch_sizes, bf16_weights
+from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
 from asymflow.training.evaluate import Evaluation, draw, gathered

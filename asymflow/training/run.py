@@ -25,8 +25,8 @@ import torch.distributed as dist
 from asymflow import files
 from asymflow.errors import InputError
 from asymflow.training import checkpoint
-from asymflow.training.config import Config, dump, load_config
-from asymflow.training.differences import differences
+from asymflow.training.config.differences import differences
+from asymflow.training.config.reading import Config, dump, load_config
 from asymflow.training.ranks import AgreedError, on_first, together
 
 CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"

@@ -22,9 +22,9 @@ from asymflow.model import AsymFlow
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
 from asymflow.training import run, streams
-from asymflow.training.config import Config, load_config
-from asymflow.training.derived import deepspeed_config, network
-from asymflow.training.differences import differences
+from asymflow.training.config.derived import deepspeed_config, network
+from asymflow.training.config.differences import differences
+from asymflow.training.config.reading import Config, load_config
 from asymflow.training.loop import Training
 from asymflow.training.ranks import AgreedError, Lifeline, on_first, show, start_processes, together
 from asymflow.training.repa import Encoder

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
-from asymflow.training.sections import Model, Sections, known_keys
-from asymflow.training.yaml12 import one_line, shown
+from asymflow.training.config.sections import Model, Sections, known_keys
+from asymflow.training.config.yaml12 import one_line, shown
 
 
 def network(model: Model) -> dict:

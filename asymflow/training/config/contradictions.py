@@ -5,10 +5,10 @@ from difflib import get_close_matches
 
 from asymflow.backbones.jit import check_sizes
 from asymflow.errors import InputError
-from asymflow.training.derived import disagreement, network, same
+from asymflow.training.config.derived import disagreement, network, same
+from asymflow.training.config.sections import Sections
+from asymflow.training.config.yaml12 import short, shown
 from asymflow.training.ema import Profile
-from asymflow.training.sections import Sections
-from asymflow.training.yaml12 import short, shown
 
 
 def contradictions(c: Sections) -> Iterator[tuple[str, str]]:

@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from asymflow.errors import InputError
-from asymflow.training.contradictions import contradictions, deepspeed_contradictions
-from asymflow.training.faults import first_fault
-from asymflow.training.sections import Sections
-from asymflow.training.yaml12 import Layer, Origin, in_yaml, one_line, parse, short, shown
+from asymflow.training.config.contradictions import contradictions, deepspeed_contradictions
+from asymflow.training.config.faults import first_fault
+from asymflow.training.config.sections import Sections
+from asymflow.training.config.yaml12 import Layer, Origin, in_yaml, one_line, parse, short, shown
 
 CONFIGS = files("asymflow") / "configs"
 LARGEST_FILE = 50_000  # bytes

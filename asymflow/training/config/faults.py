@@ -4,8 +4,8 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
-from asymflow.training.sections import Sections, known_keys
-from asymflow.training.yaml12 import Keys, Layer, Origin, dotted, short, shown
+from asymflow.training.config.sections import Sections, known_keys
+from asymflow.training.config.yaml12 import Keys, Layer, Origin, dotted, short, shown
 
 EXPECTED = {
     "int_type": "a whole number",
