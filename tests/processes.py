@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -147,7 +148,8 @@ class Launched:
         """What all ranks wrote to stderr, or stdout ("out"), without progress bars and warnings of libraries."""
         text = "\n".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.ranks)))
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-        return [line for line in lines if line.strip() and not line.startswith(("training:", "[W", "[rank"))]
+        lines = [line for line in lines if not re.match(r"training:|.*: +\d+%\|", line)]  # bars
+        return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
 
 
 def one_rank(argv, environment, log, patch):

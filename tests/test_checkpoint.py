@@ -4,13 +4,16 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from asymflow.errors import InputError
+from asymflow.subspace import Subspace
 from asymflow.training import checkpoint, run
 from asymflow.training.checkpoint import Piece
 from asymflow.training.ranks import AgreedError, on_first
@@ -24,6 +27,7 @@ TOUCHES = (
     "os.rmdir",
     "os.chmod",
     "os.scandir",
+    "os.listdir",
     "shutil.rmtree",
     "os.truncate",
 )
@@ -110,7 +114,7 @@ def die():
     os._exit(DIED)
 
 
-def refuse():
+def refuse(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -219,6 +223,138 @@ def test_pruning_keeps_the_last_and_every_so_manyth(tmp_path):
     assert check(tmp_path) == [6, 12, 18, 20]
 
 
+def test_a_folder_that_somebody_reads_in_is_removed_later(tmp_path, monkeypatch):
+    """As NFS does it, where what is deleted while it is open stays under another name."""
+    folder = tmp_path / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        for n in range(2):  # the second time as after a resumption
+            save(folder, 4)
+            save(folder, 8)
+            assert check(folder) == [8]
+            checkpoint.folder_of(folder, 8).rename(tmp_path / str(n))
+    save(folder, 12)
+    assert [path.name for path in folder.iterdir()] == ["00000012"]
+
+
+def test_a_checkpoint_that_cannot_even_be_renamed_stays(tmp_path, monkeypatch):
+    for step in (4, 8, 12):
+        checkpoint.save(checkpoint.folder_of(tmp_path, step), pieces(step), SHAPES, {"step": step})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        checkpoint.prune(tmp_path, 1, None)
+    assert check(tmp_path) == [4, 8, 12]
+    checkpoint.prune(tmp_path, 1, None)
+    assert check(tmp_path) == [12]
+
+
+def test_files_of_a_rank_that_rank_0_does_not_see(tmp_path, monkeypatch):
+    save(tmp_path, 4)
+    monkeypatch.setattr(checkpoint, "write_rank", lambda path, pieces: (checkpoint.rank_file(1), {}))
+    with pytest.raises(AgreedError, match=r"rank_00001.safetensors was written, but is not there.*that all share"):
+        save(tmp_path, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000004"]
+
+
+def test_a_fingerprint_tells_subspaces_apart():
+    one = Subspace.random(12, 2, seed=1)
+    others = [Subspace.random(12, 2, seed=2), Subspace(one.basis, 2.0), Subspace(-one.basis), Subspace.empty(12)]
+    prints = [checkpoint.fingerprint(subspace) for subspace in (one, *others)]
+    assert len(set(prints)) == len(prints)
+    assert checkpoint.fingerprint(Subspace(one.basis, fitted_on="elsewhere", patch_size=2)) == prints[0]
+
+
+# ---- Where to continue -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def out(tmp_path):
+    """A run with checkpoints at steps 4 and 8, and snapshots at 2, 6 and 10."""
+    for name, steps in ((run.CHECKPOINTS, (4, 8)), (run.SNAPSHOTS, (2, 6, 10))):
+        for step in steps:
+            path = checkpoint.folder_of(tmp_path / "run" / name, step)
+            checkpoint.save(path, pieces(step), SHAPES, {"step": step})
+    return tmp_path / "run"
+
+
+def everything(folder):
+    return sorted((str(path), path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+
+
+def test_where_no_checkpoint_is_whole_training_does_not_begin_anew(out):
+    flip(out / "checkpoints/00000004/rank_00000.safetensors")
+    (out / "checkpoints/00000008/state.json").unlink()
+    before = everything(out)
+    with pytest.raises(AgreedError) as caught:
+        run.to_resume(out, "auto")
+    for part in (
+        "00000008: state.json is missing; 00000004: rank_00000.safetensors is not as it was written",
+        "Nothing was changed",
+        f"move {out}/checkpoints away",
+    ):
+        assert part in str(caught.value)
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("what", ["reading", "listing", "looking"])
+def test_a_disk_that_does_not_answer_is_no_damage(out, monkeypatch, error, what):
+    checkpoints, before = out / run.CHECKPOINTS, everything(out)
+
+    def failing(call, suffix):
+        def replaced(path, *args, **options):
+            if str(path).endswith(suffix):
+                raise OSError(error, os.strerror(error), str(path))
+            return call(path, *args, **options)
+
+        return replaced
+
+    owner, name, suffix = {
+        "reading": (checkpoint.files, "sha256", "08/rank_00000.safetensors"),
+        "listing": (Path, "iterdir", checkpoints.name),
+        "looking": (Path, "stat", "08/manifest.json"),
+    }[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name), suffix))
+        with pytest.raises(AgreedError, match=os.strerror(error)):
+            run.to_resume(out, "auto")
+    assert everything(out) == before
+    assert run.to_resume(out, "auto") == (checkpoint.folder_of(checkpoints, 8), [])
+
+
+def test_a_run_begins_where_it_is_told_and_then_goes_on_by_itself(out, tmp_path):
+    """So the same command continues, whatever has become of what it began with."""
+    begin, branch = str(out / "checkpoints/00000004"), tmp_path / "branch"
+    branch.mkdir()
+    assert run.to_resume(branch, begin) == (out / "checkpoints/00000004", [])
+    with pytest.raises(AgreedError, match=f"--resume {out} is not a whole checkpoint: manifest.json is missing"):
+        run.to_resume(branch, str(out))
+    save(branch / run.CHECKPOINTS, 6)
+    for told in (begin, str(out)):
+        chosen, (remark,) = run.to_resume(branch, told)
+        assert chosen == branch / "checkpoints/00000006"
+        assert remark == f"{branch} has checkpoints of its own, so it does not begin with --resume {told} again"
+    flip(branch / "checkpoints/00000006/state.json")
+    with pytest.raises(AgreedError, match=r"no checkpoint in .* is whole"):
+        run.to_resume(branch, begin)
+
+
+def test_snapshots_that_training_goes_back_behind_are_put_aside_until_it_is_there_again(out):
+    snapshots = out / run.SNAPSHOTS
+    for _ in range(2):
+        assert run.abandon_snapshots(out, 4) == "; later snapshots are put aside, as 00000006.abandoned and so on"
+        assert check(snapshots) == [2]
+        assert run.abandon_snapshots(out, 4) == ""
+        again = checkpoint.folder_of(snapshots, 6)
+        checkpoint.save(again, pieces(6), SHAPES, {"step": 6})
+        run.forget_abandoned(again)
+        assert check(snapshots) == [2, 6]
+        (snapshots / "00000010.abandoned").rename(snapshots / "00000010")
+    assert sorted(path.name for path in snapshots.iterdir()) == ["00000002", "00000006", "00000010"]
+    shutil.rmtree(out / run.CHECKPOINTS)
+    _, (remark,) = run.to_resume(out, "auto")
+    assert "no checkpoint: training begins anew; later snapshots are put aside, as 00000002.abandoned" in remark
+    assert check(snapshots) == []
+
+
 # ---- Journals --------------------------------------------------------------------------------------------------------
 def test_a_journal_continues_after_any_cut(tmp_path):
     path, entries = tmp_path / "metrics.jsonl", [{"step": step, "loss": 1 / step} for step in range(1, 6)]
@@ -237,3 +373,25 @@ def test_a_journal_continues_after_any_cut(tmp_path):
             journal.add(entry)
         journal.close()
         assert path.read_bytes() == content
+
+
+def test_a_journal_loses_no_more_than_what_was_cut_off_or_comes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1}',
+        b"\0\0\0",
+        b'{"step": 2}',
+        b"null",
+        b"\xff\r{",
+        b'{"loss": 1}',
+        b'{"step": 3}',
+        b'{"step": 4}',
+    ]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 5}']))
+    journal = run.Journal(path, 9)
+    assert [entry["step"] for entry in journal.entries()] == [1, 2, 3, 4]
+    journal.add({"step": 5})
+    journal.close()
+    assert path.read_bytes() == b"\n".join([*lines, b'{"step": 5}', b""])
+    run.Journal(path, 2).close()
+    assert path.read_bytes() == b"\n".join([*lines[:6], b""])

@@ -98,6 +98,20 @@ def test_any_width_is_put_together_from_snapshots_of_two():
             assert torch.allclose(found, expected, atol=1e-6 * expected.norm().item())
 
 
+def test_snapshots_need_not_be_evenly_spaced():
+    """As where a run was lengthened, or ended between two of them: 16 of them, at odd steps, and the last."""
+    steps, kept, wanted = 3000, [Profile(sigma_rel=0.05), Profile(sigma_rel=0.10)], [0.07, 0.10, 0.15]
+    taken_at = sorted({*range(200, 1000, 200), 1111, *range(1300, steps, 170), steps})
+    weights = history(steps)
+    direct, taken = track(weights, [*kept, *(Profile(sigma_rel=w) for w in wanted)], at=taken_at)
+    snapshots = [(step, p.sigma_rel) for step in taken_at for p in kept]
+    for width, expected in zip(wanted, direct[2:], strict=True):
+        coefficients, unmatched = reconstruction(snapshots, steps, width)
+        found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
+        assert unmatched < 0.05
+        assert (found - expected).norm() < 0.02 * (weights[-1] - expected).norm()
+
+
 def test_it_ends_where_it_is_asked_to_and_uses_nothing_later():
     snapshots = [(step, width) for step in (100, 200, 300) for width in (0.05, 0.1)]
     coefficients, _ = reconstruction(snapshots, 200, 0.08)

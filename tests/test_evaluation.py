@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -237,6 +239,32 @@ def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
     run(1, tmp_path / "run", *settings(tmp_path / "other.safetensors"))
     assert not np.allclose(load_statistics(tmp_path / "run" / "reference.npz")[0]["mu"], before)
     assert evaluations(tmp_path / "run")[0]["frechet_distance"] != first["frechet_distance"]
+    # Other settings are another evaluation, and are told beside it.
+    run(1, tmp_path / "run", *settings(tmp_path / "other.safetensors"), "sample.guidance=1.5")
+    assert [entry["sample"]["guidance"] for entry in evaluations(tmp_path / "run")] == [2.0, 1.5]
+
+
+def stopping():
+    """SIGTERM comes as the evaluation of the first rank begins."""
+    from asymflow.training.evaluate import Evaluation
+
+    measure = Evaluation.measure
+
+    def replaced(self, images, count, title, stop):
+        if self.rank == 0 and title == "evaluating":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, images, count, title, stop)
+
+    Evaluation.measure = replaced
+
+
+def test_a_signal_ends_an_evaluation_and_nothing_is_lost(tmp_path, classifier):
+    launched = Launched(2, tmp_path / "run", *settings(classifier), "checkpoint.every=4", patch=stopping)
+    assert launched.wait() == [0, 0], launched.said()
+    assert any("SIGTERM: stopped and saved at step 2" in line for line in launched.said("out"))
+    assert not (tmp_path / "run" / "evaluations.jsonl").read_text()
+    run(2, tmp_path / "run", *settings(classifier), "checkpoint.every=4")
+    assert [entry["step"] for entry in evaluations(tmp_path / "run")] == [2, 4]
 
 
 def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training(tmp_path, classifier):
@@ -250,3 +278,8 @@ def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training
     (line,) = launched.said()
     assert "evaluate.reference" in line
     assert "missing.npz" in line
+    save_statistics(tmp_path / "wide.npz", statistics(torch.randn(9, 5)), "")
+    launched = Launched(1, tmp_path / "other", *settings(classifier), f"evaluate.reference={tmp_path / 'wide.npz'}")
+    assert launched.wait() == [2]
+    (line,) = launched.said()
+    assert "statistics of 5 features" in line

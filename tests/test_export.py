@@ -1,19 +1,26 @@
 """`asymflow export` and `asymflow ema`: what comes out of a training run is the model that was trained."""
 
+import shutil
+
 import pytest
 import torch
 from processes import train
 
 from asymflow import AsymFlow
 from asymflow.cli import main
+from asymflow.subspace import Subspace
 from asymflow.training import checkpoint
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Twelve steps on one process; two would write the same pieces, see test_training_distributed.py."""
+    """Twelve steps on one process; two would write the same pieces, see test_training_distributed.py.
+
+    Snapshots at 5, 10 and, the last step, 12. Two of the widths are not those of their names, rel-0.013 and rel-0.289.
+    """
     out = tmp_path_factory.mktemp("export") / "run"
-    train(1, out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=3", "ema.sigma_rel=[0.05, 0.10]")
+    widths = "ema.sigma_rel=[0.05, 0.10, 0.0125, 0.2886]"
+    train(1, out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=5", widths)
     return out
 
 
@@ -28,6 +35,7 @@ def state(folder):
         (["--ema", "none"], 12, "weights"),
         (["--ema", "0.9", "--step", "6"], 6, "ema-0.9"),
         (["--ema", "rel-0.050"], 12, "ema-rel-0.050"),
+        (["--ema", "rel-0.289"], 12, "ema-rel-0.289"),
     ],
 )
 def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, step, kind):
@@ -39,10 +47,10 @@ def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, 
         assert torch.equal(exported[name], expected), name
 
 
-@pytest.mark.parametrize("width", ["0.05", "0.10"])
+@pytest.mark.parametrize("width", ["0.05", "0.10", "0.0125", "0.2886"])
 def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys):
     assert main(["ema", "--run", str(run), "--sigma-rel", width, "--out", str(tmp_path / "model")]) == 0
-    assert "could not be matched" in capsys.readouterr().out
+    assert "of its profile, 0.00% (of the norm) could not be matched" in capsys.readouterr().out
     direct = checkpoint.Reader(checkpoint.folder_of(run / "checkpoints", 12)).full(f"ema-rel-{float(width):.3f}")
     for name, found in state(tmp_path / "model").items():
         assert torch.allclose(found, direct[name], rtol=0, atol=1e-5), name
@@ -54,7 +62,8 @@ def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys)
         (["export", "--ema", "0.3"], "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9"),
         (["export", "--step", "7"], "has no step 7: it has 6, 12"),
         (["ema", "--sigma-rel", "0.4"], "sigma_rel must be between"),
-        (["ema", "--sigma-rel", "0.1", "--step", "2"], "no snapshot up to step 2"),
+        (["ema", "--sigma-rel", "0.1", "--step", "2"], "no snapshot up to step 2: the first is of step 5"),
+        (["ema", "--sigma-rel", "0.1", "--step", "0"], "no snapshot up to step 0"),
     ],
 )
 def test_mistakes_are_answered_in_one_line_and_leave_nothing(run, tmp_path, capsys, words, message):
@@ -73,3 +82,33 @@ def test_what_is_there_is_not_overwritten_and_damage_is_named(run, tmp_path, cap
     assert "is not overwritten" in capsys.readouterr().err
     assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "holds no whole checkpoint" in capsys.readouterr().err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_only_the_snapshots_that_are_used_have_to_be_whole(run, tmp_path, capsys):
+    snapshots = shutil.copytree(run, tmp_path / "run") / "snapshots"
+    ema = ["ema", "--run", str(snapshots.parent), "--sigma-rel", "0.07", "--out", str(tmp_path / "model")]
+    cut(snapshots / "00000012" / "state.json")
+    assert main(ema) == 2
+    assert "00000012 is damaged (state.json is not as it was written): move it away" in capsys.readouterr().err
+    assert main([*ema, "--step", "10"]) == 0
+    assert "at step 10 from 8 averages" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "model")
+    cut(snapshots / "00000005" / "rank_00000.safetensors")
+    assert main([*ema, "--step", "10"]) == 2
+    said = capsys.readouterr().err.rpartition("\r")[2]  # after the bar
+    assert said.startswith("asymflow ema: error: ")
+    assert "00000005 is damaged (rank_00000.safetensors is not as it was written)" in said
+
+
+@pytest.mark.parametrize("command", [["export"], ["ema", "--sigma-rel", "0.07"]])
+def test_the_subspace_has_to_be_the_one_that_was_trained_with(run, tmp_path, capsys, command):
+    copy = shutil.copytree(run, tmp_path / "run")
+    trained = Subspace.load(copy / "subspace.safetensors")
+    Subspace(-trained.basis, trained.scale, patch_size=8).save(copy / "subspace.safetensors")
+    assert main([*command, "--run", str(copy), "--out", str(tmp_path / "model")]) == 2
+    assert f"00000012 was trained with another subspace than {copy}/subspace.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()

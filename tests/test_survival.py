@@ -23,6 +23,7 @@ from PIL import Image
 from processes import Launched, metrics, same_bits, tensors, words
 
 from asymflow.errors import InputError
+from asymflow.subspace import Subspace
 from asymflow.training import checkpoint
 from asymflow.training.signals import CAUGHT, Signals
 
@@ -132,6 +133,8 @@ def little_space_for_metrics(step):
         if training.rank == 0:
             size = (training.out / "metrics.jsonl").stat().st_size + 50
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            os.ftruncate(2, 0)  # for stderr is a file as well, and has to take what is said of it
+            os.lseek(2, 0, os.SEEK_SET)
 
     before_step(limit, step)
 
@@ -455,10 +458,10 @@ def test_a_folder_that_vanishes(tmp_path):
 # ---- Starved ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("rank", "name"), [(1, "rank_00001"), (0, "manifest")])
 def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
-    out = tmp_path / "run"
-    assert Launched(2, out, "train.steps=2", "checkpoint.every=2").wait() == [0, 0]
+    out, settings = tmp_path / "run", ("checkpoint.every=2", "ema.snapshot_every=null")
+    assert Launched(2, out, "train.steps=2", *settings).wait() == [0, 0]
     there = everything(out)
-    launched = Launched(2, out, "train.steps=4", "checkpoint.every=2", patch=partial(no_space, rank, name))
+    launched = Launched(2, out, "train.steps=4", *settings, patch=partial(no_space, rank, name))
     assert launched.wait() == [2, 2]
     assert len(launched.said()) == 2
     assert "checkpoints/00000004 could not be" in launched.said()[1]
@@ -490,12 +493,12 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_and_one_that_is_read_only(small_disk):
-    out = small_disk / "run"
-    assert Launched(2, out, "train.steps=2", "checkpoint.every=2").wait() == [0, 0]
+    out, settings = small_disk / "run", ("checkpoint.every=2", "ema.snapshot_every=null")
+    assert Launched(2, out, "train.steps=2", *settings).wait() == [0, 0]
     size = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*"))
     there = everything(out)
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - size // 2))
-    launched = Launched(2, out, "train.steps=4", "checkpoint.every=2")
+    launched = Launched(2, out, "train.steps=4", *settings)
     assert launched.wait() == [2, 2]
     assert "No space left on device" in launched.said()[-1]
     assert len(launched.said()) == 2
@@ -522,8 +525,8 @@ def test_what_cannot_begin_is_said_once(tmp_path):
     one_line(Launched(2, out, "train.steps=4", "train.seed=1"), "train.seed: 0 there, 1 here")
     one_line(Launched(2, other), "not the folder of a run")
     for folder in (out, other / "nothing"):
-        launched = Launched(2, arguments=[*words(out, "train.steps=4"), "--resume", str(folder)])
-        one_line(launched, f"--resume {folder} is not a whole checkpoint")
+        launched = Launched(2, arguments=[*words(tmp_path / "branch", "train.steps=4"), "--resume", str(folder)])
+        one_line(launched, f"--resume {folder} is not a whole checkpoint: manifest.json is missing")
     one_line(Launched(2, arguments=[*words(out), "--resume", "never"]), "checkpoints up to step 2", "--out")
     config = partial(fault_on, 1, "load_config", InputError("run.yaml cannot be read"))
     one_line(Launched(2, tmp_path / "new", patch=config), "error: rank 1: run.yaml cannot be read")
@@ -534,22 +537,81 @@ def test_what_cannot_begin_is_said_once(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_of_another_run_and_one_that_is_not_the_newest(tmp_path):
-    """A branch: the weights and the subspace are those of the other run, the settings need not be."""
+def test_a_branch_of_another_run_begins_there_and_then_goes_on_by_itself(tmp_path):
+    """The weights and the subspace are those of the other run, the settings need not be."""
     first, branch = tmp_path / "first", tmp_path / "branch"
     assert Launched(1, first, "train.steps=4", "checkpoint.every=2").wait() == [0]
     resume = ["--resume", str(first / "checkpoints" / "00000002")]
-    one_line(Launched(1, arguments=[*words(first, "train.steps=4"), *resume]), "is of step 2", "up to step 4")
-    settings = ("train.steps=4", "checkpoint.every=2", "subspace.images=32", "data.size=128")
-    assert Launched(1, arguments=[*words(branch, *settings, "optimizer.lr=0"), *resume]).wait() == [0]
-    assert [m["step"] for m in metrics(branch)] == [3, 4]
+    settings = ("checkpoint.every=2", "subspace.images=32", "data.size=128", "optimizer.lr=0")
+    assert Launched(1, arguments=[*words(branch, *settings, "train.steps=4"), *resume]).wait() == [0]
+    again = Launched(1, arguments=[*words(branch, *settings, "train.steps=6"), *resume])
+    assert again.wait() == [0]
+    assert again.said() == [
+        f"{branch} has checkpoints of its own, so it does not begin with {' '.join(resume)} again",
+        f"continuing from {branch}/checkpoints/00000004",
+    ]
+    assert [m["step"] for m in metrics(branch)] == [3, 4, 5, 6]
     assert (branch / "subspace.safetensors").read_bytes() == (first / "subspace.safetensors").read_bytes()
     old, new = tensors(first, 2), tensors(branch, 4)
     assert all(torch.equal(old[key], new[key]) for key in old if key[0] == "weights")
 
 
+def other_subspace(out):
+    trained = Subspace.load(out / "subspace.safetensors")
+    Subspace(-trained.basis, trained.scale, patch_size=8).save(out / "subspace.safetensors")
+
+
+def more_images():
+    from asymflow.data.shapes import Shapes
+
+    count = Shapes.__len__
+    Shapes.__len__ = lambda self: count(self) + 1
+
+
+def elsewhere(folder):
+    """A working folder of its own for each rank, as if on machines without a common disk."""
+    (folder / os.environ["RANK"]).mkdir()
+    os.chdir(folder / os.environ["RANK"])
+
+
+def test_what_a_checkpoint_was_trained_with_has_to_be_there(tmp_path):
+    out, settings = tmp_path / "run", ("checkpoint.every=2", "data.workers=0")
+    assert Launched(2, out, *settings, "train.steps=2").wait() == [0, 0]
+    there = everything(out)
+    more = Launched(2, out, *settings, "train.steps=4", patch=more_images)
+    one_line(more, "checkpoints/00000002 was trained on 256 images, and now there are 257, in another order")
+    other_subspace(out)
+    one_line(Launched(2, out, *settings), f"was trained with another subspace than {out}/subspace.safetensors")
+    assert everything(out) == there
+
+
+def test_machines_without_a_common_disk(tmp_path):
+    launched = Launched(2, "run", "train.steps=2", patch=partial(elsewhere, tmp_path))
+    one_line(launched, "rank 1 sees another run than rank 0: choose an --out on a file system that all share")
+    assert everything(tmp_path) == ["0", "0/run", "0/run/config.yaml", "1"]
+
+
+def test_snapshots_of_weights_that_were_lost_are_not_used(tmp_path):
+    """The checkpoints after step 4 are gone; what training comes to then, with other masks of dropout, say, is new."""
+    out, settings = tmp_path / "run", ("checkpoint={every: 4, keep_last: 9}", "ema.snapshot_every=3")
+    assert Launched(1, out, *settings, "train.steps=12").wait() == [0]
+    assert checkpoint.steps(out / "snapshots") == [3, 6, 9, 12]
+    for step in (8, 12):
+        shutil.rmtree(checkpoint.folder_of(out / "checkpoints", step))
+    back = Launched(1, out, *settings, "train.steps=8")
+    assert back.wait() == [0]
+    assert back.said() == [
+        f"continuing from {out}/checkpoints/00000004; later snapshots are put aside, as 00000006.abandoned and so on"
+    ]
+    left = ["00000003", "00000006", "00000008", "00000009.abandoned", "00000012.abandoned"]
+    assert sorted(path.name for path in (out / "snapshots").iterdir()) == left
+    assert Launched(1, out, *settings, "train.steps=12").wait() == [0]
+    assert sorted(path.name for path in (out / "snapshots").iterdir()) == [*left[:3], "00000009", "00000012"]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
-    out, settings = tmp_path / "run", ("train.steps=6", "checkpoint={every: 2, keep_last: 1, keep_every: 2}")
+    every = ("checkpoint={every: 2, keep_last: 1, keep_every: 2}", "ema.snapshot_every=2")
+    out, settings = tmp_path / "run", ("train.steps=6", *every)
     assert Launched(2, out, *settings).wait() == [0, 0]
     expected, path = tensors(out, 6), out / "checkpoints" / "00000006" / "rank_00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -559,7 +621,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     assert again.wait() == [0, 0]
     assert again.said() == [
         f"{path.parent} is damaged, not used, and now called 00000006.damaged: {path.name} is not as it was written",
-        f"continuing from {out}/checkpoints/00000004",
+        f"continuing from {out}/checkpoints/00000004; later snapshots are put aside, as 00000006.abandoned",
     ]
     assert same_bits(tensors(out, 6), expected)
     assert [m["step"] for m in metrics(out)] == list(range(1, 7))

@@ -121,6 +121,20 @@ def test_autocast_keeps_weights_in_float32(runs, number):
     assert metrics(runs / f"autocast{number}") != metrics(runs / "plain")  # it does something
 
 
+def as_on_a_gpu():
+    """DeepSpeed asks whether autocast is on, for CUDA, and if so switches it off; here the answer is for the CPU."""
+    real = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: real(*device) if device else real("cpu")
+
+
+def test_autocast_is_not_switched_off_by_deepspeed_on_a_gpu(tmp_path):
+    settings = ["train.steps=2", "checkpoint.every=2", "train.precision=bf16"]
+    for name, patch in (("here", None), ("gpu", as_on_a_gpu)):
+        launched = Launched(1, tmp_path / name, *settings, patch=patch)
+        assert launched.wait() == [0], launched.said()
+    assert metrics(tmp_path / "gpu") == metrics(tmp_path / "here")
+
+
 def test_recomputing_activations_changes_no_bit(runs):
     assert metrics(runs / "kept") == metrics(runs / "recomputed")
     assert same_bits(tensors(runs / "kept", STEPS), tensors(runs / "recomputed", STEPS))

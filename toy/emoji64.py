@@ -10,8 +10,8 @@ judged by its loss, the flow-matching loss of the recovered velocity, and by the
 
 The features for that distance are those of a small classifier (asymflow/classifier.py), which is trained here first, on
 the same images: Inception has never seen an emoji, and FIDs by fewer samples than it has features mean little. So these
-distances can be compared with each other, not with anybody's FID. The floor: one random half of the images against the
-other.
+distances can be compared with each other, not with anybody's FID. The floor is that of a model which repeats the
+images: as many of them as there are samples, drawn with repetition, against all.
 """
 
 import argparse
@@ -86,14 +86,13 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
     return classifier, torch.cat(right).double().mean().item()
 
 
-def floor(classifier: Classifier, images: Tensor) -> float:
-    """The Fréchet distance between random halves of the images, the mean of 8."""
+def floor(classifier: Classifier, images: Tensor, count: int) -> float:
+    """The Fréchet distance between `count` of the images, drawn with repetition, and all; the mean of 8."""
     features = torch.cat([classifier.features(part) for part in images.split(64)])
     distances = []
     for seed in range(8):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        one, other = (statistics(features[half]) for half in order.tensor_split(2))
-        distances.append(frechet_distance(one, other))
+        drawn = torch.randint(len(images), (count,), generator=torch.Generator().manual_seed(seed))
+        distances.append(frechet_distance(statistics(features[drawn]), statistics(features)))
     return float(np.mean(distances))
 
 
@@ -134,7 +133,8 @@ def train(args: argparse.Namespace, rank: str, seed: str, weights: Path) -> dict
 
 def grid(args: argparse.Namespace, rank: str, seed: str) -> np.ndarray:
     """Samples of a run, with guidance: 36 images, of the same classes from the same noise for each run."""
-    run, model = args.out / f"rank-{rank}-seed-{seed}", args.out / f"rank-{rank}-seed-{seed}" / "model"
+    run = args.out / f"rank-{rank}-seed-{seed}"
+    model = run / f"model-{args.steps}"
     if not model.exists():
         subprocess.run([sys.executable, "-m", "asymflow", "export", "--run", run, "--out", model], check=True)
     labels = [i % CLASSES for i in range(36)]
@@ -163,7 +163,7 @@ def picture(ranks: list[str], runs: list[dict], grids: dict[str, np.ndarray], re
         distance.plot([i] * len(own), [run["frechet_distance"] for run in own], "o", color=color)
     loss.set(yscale="log", xlabel="step", title="flow-matching loss (mean of 50 steps; band: the seeds)")
     loss.legend()
-    distance.axhline(results["floor"], linestyle="--", color="0.5", label="images against images")
+    distance.axhline(results["floor"], linestyle="--", color="0.5", label="a model that repeats the images")
     distance.set(yscale="log", title="Fréchet distance in the classifier's features, each seed")
     distance.set_xticks(range(len(ranks)), [name(rank) for rank in ranks])
     distance.legend()
@@ -178,12 +178,13 @@ def main(argv: list[str] | None = None) -> int:
         judge = args.out / "classifier.safetensors"
         if not judge.exists():
             classifier, accuracy = train_classifier(images, labels, args.epochs)
-            classifier.save(judge)
+            args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "classifier.json").write_text(json.dumps({"accuracy": accuracy, "epochs": args.epochs}) + "\n")
+            classifier.save(judge)
         classifier = Classifier.load(judge)
         accuracy = json.loads((args.out / "classifier.json").read_text())["accuracy"]
         results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
-        results["floor"] = floor(classifier, images)
+        results["floor"] = floor(classifier, images, args.samples)
         print(
             f"the classifier is right about {accuracy:.1%} of {KEPT} images; floor {results['floor']:.3f}", flush=True
         )

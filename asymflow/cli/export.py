@@ -1,9 +1,13 @@
 """`asymflow export` and `asymflow ema`: a model of a training run, as a folder for `from_pretrained`."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
 from asymflow.errors import InputError
@@ -58,15 +62,22 @@ def run_export(args: argparse.Namespace) -> None:
     from asymflow.training import checkpoint, run
 
     new_folder(args.out)
-    reader = whole(args.folder / run.CHECKPOINTS, args.step)
-    averages = reader.state["averages"]
+    folder = args.folder / run.CHECKPOINTS
+    steps = checkpoint.steps(folder)
+    if not steps:
+        raise InputError(f"{folder} holds no whole checkpoint")
+    step = steps[-1] if args.step is None else args.step
+    if step not in steps:
+        raise InputError(f"{folder} has no step {step}: it has {', '.join(map(str, steps))}")
+    reader = whole(folder, step, partial(tqdm, desc="checking", unit="file", leave=False))
+    averages = list(reader.state["averages"])
     name = args.ema or (averages[0] if averages else "none")
     if name not in ("none", *averages):
         raise InputError(
             f"--ema {name} is not in the checkpoint: it has {', '.join(averages) or 'no averages'}, and none"
         )
     weights = reader.full("weights" if name == "none" else checkpoint.average_kind(name))
-    save(args, weights)
+    save(args, weights, reader)
     print(f"step {reader.state['step']}, average {name}: {args.out}")
 
 
@@ -78,45 +89,52 @@ def run_ema(args: argparse.Namespace) -> None:
     steps = checkpoint.steps(folder)
     if not steps:
         raise InputError(f"{args.folder} has no snapshots: set ema.snapshot_every before training")
-    readers = {step: whole(folder, step) for step in steps}
-    snapshots = [(step, name) for step, reader in readers.items() for name in reader.state["averages"]]
-    widths = [(step, float(name.removeprefix("rel-"))) for step, name in snapshots]
-    step = args.step or steps[-1]
-    coefficients, unmatched = ema.reconstruction(widths, step, args.sigma_rel)
+    end = steps[-1] if args.step is None else args.step
+    snapshots = [
+        (step, name, sigma_rel)
+        for step in steps
+        if step <= end
+        for name, sigma_rel in checkpoint.read_state(checkpoint.folder_of(folder, step))["averages"].items()
+    ]
+    if not snapshots:
+        raise InputError(f"{args.folder} has no snapshot up to step {end}: the first is of step {steps[0]}")
+    coefficients, unmatched = ema.reconstruction([(step, width) for step, _, width in snapshots], end, args.sigma_rel)
+    used = [(step, name, c) for (step, name, _), c in zip(snapshots, coefficients.tolist(), strict=True) if c]
     weights: dict[str, Tensor] = {}
-    for (taken, name), coefficient in zip(snapshots, coefficients.tolist(), strict=True):
-        if coefficient:
-            for parameter, values in readers[taken].full(checkpoint.average_kind(name)).items():
-                term = coefficient * values.double()
-                weights[parameter] = weights[parameter] + term if parameter in weights else term
-    save(args, {name: values.float() for name, values in weights.items()})
-    print(f"sigma_rel {args.sigma_rel:g} at step {step} from {len(snapshots)} snapshots: {args.out}")
+    with tqdm(used, desc="adding up", unit="average", leave=False) as bar:
+        for step, terms in groupby(bar, key=lambda term: term[0]):
+            reader = whole(folder, step)
+            for _, name, coefficient in terms:
+                for parameter, values in reader.full(checkpoint.average_kind(name)).items():
+                    term = coefficient * values.double()
+                    weights[parameter] = weights[parameter] + term if parameter in weights else term
+    save(args, {name: values.float() for name, values in weights.items()}, reader)
+    print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} averages: {args.out}")
     print(f"of its profile, {unmatched:.2%} (of the norm) could not be matched")
 
 
-def whole(folder: Path, step: int | None):
-    """A checkpoint, if every byte of it is as it was written."""
+def whole(folder: Path, step: int, progress: Callable = iter):
+    """Reads a checkpoint. InputError unless every byte of it is as it was written."""
     from asymflow.training import checkpoint
 
-    steps = checkpoint.steps(folder)
-    if not steps:
-        raise InputError(f"{folder} holds no whole checkpoint")
-    if step is not None and step not in steps:
-        raise InputError(f"{folder} has no step {step}: it has {', '.join(map(str, steps))}")
-    found = checkpoint.folder_of(folder, steps[-1] if step is None else step)
-    if reason := checkpoint.fault(found):
-        raise InputError(f"{found} is damaged: {reason}")
+    found = checkpoint.folder_of(folder, step)
+    if reason := checkpoint.fault(found, progress=progress):
+        raise InputError(f"{found} is damaged ({reason}): move it away, to do without it")
     return checkpoint.Reader(found)
 
 
-def save(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
+def save(args: argparse.Namespace, weights: dict[str, Tensor], reader) -> None:
+    """Make the model of the weights, of which `reader` read the last."""
     from asymflow.subspace import Subspace
-    from asymflow.training import run
+    from asymflow.training import checkpoint, run
     from asymflow.training.config.reading import load_config
     from asymflow.training.repa import PROJECTOR
     from asymflow.training.start import make_flow
 
-    flow: AsymFlow = make_flow(load_config(args.folder / run.CONFIG), Subspace.load(args.folder / run.SUBSPACE))
+    subspace = Subspace.load(args.folder / run.SUBSPACE)
+    if reader.state["subspace"] != checkpoint.fingerprint(subspace):
+        raise InputError(f"{reader.folder} was trained with another subspace than {args.folder / run.SUBSPACE}")
+    flow: AsymFlow = make_flow(load_config(args.folder / run.CONFIG), subspace)
     own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
     flow.load_state_dict({**flow.state_dict(), **own})
     with replacing_folder(args.out) as beside:

@@ -1,17 +1,20 @@
 """Checkpoints that are complete or not there, of any ZeRO stage and number of ranks, readable by any other.
 
     RUN/checkpoints/00001000/rank_00000.safetensors     the fragments of one rank: weights/NAME, exp_avg/NAME, ...
-                             state.json                 the step, the full shapes, who wrote it
+                             state.json                 the step, the full shapes, what it was trained with
                              manifest.json              size and SHA-256 of every file
 
 A checkpoint is written under a name that starts with a dot, read back, and only then renamed. Whatever happens before
 the rename, the previous one is untouched, and nothing is found that is not whole. Nothing in it is a pickle.
 """
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.errors import InputError
+from asymflow.subspace import Subspace
 from asymflow.training.ranks import on_first, together
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -45,6 +49,12 @@ def average_kind(name: str) -> str:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
+
+
+def fingerprint(subspace: Subspace) -> str:
+    """The SHA-256 of its basis and scale: weights fit no other subspace, though the shapes of all parameters do."""
+    content = (tensor.detach().cpu().numpy().tobytes() for tensor in (subspace.basis, subspace.scale))
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -71,16 +81,28 @@ def prepare(beside: Path) -> None:
 
 
 def finish(beside: Path, folder: Path, entries: dict, content: dict) -> None:
+    if unseen := [name for name in entries if not (beside / name).exists()]:
+        raise InputError(f"{unseen[0]} was written, but is not there: is the folder on a file system that all share?")
     (beside / STATE).write_text(json.dumps(content, indent=1))
     manifest = entries | {STATE: describe(beside / STATE)}
     (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (beside / STATE, beside / MANIFEST, beside):
         sync(path)
     if folder.exists():  # a snapshot after the checkpoint that was continued from
-        folder.rename(folder.with_name(f".{folder.name}.removed"))
+        out_of_sight(folder)
     beside.rename(folder)
     sync(folder.parent)
     clear_leftovers(folder.parent)
+
+
+def out_of_sight(folder: Path) -> Path:
+    """Rename to a name that nobody has, and that `clear_leftovers` removes."""
+    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.removed"))
+
+
+def remove(folder: Path) -> None:
+    """Renamed first: what is half gone is gone. What somebody still reads, on NFS, stays for `clear_leftovers`."""
+    shutil.rmtree(out_of_sight(folder), ignore_errors=True)
 
 
 def clear_leftovers(checkpoints: Path) -> None:
@@ -121,9 +143,21 @@ def sync(path: Path) -> None:
 
 # ---- Finding ---------------------------------------------------------------------------------------------------------
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in RUN/checkpoints, in order; those that are still being written do not count."""
-    found = (path for path in folder.glob("*") if path.name.isdecimal() and (path / MANIFEST).is_file())
-    return sorted(int(path.name) for path in found)
+    """The steps of the checkpoints in RUN/checkpoints, in order; those that are still being written do not count.
+
+    Raises OSError where that cannot be known: a disk that does not answer is no empty folder.
+    """
+    found = folder.iterdir() if is_there(folder) else ()  # Path.glob would leave out what it cannot read
+    return sorted(int(path.name) for path in found if path.name.isdecimal() and is_there(path / MANIFEST))
+
+
+def is_there(path: Path) -> bool:
+    """Path.exists, which says False of some errors, and of all of them since Python 3.14."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -131,31 +165,42 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the last few checkpoints and every n-th step. Renamed first: what is half gone is gone."""
+    """Remove all but the last few checkpoints and every n-th step. What cannot be removed stays for the next time."""
     for step in steps(checkpoints)[:-keep_last]:
         if not keep_every or step % keep_every:
-            folder = folder_of(checkpoints, step)
-            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
+            with suppress(OSError):
+                remove(folder_of(checkpoints, step))
 
 
-def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def fault(folder: Path, part: int = 0, parts: int = 1, progress: Callable[[list], Iterable] = iter) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None if every byte is as it was written.
 
-    Looks at every `parts`-th file, from `part` on: so ranks can share the reading.
+    Looks at every `parts`-th file, from `part` on, so that ranks can share the reading. `progress`: such as tqdm.
+    Raises OSError if a file is there and cannot be read: of that the checkpoint may be innocent.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name, expected in sorted(manifest.items())[part::parts]:
+        for name, expected in progress(sorted(manifest.items())[part::parts]):
             if describe(folder / name) != expected:
                 return f"{name} is not as it was written"
         if STATE not in manifest:
             return f"{MANIFEST} lists no {STATE}"
-    except (OSError, ValueError, AttributeError) as e:
-        return str(e)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        return f"{Path(e.filename).name} is missing"
+    except (ValueError, AttributeError) as e:
+        return f"{MANIFEST} is not as it was written ({e})"
     return None
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
+def read_state(folder: Path) -> dict:
+    """What was saved besides the tensors, without reading those. Raises InputError if that is damaged."""
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        if describe(folder / STATE) == json.loads((folder / MANIFEST).read_text())[STATE]:
+            return json.loads((folder / STATE).read_text())
+    raise InputError(f"{folder} is damaged ({STATE} is not as it was written): move it away, to do without it")
+
+
 class Reader:
     """Reads pieces of a checkpoint, wherever in its files they are, and no more than is asked for."""
 

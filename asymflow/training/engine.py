@@ -138,19 +138,17 @@ def idle(engine) -> Iterator[None]:
 
 # ---- Other weights ---------------------------------------------------------------------------------------------------
 @contextmanager
-def averaged(engine, averages: Averages, profile: Profile) -> Iterator[nn.Module]:
-    """The module with an average as its weights, in eval mode; afterwards the weights are back, bit for bit."""
+def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
+    """Within it the model has an average as its weights; afterwards the weights are back, bit for bit."""
     held = shards.held_fragments(engine)
     kept = [f.weight.clone() for f in held]
     load_weights(engine, averages.named_pieces(profile))
-    engine.module.eval()
     try:
-        yield engine.module
+        yield
     finally:
         for f, weight in zip(held, kept, strict=True):
             f.weight.copy_(weight)
         shards.spread_weights(engine)
-        engine.module.train()
 
 
 @torch.no_grad()

@@ -10,19 +10,23 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.batches import read
+from asymflow.errors import InputError
 from asymflow.evaluation import Statistics, frechet_distance, load_extractor, load_statistics, save_statistics
 from asymflow.evaluation import statistics as statistics_of
 from asymflow.model import AsymFlow
 from asymflow.sampling import generate
 from asymflow.training import streams
 from asymflow.training.config.reading import Config
-from asymflow.training.ranks import on_first, together
+from asymflow.training.ranks import each, on_first
 
 REFERENCE = "reference.npz"  # in the folder of the run
 MOST = 50_000  # training images to compare with
 
+Stop = Callable[[], object]
+"""Whether to stop, the same on all ranks, which ask together."""
 
-def draw(flow: AsymFlow, config: Config, labels: list[int], indices: Sequence[int]) -> Tensor:
+
+def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Sequence[int]) -> Tensor:
     """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
     c = config.sample
     options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
@@ -43,29 +47,42 @@ class Evaluation:
         """Raises AgreedError if the extractor or the reference cannot be used."""
         self.config, self.dataset, self.path, self.device = config, dataset, out / REFERENCE, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        c, made = config.evaluate, []
-        # One after another: of a download, the others find the file.
-        on_first(lambda: load_extractor(c.extractor, c.weights) and None, "evaluate")
-        together(lambda: made.append(load_extractor(c.extractor, c.weights, device)), "evaluate")
-        if c.reference:
-            together(lambda: made.append(load_statistics(c.reference)[0]), "evaluate.reference")
-        self.features, self.reference = made[0], made[1] if c.reference else None
+        c = config.evaluate
+        load = lambda: load_extractor(c.extractor, c.weights, device)
+        each(lambda: self.rank or load(), "evaluate")  # rank 0 before the others: they find what it has downloaded
+        self.features = each(load, "evaluate")
+        self.reference = each(self.given_reference, "evaluate.reference") if c.reference else None
         weights = on_first(lambda: files.sha256(c.weights)[:16] if c.weights else "downloaded")
         self.about = (
             f"{min(len(dataset), MOST)} training images, {config.model.image_size} px, {c.extractor}, {weights}"
         )
 
-    def distance(self, flow: AsymFlow) -> float:
-        """Of `flow` in eval mode."""
+    def given_reference(self) -> Statistics:
+        """Raises InputError if the file has no statistics, or not of as many features as the extractor has."""
+        c, size = self.config.evaluate, self.config.model.image_size
+        reference, _ = load_statistics(c.reference)
+        width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)).shape[1]
+        if len(reference["mu"]) != width:
+            found = len(reference["mu"])
+            raise InputError(f"{c.reference} has statistics of {found} features, but {c.extractor} has {width}")
+        return reference
+
+    def distance(self, flow: AsymFlow, stop: Stop) -> float | None:
+        """Of `flow` in eval mode; None if it was to stop."""
         c = self.config
         if self.reference is None:
-            self.reference = self.of_data()
+            self.reference = self.of_data(stop)
+        if self.reference is None:
+            return None
 
         def samples(indices: list[int]) -> Tensor:
-            labels = [self.label(i) for i in indices]
-            return draw(flow, c, labels, indices).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            images = drawn(flow, c, [self.label(i) for i in indices], indices)
+            return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
-        return frechet_distance(self.measure(samples, c.evaluate.num, "evaluating"), self.reference)
+        features = self.measure(samples, c.evaluate.num, "evaluating", stop)
+        if features is None:
+            return None
+        return on_first(lambda: frechet_distance(statistics_of(features), self.reference))
 
     def label(self, index: int) -> int:
         """The class of a sample: in turn, or that of the image that the training has seen at this place."""
@@ -73,7 +90,7 @@ class Evaluation:
             return index % self.config.model.num_classes
         return self.dataset.label(streams.image_index(self.config.train.seed, index, len(self.dataset)))
 
-    def of_data(self) -> Statistics:
+    def of_data(self, stop: Stop) -> Statistics | None:
         """From the training images, but at most `MOST`, chosen at random; kept in the folder of the run."""
 
         def kept() -> Statistics | None:
@@ -89,16 +106,29 @@ class Evaluation:
             pictures = [read(self.dataset, self.config.train.seed, i, []).image for i in indices]
             return torch.stack(pictures).to(self.device)
 
-        of = self.measure(images, min(len(self.dataset), MOST), "reading the images to compare with")
-        on_first(lambda: save_statistics(self.path, of, self.about), "evaluate")
-        return of
+        title = "reading the images to compare with"
+        features = self.measure(images, min(len(self.dataset), MOST), title, stop)
+        if features is None:
+            return None
 
-    def measure(self, images: Callable[[list[int]], Tensor], count: int, title: str) -> Statistics:
-        """The statistics of images 0 to count - 1, which `images` makes from their numbers, (n, 3, H, W) uint8."""
-        each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
-        mine = [i % count for i in range(self.rank * each, (self.rank + 1) * each)]
-        size = self.config.evaluate.batch_size
-        batches = [mine[i : i + size] for i in range(0, each, size)]
-        bar = tqdm(batches, desc=title, unit="batch", leave=False, disable=self.rank > 0)
-        features = gathered(torch.cat([self.features(images(batch)) for batch in bar]))[:count]
-        return on_first(lambda: statistics_of(features))
+        def measured() -> Statistics:
+            of = statistics_of(features)
+            save_statistics(self.path, of, self.about)
+            return of
+
+        return on_first(measured, "evaluate")
+
+    def measure(self, images: Callable[[list[int]], Tensor], count: int, title: str, stop: Stop) -> Tensor | None:
+        """The features (count, F) of images 0 to count - 1, or None if it was to stop.
+
+        images: makes (n, 3, H, W), uint8, of n such numbers.
+        """
+        each_rank = -(-count // self.world)  # under ZeRO-3 all have to take part in every call: as many on every rank
+        mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
+        size, features = self.config.evaluate.batch_size, []
+        starts = range(0, each_rank, size)
+        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=self.rank > 0):
+            if stop():
+                return None
+            features.append(self.features(images(mine[start : start + size])))
+        return gathered(torch.cat(features))[:count]

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from tqdm import tqdm
 from asymflow import files
 from asymflow.cost import flops, peak_flops
 from asymflow.data.batches import Batch, Batches
-from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
@@ -25,7 +24,7 @@ from asymflow.training.config.derived import batch_sizes, bf16_weights
 from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
-from asymflow.training.evaluate import Evaluation, draw, gathered
+from asymflow.training.evaluate import Evaluation, drawn, gathered
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
 from asymflow.training.problems import Problems
 from asymflow.training.ranks import AgreedError, on_first
@@ -58,6 +57,8 @@ class Training:
         # Of the terms of the loss: flow matching and, with REPA, the alignment.
         self.term_weights = torch.tensor([1.0, config.loss.repa.weight] if encoder else [1.0], device=device)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
+        if self.autocast:  # inside of the engine, which on GPUs switches off what is entered outside of it
+            flow.forward = torch.autocast(device.type, torch.bfloat16)(flow.forward)
         self.engine = make_engine(flow.to(device).train(), config, out)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
         self.averages = Averages(shards.owned_fragments(self.engine), profiles)
@@ -67,35 +68,37 @@ class Training:
     # ---- Steps -------------------------------------------------------------------------------------------------------
     def fit(self) -> str | None:
         """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
-        c, stopped_by = self.config, None
-        if self.step == 0:
-            self.draw()
-        else:
-            self.evaluate()  # if it was stopped before it was, or is only now to be
+        c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
         stream = Batches(self.dataset, c, self.rank, self.world).run(first, last)
         bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
-        with Signals() as signals, bar:
+        with Signals() as self.signals, bar:
+            if self.step == 0 and c.sample.every:
+                self.draw()
+            if self.step > 0 and self.due(c.evaluate.every):  # stopped before it was done, or only now asked for
+                self.evaluate()
+            stopped_by = self.signalled()
             while self.step < c.train.steps and not stopped_by:
                 record, problems = self.one_step(stream)
                 self.log(record, bar)
-                stopped_by = self.attend(signals, problems)
+                stopped_by = self.signalled(problems)
                 if self.due(c.ema.snapshot_every):
                     self.snapshot()
-                if self.due(c.checkpoint.every) or stopped_by or self.step == c.train.steps:
+                if stopped_by or self.due(c.checkpoint.every) or self.due(c.evaluate.every):
                     self.save()
-                if self.due(c.sample.every) or self.step == c.train.steps:
+                if self.due(c.sample.every) and not stopped_by:
                     self.draw()
-                if not stopped_by:
+                if self.due(c.evaluate.every) and not stopped_by:
                     self.evaluate()
+                    stopped_by = self.signalled()
         return stopped_by if self.step < c.train.steps else None
 
-    def attend(self, signals: Signals, problems: list[str]) -> str | None:
-        """What any rank has met with in this step: images that it could not read, or a signal, whose name is returned.
+    def signalled(self, problems: Sequence[str] = ()) -> str | None:
+        """The name of the signal that any rank has got. All ranks ask at the same time, and so stop at the same time.
 
-        All ranks stop after the same step.
+        problems: images that this rank could not read in this step.
         """
-        flags = torch.tensor([signals.received, len(problems)], device=self.device)
+        flags = torch.tensor([self.signals.received, len(problems)], device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         number, unreadable = flags.tolist()
         if unreadable:
@@ -103,7 +106,8 @@ class Training:
         return signal.Signals(number).name if number else None
 
     def due(self, every: int | None) -> bool:
-        return bool(every) and self.step % every == 0
+        """Whether to do now what is done every so many steps: also after the last step, but not if `every` is null."""
+        return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
         """Returns what is to be logged, and which images could not be read.
@@ -158,8 +162,7 @@ class Training:
         """The terms of the loss of each image of a micro-batch, not yet weighted: (B, 1), with REPA (B, 2)."""
         c = self.config.loss
         sigma = noise_level(batch.normal, c.sigma_mean, c.sigma_std)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            output = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
+        output = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
         velocity, *projected = (output,) if features is None else output
         terms = [flow_matching_loss(velocity, batch.x0, batch.eps, sigma, c.sigma_floor)]
         terms += [misalignment(tokens, features) for tokens in projected]
@@ -210,7 +213,9 @@ class Training:
             "step": self.step,
             "skipped": self.skipped,
             "zero_stage": self.engine.zero_optimization_stage(),
-            "averages": [profile.name for profile in self.averages.values],
+            "subspace": checkpoint.fingerprint(self.engine.module.subspace),
+            "images": len(self.dataset),
+            "averages": {profile.name: profile.sigma_rel for profile in self.averages.values},
         }
         on_first(lambda: [journal.sync() for journal in self.journals] and None, f"before {folder} was written")
         checkpoint.save(folder, self.pieces(), self.shapes, state)
@@ -234,15 +239,29 @@ class Training:
         """Keep the power-function averages as they are now, for `asymflow ema`."""
         widths = [profile for profile in self.averages.values if profile.sigma_rel]
         pieces = (piece for profile in widths for piece in self.average_pieces(profile))
-        state = {"step": self.step, "averages": [profile.name for profile in widths]}
-        checkpoint.save(checkpoint.folder_of(self.out / run.SNAPSHOTS, self.step), pieces, self.shapes, state)
+        state = {
+            "step": self.step,
+            "subspace": checkpoint.fingerprint(self.engine.module.subspace),
+            "averages": {profile.name: profile.sigma_rel for profile in widths},
+        }
+        folder = checkpoint.folder_of(self.out / run.SNAPSHOTS, self.step)
+        checkpoint.save(folder, pieces, self.shapes, state)
+        on_first(lambda: run.forget_abandoned(folder), "an abandoned snapshot stays")
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, of any ZeRO stage and number of ranks. Raises InputError if it does not fit."""
+        """Continue from a checkpoint, of any ZeRO stage and number of ranks. Raises AgreedError if it does not fit."""
         reader = checkpoint.Reader(folder)
         if reader.shapes != self.shapes:
-            raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
+            raise AgreedError(f"{folder} is of another model: its parameters have other names or shapes")
+        if reader.state["subspace"] != checkpoint.fingerprint(self.engine.module.subspace):
+            raise AgreedError(f"{folder} was trained with another subspace than {self.out / run.SUBSPACE}: restore it")
+        images, branch = reader.state["images"], folder.parent != self.out / run.CHECKPOINTS
+        if images != len(self.dataset) and not branch:
+            raise AgreedError(
+                f"{folder} was trained on {images} images, and now there are {len(self.dataset)}, in another order: "
+                f"restore the data, or begin another run from there with --out and --resume"
+            )
         self.step, self.skipped = reader.state["step"], reader.state["skipped"]
         then = (reader.state["ranks"], reader.state["zero_stage"])
         now = (self.world, self.engine.zero_optimization_stage())
@@ -257,6 +276,7 @@ class Training:
         for profile, values in self.averages.values.items():
             for f, value in zip(self.averages.fragments, values, strict=True):
                 value.copy_(reader.read(checkpoint.average_kind(profile.name), f.name, f.start, len(value)))
+        self.how_resumed += on_first(lambda: run.abandon_snapshots(self.out, self.step), "later snapshots stay")
 
     # ---- What is shown -----------------------------------------------------------------------------------------------
     def log(self, record: dict, bar: tqdm) -> None:
@@ -285,43 +305,46 @@ class Training:
     def draw(self) -> None:
         """A grid of samples of the first average, from the same noise and classes every time."""
         c = self.config
-        if not c.sample.every:
-            return
         each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
         indices = range(self.rank * each, (self.rank + 1) * each)
-        with self.shown() as flow:
-            images = gathered(draw(flow, c, [i % c.model.num_classes for i in indices], indices))
+        with self.model_to_show() as flow:
+            images = gathered(drawn(flow, c, [i % c.model.num_classes for i in indices], indices))
         if self.rank == 0:
             with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
                 image_grid(images[: c.sample.num].cpu()).save(beside)
 
     @contextmanager
-    def shown(self) -> Iterator[AsymFlow]:
+    def model_to_show(self) -> Iterator[AsymFlow]:
         """The model that is drawn from and evaluated: the first average, or the weights where none is configured."""
         first = next(iter(self.averages.values), None)
-        with (
-            averaged(self.engine, self.averages, first) if first else nullcontext(self.engine.module.eval()) as flow,
-            torch.compiler.set_stance("force_eager"),  # else each number of images would be compiled for
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
-        ):
-            yield flow
-        self.engine.module.train()
+        self.engine.module.eval()
+        try:
+            with (
+                averaged(self.engine, self.averages, first) if first else nullcontext(),
+                torch.compiler.set_stance("force_eager"),  # else each number of images would be compiled for
+            ):
+                yield self.engine.module
+        finally:
+            self.engine.module.train()
 
+    @torch.no_grad()
     def evaluate(self) -> None:
-        """Hold samples against the data, if that is due at this step and was not done already."""
-        every = self.config.evaluate.every
-        if not every or (self.step % every and self.step < self.config.train.steps):
+        """Hold samples against the data, unless that was done with the same settings at this step already.
+
+        A signal ends it. Then the same command does it anew.
+        """
+        c = self.config
+        sampler = c.sample.model_dump(include={"steps", "method", "guidance", "interval"}, mode="json")
+        settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
+        asked = {"step": self.step, **settings}
+        if on_first(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
             return
-        if on_first(lambda: any(entry["step"] == self.step for entry in self.journals[2].entries())):
-            return
-        with self.shown() as flow:
-            distance = self.evaluation.distance(flow)
-        if self.rank == 0:
-            c = self.config.evaluate
-            record = {"step": self.step, "frechet_distance": distance, "samples": c.num, "extractor": c.extractor}
-            self.journals[2].add(record)
-            words = f"step {self.step}: Fréchet distance {distance:.4g} of {c.num} samples ({c.extractor})"
-            tqdm.write(words, file=sys.stderr)
+        with self.model_to_show() as flow:
+            distance = self.evaluation.distance(flow, stop=self.signalled)
+        if self.rank == 0 and distance is not None:
+            self.journals[2].add({"step": self.step, "frechet_distance": distance, **settings})
+            words = f"{c.evaluate.num} samples, {c.evaluate.extractor}"
+            tqdm.write(f"step {self.step}: Fréchet distance {distance:.4g} ({words})", file=sys.stderr)
             self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
 
 

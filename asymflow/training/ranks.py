@@ -66,6 +66,18 @@ def together(action: Callable, failure: str = "") -> list:
     return [value for value, _ in everyone]
 
 
+def each(action: Callable, failure: str = ""):
+    """Do it on every rank, and return what it returned on this one. If one cannot, all raise AgreedError."""
+    value, fault = attempt(action)
+
+    def again():
+        if fault is not None:
+            raise InputError(fault)
+
+    together(again, failure)
+    return value
+
+
 def on_first(action: Callable, failure: str = ""):
     """Do it on rank 0 alone, and return on every rank what it returned there. Raises AgreedError as `together`."""
     done = [attempt(action) if dist.get_rank() == 0 else None]

@@ -5,7 +5,8 @@ RUN/subspace.safetensors    the subspace that the model uses
 RUN/metrics.jsonl           one object a step
 RUN/evaluations.jsonl       one object an evaluation
 RUN/checkpoints/00001000/   see checkpoint.py; one that was found damaged is renamed to 00001000.damaged
-RUN/snapshots/00001000/     power-function averages for `asymflow ema`
+RUN/snapshots/00001000/     power-function averages for `asymflow ema`; 00001000.abandoned: from before the training
+                            went on from an earlier step, and until it comes to this one again
 RUN/samples/00001000.png    images from fixed noise
 RUN/problems.log            images that could not be read, one object each
 RUN/tensorboard, csv_monitor  what DeepSpeed's monitors write, if they are enabled
@@ -15,7 +16,7 @@ RUN/.lock                   held by the process that trains here
 import json
 import os
 import re
-import shutil
+import secrets
 import socket
 from pathlib import Path
 from typing import TextIO
@@ -32,7 +33,7 @@ from asymflow.training.ranks import AgreedError, on_first, together
 CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
-LOCK = ".lock"
+LOCK, ABANDONED = ".lock", "abandoned"
 
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
@@ -91,52 +92,95 @@ def clear_leftovers(out: Path) -> None:
 
 # ---- Continuing ------------------------------------------------------------------------------------------------------
 def to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, and remarks on those that are damaged. `resume`: auto, never, or a folder.
+    """The checkpoint to continue from, and remarks. `resume`: auto, never, or the checkpoint that the run begins with.
 
-    Called by all ranks, which share the reading. Raises AgreedError.
+    Called by all ranks, which share the reading. Raises AgreedError, and then has changed nothing.
     """
+    check_shared(out)
     folder = out / CHECKPOINTS
     steps = on_first(lambda: checkpoint.steps(folder), "looking for checkpoints")
-    if resume == "never":
-        if steps:
-            raise AgreedError(
-                f"{out} has checkpoints up to step {steps[-1]}, and --resume never would begin anew: choose another "
-                "--out"
-            )
-        return None, []
-    if resume != "auto":
-        chosen = Path(resume)
-        if reason := shared_fault(chosen):
+    if steps and resume == "never":
+        raise AgreedError(
+            f"{out} has checkpoints up to step {steps[-1]}, and --resume never would begin anew: choose another --out"
+        )
+    if steps:
+        chosen, remarks = newest_whole(folder, steps)
+        if resume != "auto":
+            remarks.append(f"{out} has checkpoints of its own, so it does not begin with --resume {resume} again")
+        return chosen, remarks
+    if resume not in ("auto", "never"):
+        if reason := shared_fault(Path(resume)):
             raise AgreedError(f"--resume {resume} is not a whole checkpoint: {reason}")
-        step = checkpoint.Reader(chosen).state["step"]
-        if steps and steps[-1] > step:
-            raise AgreedError(
-                f"{out} has checkpoints up to step {steps[-1]}, and --resume {resume} is of step {step}: choose "
-                "another --out, or remove the later ones"
-            )
-        return chosen, []
-    remarks = []
+        return Path(resume), []
+    abandoned = on_first(lambda: abandon_snapshots(out, 0), "old snapshots stay")
+    return None, [f"{out} has no checkpoint: training begins anew{abandoned}"] if abandoned else []
+
+
+def check_shared(out: Path) -> None:
+    """AgreedError unless all ranks see the same folder: else each machine would write checkpoints that are not whole.
+
+    By a file of a name that no machine can remember not to have seen, and that `clear_leftovers` removes.
+    """
+    token = out / on_first(lambda: f".shared.{secrets.token_hex(4)}.token")
+    on_first(token.touch)
+    seen = together(token.exists)
+    on_first(token.unlink)
+    if not all(seen):
+        raise AgreedError(
+            f"rank {seen.index(False)} sees another {out} than rank 0: choose an --out on a file system that all share"
+        )
+
+
+def newest_whole(folder: Path, steps: list[int]) -> tuple[Path, list[str]]:
+    """Of the checkpoints in `folder`; later ones are put aside, and remarked upon. AgreedError if none is whole."""
+    faults = {}
     for step in reversed(steps):
         candidate = checkpoint.folder_of(folder, step)
-        reason = shared_fault(candidate)
-        if not reason:
-            return candidate, remarks
-        aside = on_first(lambda damaged=candidate: put_aside(damaged), f"{candidate} is damaged ({reason}), but stays")
-        remarks.append(f"{candidate} is damaged, not used, and now called {aside.name}: {reason}")
-    return None, remarks
+        faults[candidate] = shared_fault(candidate)
+        if not faults[candidate]:
+            break
+    else:
+        said = "; ".join(f"{path.name}: {reason}" for path, reason in list(faults.items())[:5])
+        raise AgreedError(
+            f"no checkpoint in {folder} is whole ({said}). Nothing was changed. To begin anew, choose another --out or "
+            f"move {folder} away"
+        )
+    remarks = []
+    for path, reason in list(faults.items())[:-1]:
+        aside = on_first(lambda path=path: put_aside(path, "damaged"), f"{path} is damaged ({reason}), but stays")
+        remarks.append(f"{path} is damaged, not used, and now called {aside.name}: {reason}")
+    return candidate, remarks
 
 
 def shared_fault(folder: Path) -> str | None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    return next(filter(None, together(lambda: checkpoint.fault(folder, rank, world), f"checking {folder}")), None)
+    found = together(lambda: checkpoint.fault(folder, rank, world), f"{folder} cannot be read, and stays as it is")
+    return next(filter(None, found), None)
 
 
-def put_aside(folder: Path) -> Path:
-    """Out of the way of the checkpoint of that step that will be written again."""
-    aside = folder.with_name(f"{folder.name}.damaged")
+def put_aside(folder: Path, why: str) -> Path:
+    """Out of the way of the one of that step that will be written again: its new name."""
+    aside = folder.with_name(f"{folder.name}.{why}")
     if aside.exists():
-        shutil.rmtree(aside)
+        checkpoint.remove(aside)
     return folder.rename(aside)
+
+
+def abandon_snapshots(out: Path, step: int) -> str:
+    """Put aside the snapshots after `step`, from which training goes on: they are of weights that will not come again.
+
+    Not removed, until they are taken again: somebody may have gone back by mistake. Returns what to say of it.
+    """
+    folder = out / SNAPSHOTS
+    later = [checkpoint.folder_of(folder, taken) for taken in checkpoint.steps(folder) if taken > step]
+    names = [put_aside(path, ABANDONED).name for path in later]
+    return f"; later snapshots are put aside, as {names[0]}" + " and so on" * (len(names) > 1) if names else ""
+
+
+def forget_abandoned(snapshot: Path) -> None:
+    """Of a step that has been reached again."""
+    if (abandoned := snapshot.with_name(f"{snapshot.name}.{ABANDONED}")).exists():
+        checkpoint.remove(abandoned)
 
 
 # ---- Journals --------------------------------------------------------------------------------------------------------
@@ -144,30 +188,21 @@ class Journal:
     """A file of JSON objects, one a line, each of a step, that only grows. For rank 0.
 
     Opened to continue after `step`, it loses the lines of later steps, which are about to be taken again, and a last
-    line that was cut off.
+    line that was cut off. Other lines that make no sense, of a disk or a user, are left alone.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        whole = [line for line, entry in self.lines() if entry["step"] <= step]
-        if path.exists() and path.read_bytes() != (content := b"".join(whole)):
+        content = path.read_bytes() if path.exists() else b""
+        *whole, _ = content.split(b"\n")
+        kept = (line for line in whole if (entry_of(line) or {"step": 0})["step"] <= step)
+        if content != (wanted := b"".join(line + b"\n" for line in kept)):
             with files.replacing(path) as beside:
-                beside.write_bytes(content)
+                beside.write_bytes(wanted)
         self.file = path.open("ab", buffering=0)
 
-    def lines(self):
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
-            try:
-                entry = json.loads(line)
-                entry["step"] + 0
-            except (ValueError, KeyError, TypeError):
-                return
-            if not line.endswith(b"\n"):
-                return
-            yield line, entry
-
     def entries(self) -> list[dict]:
-        return [entry for _, entry in self.lines()]
+        return [entry for line in self.path.read_bytes().split(b"\n") if (entry := entry_of(line))]
 
     def add(self, entry: dict) -> None:
         line = json.dumps(entry).encode() + b"\n"
@@ -183,3 +218,12 @@ class Journal:
 
     def close(self) -> None:
         self.file.close()
+
+
+def entry_of(line: bytes) -> dict | None:
+    """None if the line is none of ours, or damaged."""
+    try:
+        entry = json.loads(line)
+        return entry if isinstance(entry["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
