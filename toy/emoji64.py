@@ -146,8 +146,8 @@ def name(rank: str) -> str:
 
 
 def picture(ranks: list[str], runs: list[dict], grids: dict[str, np.ndarray], results: dict) -> Figure:
-    figure = Figure(figsize=(14, 9.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
+    figure = Figure(figsize=(3.6 * len(grids), 8.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
     for axis, (title, image) in zip(above.subplots(1, len(grids)), grids.items(), strict=True):
         axis.imshow(image)
         axis.set_title(title)

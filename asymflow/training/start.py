@@ -25,8 +25,9 @@ from asymflow.training import run, streams
 from asymflow.training.config.derived import deepspeed_config, network
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, load_config
+from asymflow.training.lifeline import Lifeline, show
 from asymflow.training.loop import Training
-from asymflow.training.ranks import AgreedError, Lifeline, on_first, show, start_processes, together
+from asymflow.training.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
 from asymflow.training.repa import Encoder
 
 
@@ -51,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Whatever goes wrong is said once, by the process of rank 0, which ends all others: see `Lifeline`.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    with nullcontext() if rank == 0 else quiet():
-        args = parse(argv)
-    lifeline = None
+    rank, lifeline = 0, None
     try:
-        device = start_processes()
-        lifeline = Lifeline()
-        training = build(args, device)
+        rank = take_place()
+        with nullcontext() if rank == 0 else quiet():
+            args = parse(argv)
+        store = meet()
+        lifeline = Lifeline(store)
+        training = build(args, join(store))
         stopped_by = training.fit()
         lifeline.close()
     except (Exception, KeyboardInterrupt) as e:
@@ -104,17 +105,21 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
         if theirs != configs[0]:
             there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
             raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
-    together(lambda: deepspeed_config(config, dist.get_world_size()))
-    held, made = [], []
-    together(lambda: made.append(make_dataset(config)))
-    together(lambda: made.append(make_encoder(config, device)), "loss.repa.model")
-    on_first(lambda: held.append(run.open_run(args.out, config)))  # only now: what cannot begin leaves no folder
+    each(lambda: deepspeed_config(config, dist.get_world_size()))
+    dataset = each(lambda: make_dataset(config))
+    lengths = together(lambda: len(dataset))
+    for other, length in enumerate(lengths):
+        if length != lengths[0]:  # then each would have an order of its own
+            raise AgreedError(f"rank {other} finds {length} images, rank 0 {lengths[0]}: give all the same data")
+    encoder = each(lambda: make_encoder(config, device), "loss.repa.model")
+    brought = each(lambda: bring_subspace(config, args.out, args.resume), "the subspace")
+    lock = only_first(lambda: run.open_run(args.out, config))  # only now: what cannot begin leaves no folder
     folder, remarks = run.to_resume(args.out, args.resume)
-    dataset, encoder = made
+    subspace = get_subspace(config, dataset, args.out, folder, brought, device)
     torch.manual_seed(config.train.seed)
-    flow = make_flow(config, get_subspace(config, dataset, args.out, folder, device))
+    flow = each(lambda: make_flow(config, subspace))
     training = Training(config, args.out, flow, dataset, device, encoder)
-    training.held = held  # the lock of the folder, as long as there is a training
+    training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
     if rank == 0:
@@ -129,7 +134,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
 def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
     c = config.model
     jit = JiT(**network(c))
-    jit.seed_patch_embedding(subspace)
+    if subspace.rank < subspace.dim:  # u-prediction, as others know it, starts from no directions
+        jit.seed_patch_embedding(subspace)
     return AsymFlow(jit, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
 
 
@@ -142,36 +148,69 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
     return Encoder(config.loss.repa.model, (side, side), device, dtype)
 
 
-def get_subspace(config: Config, dataset, out: Path, resumed: Path | None, device: torch.device) -> Subspace:
-    """That of the run, if it has one already; else from the file or the data, as configured, by all ranks together.
+# ---- The subspace ----------------------------------------------------------------------------------------------------
+def get_subspace(
+    config: Config, dataset, out: Path, resumed: Path | None, brought: Subspace | None, device: torch.device
+) -> Subspace:
+    """That of the run, if it has one already; else what it was `brought`; else it is made, by all ranks together.
 
-    A checkpoint of another run brings the subspace of that run with it.
+    resumed: the checkpoint that the training continues from. Raises AgreedError.
     """
-    path, patch = out / run.SUBSPACE, int(config.model.size.split("/")[1])
-    there = on_first(path.exists)
-    if not there and resumed is not None:
-        path, there = resumed.parent.parent / run.SUBSPACE, True
-    if there or config.subspace.file:
-        loaded = []
-        together(lambda: loaded.append(Subspace.load(path if there else config.subspace.file)), "the subspace")
-        subspace = loaded[0]
+    path, patch = out / run.SUBSPACE, network(config.model)["patch_size"]
+    if on_first(lambda: path.exists()):
+        return each(lambda: load_subspace(path, config), "the subspace")
+    if brought:
+        subspace = brought
+    elif resumed is not None:
+        raise AgreedError(f"{resumed.parent.parent / run.SUBSPACE} is missing: {resumed} fits no other subspace")
     elif config.subspace.rank == "full":
         subspace = Subspace.full(3 * patch**2, patch_size=patch)
     elif config.subspace.rank == 0:
         subspace = Subspace.empty(3 * patch**2, patch_size=patch)
     else:
-        count = min(config.subspace.images, len(dataset))
-        mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-        bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0)
-        tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
-        options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
-        fit = lambda: fit_pca(tokens, config.subspace.rank, **options)
-        fitted = []
-        together(lambda: fitted.append(fit()), "the subspace cannot be fitted")
-        subspace = fitted[0]
-    if path != out / run.SUBSPACE or not there:
-        on_first(lambda: subspace.save(out / run.SUBSPACE), "the subspace could not be saved")
+        subspace = each(lambda: fit_subspace(config, dataset, device), "the subspace cannot be fitted")
+    only_first(lambda: subspace.save(path), "the subspace could not be saved")
     return subspace
+
+
+def bring_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
+    """What a new run begins with: the subspace of the run whose checkpoint `resume` is, or subspace.file."""
+    other = None if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
+    if other is not None and other.exists():
+        return load_subspace(other, config)
+    if config.subspace.file and not (out / run.SUBSPACE).exists():
+        return load_subspace(Path(config.subspace.file), config)
+    return None
+
+
+def load_subspace(path: Path, config: Config) -> Subspace:
+    """Raises InputError if it is not the one that the configuration speaks of."""
+    subspace, patch = Subspace.load(path), network(config.model)["patch_size"]
+    if subspace.dim != 3 * patch**2 or subspace.patch_size not in (None, patch):
+        cut = f", of patches of {subspace.patch_size}" if subspace.patch_size else ""
+        raise InputError(
+            f"{path} is for tokens of dimension {subspace.dim}{cut}, but those of model.size {config.model.size} have "
+            f"3 x {patch} x {patch} = {3 * patch**2}: fit another, or choose another size"
+        )
+    if subspace.token_order not in (None, "channel_last"):
+        raise InputError(f"{path} is for {subspace.token_order} tokens, but those of a JiT are channel_last")
+    wanted = {"full": subspace.dim, "auto": subspace.rank}.get(config.subspace.rank, config.subspace.rank)
+    if subspace.rank != wanted:
+        raise InputError(
+            f"{path} has the rank {subspace.rank}, but subspace.rank is {config.subspace.rank}: set "
+            f"subspace.rank={subspace.rank}, or begin with another subspace"
+        )
+    return subspace
+
+
+def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
+    """By PCA of images that are drawn at random, each rank its share. Called by all ranks; raises InputError."""
+    count, patch = min(config.subspace.images, len(dataset)), network(config.model)["patch_size"]
+    mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
+    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0)
+    tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
+    options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
+    return fit_pca(tokens, config.subspace.rank, **options)
 
 
 def readable(dataset, indices: Collection[int]) -> Iterator[Tensor]:
