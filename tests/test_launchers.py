@@ -129,7 +129,6 @@ NODES = {
 }
 
 
-@pytest.mark.survival
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_rank_that_dies_ends_those_on_other_nodes(tmp_path, launcher):
     out, mark, port = tmp_path / "run", secrets.token_hex(8), environment_of(2)["MASTER_PORT"]
@@ -189,7 +188,6 @@ def end(process, out, timeout=60):
     return code, (out.parent / "log").read_text()
 
 
-@pytest.mark.survival
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
     out = tmp_path / "run"
@@ -201,7 +199,6 @@ def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
     assert lines(out / "metrics.jsonl") == 2
 
 
-@pytest.mark.survival
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_signal_to_the_launcher_or_to_all_processes(tmp_path, launcher):
     out = tmp_path / "run"

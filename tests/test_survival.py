@@ -27,8 +27,6 @@ from asymflow.subspace import Subspace
 from asymflow.training import checkpoint
 from asymflow.training.signals import CAUGHT, Signals
 
-pytestmark = pytest.mark.survival  # they take minutes
-
 
 # ---- Done to the ranks -----------------------------------------------------------------------------------------------
 def this_rank():
@@ -392,7 +390,7 @@ def problems(run):
 def test_corrupt_images_are_logged_once_and_replaced(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     few = partial(corrupt_images, {5, 77})
-    settings = ("checkpoint.every=11", "data.workers=1", "ema.decays=[]", "ema.sigma_rel=[]")
+    settings = ("checkpoint.every=11", "data.workers=1", "ema.decays=[]", "ema.sigma_rel=[]", "ema.snapshot_every=null")
     assert Launched(2, straight, "train.steps=40", *settings, patch=few).wait() == [0, 0]
     first = Launched(2, resumed, "train.steps=33", *settings, patch=few)
     assert first.wait() == [0, 0]
@@ -702,9 +700,7 @@ def test_nothing_is_left_running(tmp_path, how):
 
 def test_a_worker_that_dies_is_no_riddle(tmp_path):
     launched = Launched(2, tmp_path / "run", *ENDLESS, "data.workers=1", patch=partial(loses_a_worker, 1, 3))
-    one_line(
-        launched, "rank 1: DataLoader worker (pid ", "is killed by signal: Killed. (is there enough memory", code=1
-    )
+    one_line(launched, "rank 1: DataLoader worker (pid", "(is there enough memory", code=1)
 
 
 def test_a_rank_that_dies_ends_those_that_would_wait_forever(tmp_path):

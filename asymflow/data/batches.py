@@ -96,10 +96,18 @@ class Batches(torch.utils.data.Dataset):
             worker_init_fn=begin,
             multiprocessing_context=START if workers else None,
         )
-        for outcome in loader:
+        for outcome in handed_over(loader):
             if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
+
+
+def handed_over(loader: DataLoader) -> Iterator:
+    """What it gives. A worker that dies is a RuntimeError, also if it dies as it hands something over."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as e:
+        raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {e}") from None
 
 
 class Outcomes(torch.utils.data.Dataset):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Collection, Iterator
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         stopped_by = training.fit()
         lifeline.close()
     except (Exception, KeyboardInterrupt) as e:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of a worker that died, DataLoader would go on telling
         text, code = answer(e, rank)
         if lifeline:
             return lifeline.fail(text, code)
