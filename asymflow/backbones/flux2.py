@@ -1,0 +1,154 @@
+"""FLUX.2 as a backbone: the stock transformer of diffusers, on latent tokens or lifted to pixels.
+
+A latent model predicts the velocity of latent tokens z of dimension r. With an orthonormal basis A (D, r) and a scale s
+for which A^T x / s is about z, where x are the pixel tokens of the same squares (`fit_procrustes`), it becomes a model
+of pixels: the input projection W_in becomes W_in A^T, the output projection W_out becomes A W_out. Between the two
+nothing changes. What it then puts out is an asymmetric velocity, so `AsymFlow` around it gives the velocity of pixels,
+inside of the subspace exactly that of the latent model (arXiv 2605.12964).
+
+    latent = latent_flow(transformer)                     # of latents (B, r, h, w), rank r of r: u-prediction
+    flow = latent_to_pixel(transformer, subspace)         # of normalized Oklab images (B, 3, H, W)
+    u = flow(x_sigma, sigma, encoder_hidden_states=text)  # text embeddings (B, L, joint_attention_dim)
+
+Both share all weights but the two projections with the transformer that they are made of.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import Tensor, nn
+
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.patches import CHANNEL_FIRST, patchify
+from asymflow.subspace import Subspace
+
+REFERENCE_TIME = 10  # of the first reference image in its position ids; the next ones follow at 20, 30, ...
+SIGMA_MIN = 1e-4  # of the published pixel model, in sampling
+
+
+class Flux2(nn.Module):
+    """A `Flux2Transformer2DModel` with the interface of a backbone. It has no weights of its own.
+
+    transformer: with as many input and output channels as tokens have dimensions, and no guidance embedding.
+    patch_size: of the tokens; 1 if an image of it has one pixel for each token, as latents do.
+    scale: of the subspace of the `AsymFlow` around it; tokens of reference images are divided by it.
+    Raises InputError if the transformer has other channels going in than coming out, patches of its own, or a guidance
+    embedding.
+    """
+
+    token_order = CHANNEL_FIRST
+
+    def __init__(self, transformer: Flux2Transformer2DModel, patch_size: int, scale: float = 1.0):
+        super().__init__()
+        check_transformer(transformer)
+        self.transformer, self.patch_size, self.scale = transformer, patch_size, scale
+
+    def forward(
+        self,
+        tokens: Tensor,
+        tau: Tensor,
+        encoder_hidden_states: Tensor,
+        grid: tuple[int, int],
+        condition_images: Sequence[Tensor] = (),
+        joint_attention_kwargs: dict | None = None,
+    ) -> Tensor:
+        """The prediction for tokens (B, N, D) at the noise levels tau (B,), in the dtype of the transformer.
+
+        encoder_hidden_states: text embeddings (B, L, joint_attention_dim). grid: (h, w) with h w = N.
+        condition_images: reference images (B, C, H_i, W_i), each of its own size, in the units of x0 of the flow. They
+        enter as further tokens, divided by the scale, so that they are clean latents inside of the subspace, each with
+        a time coordinate of its own in the position ids. joint_attention_kwargs: see diffusers; {"scale": 0.5} weakens
+        LoRAs.
+        """
+        ids, count, dtype = [positions(grid, tokens.device)], tokens.shape[1], self.transformer.dtype
+        parts = [tokens]
+        for number, image in enumerate(condition_images, start=1):
+            reference = patchify(image, self.patch_size, self.token_order) / self.scale
+            size = [length // self.patch_size for length in image.shape[-2:]]
+            parts.append(reference.to(tokens).expand(len(tokens), -1, -1))
+            ids.append(positions(size, tokens.device, REFERENCE_TIME * number))
+        text = encoder_hidden_states.to(dtype)
+        text_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64, device=tokens.device)
+        text_ids[:, 3] = torch.arange(text.shape[1])
+        output = self.transformer(
+            hidden_states=torch.cat(parts, dim=1).to(dtype),
+            encoder_hidden_states=text,
+            timestep=tau,
+            img_ids=torch.cat(ids),
+            txt_ids=text_ids,
+            joint_attention_kwargs=joint_attention_kwargs,
+            return_dict=False,
+        )[0]
+        return output[:, :count]
+
+
+def positions(grid: Sequence[int], device: torch.device, time: int = 0) -> Tensor:
+    """Position ids (h w, 4) of the tokens of an image: time, row, column, and 0, the place in a text."""
+    axes = [torch.tensor([time]), *(torch.arange(n) for n in grid), torch.tensor([0])]
+    return torch.cartesian_prod(*axes).to(device)
+
+
+def latent_flow(transformer: Flux2Transformer2DModel) -> AsymFlow:
+    """The latent model itself, as a flow of latents (B, r, h, w) as the transformer sees them: u-prediction.
+
+    Raises InputError as `Flux2`.
+    """
+    return AsymFlow(Flux2(transformer, patch_size=1), Subspace.full(transformer.config.in_channels), sigma_min=0.0)
+
+
+def latent_to_pixel(
+    transformer: Flux2Transformer2DModel, subspace: Subspace, patch_size: int = 16, sigma_min: float = SIGMA_MIN
+) -> AsymFlow:
+    """A pixel model that begins as the latent model, exactly (arXiv 2605.12964).
+
+    transformer: of a latent model of r channels. subspace: of rank r, with its scale, see `fit_procrustes`; its tokens
+    are channel_first. patch_size: pixels along the side of what one latent token covers. sigma_min: see `AsymFlow`.
+
+    The projections are lifted in float64 and have the dtype of the transformer, which stays as it is; the new one
+    shares all else with it. Raises InputError if the subspace does not fit the transformer or the patch size.
+    """
+    check_transformer(transformer)
+    if subspace.rank != transformer.config.in_channels:
+        raise InputError(
+            f"the latent model has {transformer.config.in_channels} channels, but the subspace has the rank "
+            f"{subspace.rank}: fit it to the latents of this model (asymflow subspace procrustes)"
+        )
+    lifted = with_projections(
+        transformer,
+        transformer.x_embedder.weight.double() @ subspace.basis.to(transformer.device).double().mT,
+        subspace.basis.to(transformer.device).double() @ transformer.proj_out.weight.double(),
+    )
+    return AsymFlow(Flux2(lifted, patch_size, subspace.scale.item()), subspace, sigma_min=sigma_min)
+
+
+def with_projections(transformer: Flux2Transformer2DModel, into: Tensor, out_of: Tensor) -> Flux2Transformer2DModel:
+    """A transformer for tokens of another dimension D, which shares the rest: x_embedder.weight (inner, D), proj_out.
+
+    Both get the dtype of the one that they replace.
+    """
+    config = {**transformer.config, "in_channels": into.shape[1], "out_channels": out_of.shape[0]}
+    with torch.device("meta"):  # nothing is drawn, and no memory is taken twice
+        other = Flux2Transformer2DModel.from_config(config)
+    for name, module in transformer.named_children():
+        if name not in ("x_embedder", "proj_out"):
+            setattr(other, name, module)
+    for name, weight in (("x_embedder", into), ("proj_out", out_of)):
+        old = getattr(transformer, name).weight
+        getattr(other, name).weight = nn.Parameter(weight.detach().to(old).contiguous(), old.requires_grad)
+    return other.train(transformer.training)
+
+
+def check_transformer(transformer: Flux2Transformer2DModel) -> None:
+    c = transformer.config
+    if (c.out_channels or c.in_channels) != c.in_channels or c.patch_size != 1:
+        raise InputError(
+            f"the transformer must put out tokens as it takes them in, but takes {c.in_channels} channels and puts out "
+            f"{c.out_channels} in patches of {c.patch_size}"
+        )
+    if c.guidance_embeds:
+        raise InputError(
+            "the transformer has a guidance embedding: it is a distilled model. Take a base model, such as "
+            "FLUX.2-klein-base-9B"
+        )
