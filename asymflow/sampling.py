@@ -4,6 +4,7 @@ A `Velocity` is any function of x (B, ...) and sigma (B,), such as `guided(...)`
 `lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -38,6 +39,11 @@ def time_shift(sigma: Tensor, shift: float) -> Tensor:
     if not shift > 0:
         raise InputError(f"shift must be above 0, but it is {shift}")
     return shift * sigma / (shift * sigma + (1 - sigma))  # exact at both ends
+
+
+def dynamic_shift(height: int, width: int) -> float:
+    """The shift of the pixel model made of FLUX.2: 17 sqrt(pixels) / 1024, so 17 at 1024^2 and 34 at 2048^2."""
+    return 17 * math.sqrt(height * width) / 1024
 
 
 # ---- Samplers --------------------------------------------------------------------------------------------------------
@@ -106,8 +112,9 @@ def guided(
     """Classifier-free guidance: `u = u_cond + (scale - 1) (u_cond - u_uncond)` for sigma within `interval`.
 
     flow: called as `flow(x, sigma, **conditions)`. conditions, unconditional: the same names; tensors have one entry
-        for each image, anything else must be the same in both. Where guidance acts, both are evaluated in one call;
-        outside of the interval (its ends belong to it), and at scale 1, the unconditional one is not computed at all.
+        for each image, also those in lists; anything else must be the same in both. Where guidance acts, both are
+        evaluated in one call; outside of the interval (its ends belong to it), and at scale 1, the unconditional one is
+        not computed at all.
     orthogonal: in [0, 1], how much of the part of the guidance that is parallel to the denoised image x0 = x - sigma u
         to take away, image by image: that part only raises the contrast (arXiv 2605.12964, uses 1).
     Raises InputError if the names, the interval or `orthogonal` are not as described.
@@ -138,7 +145,10 @@ def guided(
 def stacked(name: str, condition: object, unconditional: object) -> object:
     if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
         return torch.cat([condition, unconditional])
-    if isinstance(condition, Tensor) or isinstance(unconditional, Tensor) or condition != unconditional:
+    pair, sequences = (condition, unconditional), (list, tuple)
+    if all(isinstance(c, sequences) for c in pair) and len(condition) == len(unconditional):
+        return [stacked(name, *entries) for entries in zip(*pair, strict=True)]
+    if any(isinstance(c, (Tensor, *sequences)) for c in pair) or condition != unconditional:
         raise InputError(
             f"the condition {name} is not a tensor, and differs with and without guidance: give two tensors"
         )

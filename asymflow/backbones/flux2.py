@@ -129,6 +129,7 @@ def with_projections(transformer: Flux2Transformer2DModel, into: Tensor, out_of:
     Both get the dtype of the one that they replace.
     """
     config = {**transformer.config, "in_channels": into.shape[1], "out_channels": out_of.shape[0]}
+    config.pop("_use_default_values", None)  # names that from_config would give their defaults again
     with torch.device("meta"):  # nothing is drawn, and no memory is taken twice
         other = Flux2Transformer2DModel.from_config(config)
     for name, module in transformer.named_children():

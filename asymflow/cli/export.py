@@ -134,8 +134,22 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor], reader) -> None:
     subspace = Subspace.load(args.folder / run.SUBSPACE)
     if reader.state["subspace"] != checkpoint.fingerprint(subspace):
         raise InputError(f"{reader.folder} was trained with another subspace than {args.folder / run.SUBSPACE}")
-    flow: AsymFlow = make_flow(load_config(args.folder / run.CONFIG), subspace)
+    config = load_config(args.folder / run.CONFIG)
+    if config.finetune:
+        save_adapter(args, weights, subspace, config, reader.state["base"])
+        return
+    flow: AsymFlow = make_flow(config, subspace)
     own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
     flow.load_state_dict({**flow.state_dict(), **own})
     with replacing_folder(args.out) as beside:
         flow.eval().save_pretrained(beside)
+
+
+def save_adapter(args: argparse.Namespace, weights: dict[str, Tensor], subspace, config, base: str) -> None:
+    """Write the weights as an adapter to the latent model that they were made of, in the published layout."""
+    from asymflow.adapters import write_adapter
+    from asymflow.training.finetuning import published, transformer_config
+
+    with replacing_folder(args.out) as beside:
+        about = transformer_config(Path(config.finetune.base))
+        write_adapter(beside, published(weights), subspace, about, base)

@@ -54,7 +54,7 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(change(value) if isinstance(value, Tensor) else value for value in values))
+        return type(self)(*(change(value) if isinstance(value, Tensor) else value for value in values))
 
 
 class Batches(torch.utils.data.Dataset):

@@ -1,5 +1,6 @@
 """The data set of a configuration."""
 
+from asymflow.data.encoded import EncodedShards
 from asymflow.data.folder import ImageFolder
 from asymflow.data.shapes import Shapes
 from asymflow.data.shards import TarShards
@@ -7,13 +8,18 @@ from asymflow.errors import InputError
 from asymflow.training.config.reading import Config
 
 
-def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards:
+def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards | EncodedShards:
     """Random access by index: `len(dataset)`, `dataset.num_classes`, `dataset.label(i)` and `dataset[i]`, a `Sample`.
+
+    For finetuning, `EncodedShards`.
 
     `dataset[i]` raises UnreadableError, an InputError, if that image is damaged. Raises InputError if there are no
     images, or more classes than the model has.
     """
-    data, size = config.data, config.model.image_size
+    data = config.data
+    if data.kind == "encoded":
+        return EncodedShards(data.path)
+    size = config.model.image_size
     if data.kind == "shapes":
         dataset = Shapes(data.size, size, seed=config.train.seed)
     else:

@@ -18,7 +18,7 @@ from asymflow.training import shards
 from asymflow.training.config.derived import bf16_weights, deepspeed_config
 from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
-from asymflow.training.ranks import together
+from asymflow.training.ranks import each, together
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
 
@@ -47,8 +47,8 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
         compile_blocks(flow)
     originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
-    weights = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+    groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
     base_optimizer(engine).state.clear()
@@ -61,6 +61,24 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
         csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
     engine.monitor.enabled = False  # for the engine, which counts anew from every start; the loop writes to it
     return engine
+
+
+def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
+    """For an optimizer: the trained parameters, in groups that share a multiplier of the learning rate.
+
+    multipliers: by names of layers, such as proj_out; those below them have it too. InputError if one trains nothing.
+    """
+    groups, unused = {}, dict(multipliers)
+    for name, p in flow.named_parameters():
+        if p.requires_grad:
+            path = f".{name}."
+            layers = [layer for layer in multipliers if f".{layer}." in path]
+            factor = max(layers, key=len, default=None)
+            groups.setdefault(multipliers.get(factor, 1.0), []).append(p)
+            unused = {layer: m for layer, m in unused.items() if layer not in layers}
+    if unused:
+        raise InputError(f"no trained parameter is in a layer called {' or '.join(unused)}")
+    return [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()]
 
 
 def prepare_monitors(options: dict, out: Path) -> None:
@@ -95,7 +113,8 @@ def compile_blocks(flow: nn.Module) -> None:
 
 
 def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in flow.named_parameters()}
+    trained = ((name, p) for name, p in flow.named_parameters() if p.requires_grad)
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trained}
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -107,7 +126,7 @@ def base_optimizer(engine) -> torch.optim.Optimizer:
 def set_learning_rate(engine, lr: float) -> None:
     for optimizer in (engine.optimizer, base_optimizer(engine)):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["multiplier"]
 
 
 def gradient_norm(engine) -> float | None:

@@ -1,6 +1,6 @@
 """Samples of the model in training: drawn, and held against the data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,9 +14,9 @@ from asymflow.errors import InputError
 from asymflow.evaluation import Statistics, frechet_distance, load_extractor, load_statistics, save_statistics
 from asymflow.evaluation import statistics as statistics_of
 from asymflow.model import AsymFlow
-from asymflow.sampling import generate
 from asymflow.training import streams
 from asymflow.training.config.reading import Config
+from asymflow.training.objectives import drawn
 from asymflow.training.ranks import each, on_first
 
 REFERENCE = "reference.npz"  # in the folder of the run
@@ -24,13 +24,6 @@ MOST = 50_000  # training images to compare with
 
 Stop = Callable[[], object]
 """Whether to stop, the same on all ranks, which ask together."""
-
-
-def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Sequence[int]) -> Tensor:
-    """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
-    c = config.sample
-    options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
-    return generate(flow, labels, indices, seed=config.train.seed, **options)
 
 
 def gathered(values: Tensor) -> Tensor:

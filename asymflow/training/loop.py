@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.cost import flops, peak_flops
-from asymflow.data.batches import Batch, Batches
+from asymflow.cost import peak_flops
+from asymflow.data.batches import Batch
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
@@ -24,14 +24,11 @@ from asymflow.training.config.derived import batch_sizes, bf16_weights
 from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
-from asymflow.training.evaluate import Evaluation, drawn, gathered
-from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+from asymflow.training.evaluate import Evaluation, gathered
+from asymflow.training.objectives import Objective
 from asymflow.training.problems import Problems
 from asymflow.training.ranks import AgreedError, on_first
-from asymflow.training.repa import Aligned, Encoder, misalignment
 from asymflow.training.signals import Signals
-
-TERMS = ("loss", "repa")  # of what is minimized, as they are called in the metrics
 
 
 class Training:
@@ -41,21 +38,15 @@ class Training:
     of the configuration and the step.
     """
 
-    def __init__(
-        self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device, encoder: Encoder | None = None
-    ):
+    def __init__(self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device, objective: Objective):
         self.config, self.out, self.device = config, out, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.micro, self.accumulation = batch_sizes(config, self.world)
         self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
-        self.dataset, self.encoder = dataset, encoder
-        shape = (flow.channels, config.model.image_size, config.model.image_size)
-        # Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU.
-        self.flops, self.peak = flops(flow, shape, training=True, recomputed=False), peak_flops(device)
-        if encoder:
-            flow = Aligned(flow, config.loss.repa.after, config.loss.repa.hidden, encoder.width)
-        # Of the terms of the loss: flow matching and, with REPA, the alignment.
-        self.term_weights = torch.tensor([1.0, config.loss.repa.weight] if encoder else [1.0], device=device)
+        self.dataset, self.objective = dataset, objective
+        self.peak = peak_flops(device) if objective.flops else None
+        self.term_weights = torch.tensor(objective.weights, device=device)
+        flow = objective.model(flow)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
         if self.autocast:  # inside of the engine, which on GPUs switches off what is entered outside of it
             flow.forward = torch.autocast(device.type, torch.bfloat16)(flow.forward)
@@ -70,7 +61,7 @@ class Training:
         """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
         c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
-        stream = Batches(self.dataset, c, self.rank, self.world).run(first, last)
+        stream = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
         bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
         with Signals() as self.signals, bar:
             if self.step == 0 and c.sample.every:
@@ -112,7 +103,7 @@ class Training:
     def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
         """Returns what is to be logged, and which images could not be read.
 
-        Logged as `loss` is flow matching alone, also with REPA: so it compares with that of any other training.
+        Logged as `loss` is flow matching alone, also with other terms: so it compares with that of any other training.
         """
         started = time.perf_counter()
         lr = learning_rate(self.config, self.step)
@@ -120,8 +111,8 @@ class Training:
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
         seen: list[tuple[Batch, Tensor]] = []
         batches = (next(stream).to(self.device) for _ in range(self.accumulation))
-        for batch, features in self.with_features(batches):
-            losses = self.losses(batch, features)
+        for batch, features in self.objective.prepared(batches):
+            losses = self.objective.losses(self.engine, batch, features)
             self.engine.backward((losses * self.term_weights).sum(1).mean())
             seen.append((batch, losses.detach()))
             if len(seen) < self.accumulation:
@@ -143,30 +134,12 @@ class Training:
         seconds = time.perf_counter() - started
         record = {
             "step": self.step,
-            **{name: None if skip else value for name, value in zip(TERMS, terms, strict=False)},
+            **{name: None if skip else value for name, value in zip(self.objective.terms, terms, strict=True)},
             "grad_norm": norm,
             "lr": lr,
             "images_per_second": self.config.train.global_batch_size / seconds,
         }
         return record, [problem for batch, _ in seen for problem in batch.problems]
-
-    def with_features(self, batches: Iterator[Batch]) -> Iterable[tuple[Batch, Tensor | None]]:
-        """Each batch of a step with what its tokens are aligned with: made of all of them at once, see repa.py."""
-        if not self.encoder:
-            return ((batch, None) for batch in batches)
-        batches = list(batches)
-        features = self.encoder(torch.cat([batch.x0 for batch in batches]))
-        return zip(batches, features.split(self.micro), strict=True)
-
-    def losses(self, batch: Batch, features: Tensor | None) -> Tensor:
-        """The terms of the loss of each image of a micro-batch, not yet weighted: (B, 1), with REPA (B, 2)."""
-        c = self.config.loss
-        sigma = noise_level(batch.normal, c.sigma_mean, c.sigma_std)
-        output = self.engine(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
-        velocity, *projected = (output,) if features is None else output
-        terms = [flow_matching_loss(velocity, batch.x0, batch.eps, sigma, c.sigma_floor)]
-        terms += [misalignment(tokens, features) for tokens in projected]
-        return torch.stack(terms, dim=1)
 
     def discard(self, seen: list[tuple[Batch, Tensor]]) -> None:
         """Answer a loss that is not finite: leave the weights as they are, or stop if that was allowed often enough."""
@@ -214,6 +187,7 @@ class Training:
             "skipped": self.skipped,
             "zero_stage": self.engine.zero_optimization_stage(),
             "subspace": checkpoint.fingerprint(self.engine.module.subspace),
+            "base": getattr(self.engine.module, "base", None),
             "images": len(self.dataset),
             "averages": {profile.name: profile.sigma_rel for profile in self.averages.values},
         }
@@ -256,6 +230,8 @@ class Training:
             raise AgreedError(f"{folder} is of another model: its parameters have other names or shapes")
         if reader.state["subspace"] != checkpoint.fingerprint(self.engine.module.subspace):
             raise AgreedError(f"{folder} was trained with another subspace than {self.out / run.SUBSPACE}: restore it")
+        if reader.state.get("base") != getattr(self.engine.module, "base", None):
+            raise AgreedError(f"{folder} goes on from another latent model than {self.config.finetune.base}")
         images, branch = reader.state["images"], folder.parent != self.out / run.CHECKPOINTS
         if images != len(self.dataset) and not branch:
             raise AgreedError(
@@ -288,7 +264,7 @@ class Training:
         """
         if self.rank == 0:
             if self.peak:
-                record["mfu"] = self.flops * record["images_per_second"] / (self.peak * self.world)
+                record["mfu"] = self.objective.flops * record["images_per_second"] / (self.peak * self.world)
             self.journals[0].add(record)
             bar.update()
             loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -308,7 +284,7 @@ class Training:
         each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
         indices = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
-            images = gathered(drawn(flow, c, [i % c.model.num_classes for i in indices], indices))
+            images = gathered(self.objective.draw(flow, indices))
         if self.rank == 0:
             with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
                 image_grid(images[: c.sample.num].cpu()).save(beside)

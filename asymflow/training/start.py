@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -28,8 +28,10 @@ from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, load_config
 from asymflow.training.lifeline import Lifeline, show
 from asymflow.training.loop import Training
+from asymflow.training.objectives import ClassConditional, LatentToPixel, Objective
 from asymflow.training.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
 from asymflow.training.repa import Encoder
+from asymflow.training.variance import Perceptual
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -113,14 +115,14 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     for other, length in enumerate(lengths):
         if length != lengths[0]:  # then each would have an order of its own
             raise AgreedError(f"rank {other} finds {length} images, rank 0 {lengths[0]}: give all the same data")
-    encoder = each(lambda: make_encoder(config, device), "loss.repa.model")
+    objective_for = each(lambda: make_objective(config, dataset, device))
     brought = each(lambda: bring_subspace(config, args.out, args.resume), "the subspace")
     lock = only_first(lambda: run.open_run(args.out, config))  # only now: what cannot begin leaves no folder
     folder, remarks = run.to_resume(args.out, args.resume)
     subspace = get_subspace(config, dataset, args.out, folder, brought, device)
     torch.manual_seed(config.train.seed)
     flow = each(lambda: make_flow(config, subspace))
-    training = Training(config, args.out, flow, dataset, device, encoder)
+    training = Training(config, args.out, flow, dataset, device, objective_for(flow))
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
@@ -134,11 +136,27 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
 
 
 def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
+    if config.finetune:
+        from asymflow.training.finetuning import make_finetuned  # needs diffusers and peft
+
+        return make_finetuned(config, subspace)
     c = config.model
     jit = JiT(**network(c))
     if subspace.rank < subspace.dim:  # u-prediction, as others know it, starts from no directions
         jit.seed_patch_embedding(subspace)
     return AsymFlow(jit, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
+
+
+def make_objective(config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], Objective]:
+    """The objective of a model, with what is read from files already."""
+    if not config.finetune:
+        encoder = make_encoder(config, device)
+        return lambda flow: ClassConditional(config, flow, encoder)
+    perceptual = None
+    if config.loss.perceptual:
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        perceptual = Perceptual(config.loss.perceptual.vgg, device, dtype)
+    return lambda flow: LatentToPixel(config, dataset, device, perceptual)
 
 
 def make_encoder(config: Config, device: torch.device) -> Encoder | None:
@@ -147,7 +165,10 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
         return None
     side = config.model.image_size // network(config.model)["patch_size"]
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return Encoder(config.loss.repa.model, (side, side), device, dtype)
+    try:
+        return Encoder(config.loss.repa.model, (side, side), device, dtype)
+    except InputError as e:
+        raise InputError(f"loss.repa.model: {e}") from None
 
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------
@@ -158,17 +179,17 @@ def get_subspace(
 
     resumed: the checkpoint that the training continues from. Raises AgreedError.
     """
-    path, patch = out / run.SUBSPACE, network(config.model)["patch_size"]
+    path = out / run.SUBSPACE
     if on_first(lambda: path.exists()):
         return each(lambda: load_subspace(path, config), "the subspace")
     if brought:
         subspace = brought
     elif resumed is not None:
         raise AgreedError(f"{resumed.parent.parent / run.SUBSPACE} is missing: {resumed} fits no other subspace")
-    elif config.subspace.rank == "full":
-        subspace = Subspace.full(3 * patch**2, patch_size=patch)
-    elif config.subspace.rank == 0:
-        subspace = Subspace.empty(3 * patch**2, patch_size=patch)
+    elif config.subspace.rank in ("full", 0):
+        patch = network(config.model)["patch_size"]
+        make = Subspace.empty if config.subspace.rank == 0 else Subspace.full
+        subspace = make(3 * patch**2, patch_size=patch)
     else:
         subspace = each(lambda: fit_subspace(config, dataset, device), "the subspace cannot be fitted")
     only_first(lambda: subspace.save(path), "the subspace could not be saved")
@@ -180,14 +201,18 @@ def bring_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
     other = None if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
     if other is not None and other.exists():
         return load_subspace(other, config)
-    if config.subspace.file and not (out / run.SUBSPACE).exists():
-        return load_subspace(Path(config.subspace.file), config)
-    return None
+    file = config.finetune.subspace if config.finetune else config.subspace.file
+    return load_subspace(Path(file), config) if file and not (out / run.SUBSPACE).exists() else None
 
 
 def load_subspace(path: Path, config: Config) -> Subspace:
     """Raises InputError if it is not the one that the configuration speaks of."""
-    subspace, patch = Subspace.load(path), network(config.model)["patch_size"]
+    subspace = Subspace.load(path)
+    if config.finetune:  # whether it fits the latent model, `latent_to_pixel` sees
+        if (subspace.token_order, subspace.color_space) != ("channel_first", "oklab"):
+            raise InputError(f"{path} is not of channel_first tokens in oklab: make it by asymflow subspace procrustes")
+        return subspace
+    patch = network(config.model)["patch_size"]
     if subspace.dim != 3 * patch**2 or subspace.patch_size not in (None, patch):
         cut = f", of patches of {subspace.patch_size}" if subspace.patch_size else ""
         raise InputError(

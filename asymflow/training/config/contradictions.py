@@ -13,6 +13,55 @@ from asymflow.training.ema import Profile
 
 def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     """In all but the section deepspeed."""
+    yield from finetune_contradictions(c) if c.finetune else model_contradictions(c)
+    for key, names in (
+        ("ema.decays", [Profile(decay=decay).name for decay in c.ema.decays]),
+        ("ema.sigma_rel", [Profile(sigma_rel=width).name for width in c.ema.sigma_rel]),
+    ):
+        if len(set(names)) < len(names):
+            yield key, f"has two that are the same when rounded as in their names: {short(', '.join(names))}"
+    if c.ema.snapshot_every and not c.ema.sigma_rel:
+        yield "ema.snapshot_every", "needs ema.sigma_rel: there is nothing to take snapshots of"
+    if c.checkpoint.keep_every and c.checkpoint.keep_every % c.checkpoint.every:
+        yield "checkpoint.keep_every", f"must be a multiple of checkpoint.every, but it is {c.checkpoint.keep_every}"
+    if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
+        yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
+    if c.sample.interval[0] > c.sample.interval[1]:
+        yield "sample.interval", f"must have its low end first, but it is {list(c.sample.interval)}"
+
+
+def finetune_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    """Of a latent model that becomes a pixel model."""
+    for name, example in (("base", "FOLDER"), ("subspace", "FILE")):
+        if getattr(c.finetune, name) is None:
+            yield f"finetune.{name}", f"is needed, as with --set finetune.{name}={example}"
+    for name in ("model", "subspace"):
+        if getattr(c, name) is not None:
+            yield name, "does not go with finetune, which has all that it says: leave it out"
+    if c.data.kind != "encoded":
+        yield "data.kind", f"must be encoded for finetune (see asymflow data encode), but it is {c.data.kind}"
+    elif c.data.path is None:
+        yield "data.path", "is needed, as with --set data.path=SHARDS"
+    if c.data.flip:
+        yield "data.flip", "cannot be true for encoded data: their latents would not be those of the mirrored images"
+    if c.loss.repa:
+        yield "loss.repa", "does not go with finetune"
+    if c.evaluate.every:
+        yield "evaluate.every", "does not go with finetune: draw images with asymflow sample, and score those"
+    if c.train.compile:
+        yield "train.compile", "does not go with finetune yet"
+
+
+def model_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    """Of a model that is trained from scratch."""
+    if missing := [name for name in ("model", "subspace") if getattr(c, name) is None]:
+        yield missing[0], "is missing: give it in the file or by --set"
+        return
+    for key in ("variance_reduction", "perceptual"):
+        if getattr(c.loss, key) is not None:
+            yield f"loss.{key}", "needs the section finetune: a latent model to go on from"
+    if c.data.kind == "encoded":
+        yield "data.kind", "cannot be encoded, which is for finetune: choose image_folder or webdataset"
     try:
         net = network(c.model)
     except InputError as e:
@@ -36,20 +85,6 @@ def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         yield "data.path", f"is needed for {c.data.kind}, as with --set data.path=PATH"
     if c.loss.repa and c.loss.repa.after > net["depth"]:
         yield "loss.repa.after", f"must be at most {net['depth']}, the blocks there are, but it is {c.loss.repa.after}"
-    for key, names in (
-        ("ema.decays", [Profile(decay=decay).name for decay in c.ema.decays]),
-        ("ema.sigma_rel", [Profile(sigma_rel=width).name for width in c.ema.sigma_rel]),
-    ):
-        if len(set(names)) < len(names):
-            yield key, f"has two that are the same when rounded as in their names: {short(', '.join(names))}"
-    if c.ema.snapshot_every and not c.ema.sigma_rel:
-        yield "ema.snapshot_every", "needs ema.sigma_rel: there is nothing to take snapshots of"
-    if c.checkpoint.keep_every and c.checkpoint.keep_every % c.checkpoint.every:
-        yield "checkpoint.keep_every", f"must be a multiple of checkpoint.every, but it is {c.checkpoint.keep_every}"
-    if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
-        yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
-    if c.sample.interval[0] > c.sample.interval[1]:
-        yield "sample.interval", f"must have its low end first, but it is {list(c.sample.interval)}"
 
 
 REFUSED = {  # in the section deepspeed

@@ -16,6 +16,10 @@ MAY_CHANGE = (  # without making another training of it
     "data.path",  # data is moved between machines
     "data.workers",
     "loss.repa.model",  # and so is DINOv2
+    "loss.perceptual.vgg",
+    "finetune.base",  # that it is the same model is seen in its weights
+    "finetune.subspace",  # a copy is in the run
+    "finetune.checkpointing",
     "ema.snapshot_every",  # what is taken out, not what is averaged
     "checkpoint",
     "sample",

@@ -63,10 +63,35 @@ class Subspace(Section):
     images: Count = Field(10_000, description="images to fit it on")
 
 
+class Lora(Section):
+    """Low-rank updates of linear layers of a frozen network, by peft; alpha is the rank."""
+
+    rank: Count = Field(256, description="of the updates")
+    dropout: BelowOne = Field(0.05, description="of their inputs")
+    targets: tuple[Text, ...] | None = Field(
+        None, strict=False, description="linear layers, by the ends of their names; null: the paper's, see adapters.py"
+    )
+
+
+class Finetune(Section):
+    """A latent text-to-image model, FLUX.2 klein, to go on from as a pixel model: instead of `model` and `subspace`.
+
+    Beside the LoRAs, x_embedder, proj_out and norm_out are trained in full.
+    """
+
+    base: Text | None = Field(None, description="needed: its folder, as diffusers saves it; the transformer is read")
+    subspace: Text | None = Field(None, description="needed: file of `asymflow subspace procrustes`")
+    lora: Lora | None = Field(Lora(), description="null: all weights are trained")
+    checkpointing: bool = Field(True, description="recompute every block in the backward pass")
+    sigma_min: NotNegative = Field(1e-4, description="clamp of sigma when sampling, outside of the subspace")
+
+
 class Data(Section):
     """Where the images come from."""
 
-    kind: Literal["shapes", "image_folder", "webdataset"] = Field(description="what `path` is; shapes are generated")
+    kind: Literal["shapes", "image_folder", "webdataset", "encoded"] = Field(
+        description="what `path` is; shapes are generated; encoded: by `asymflow data encode`, for finetune"
+    )
     path: Text | None = Field(None, description="folder of images, or tar shards")
     size: Count | None = Field(None, description="how many images, for shapes")
     flip: bool = Field(False, description="mirror every other image at random")
@@ -82,14 +107,29 @@ class Repa(Section):
     hidden: Count = Field(2048, description="width of the projection")
 
 
+class Perceptual(Section):
+    """LPIPS between decoded images, for finetune."""
+
+    weight: Positive = Field(1.0, description="in the loss")
+    vgg: Text | None = Field(
+        None, description="file of torchvision's weights of VGG16; null: torchvision finds or downloads it; or random"
+    )
+
+
 class Loss(Section):
     """Flow matching: mean of ((u_pred - u) sigma / max(sigma, sigma_floor))^2."""
 
+    weight: Positive = Field(1.0, description="of flow matching, beside other terms of the loss")
     sigma_mean: float = Field(0.8, description="sigma = sigmoid(sigma_mean + sigma_std n), n standard normal")
     sigma_std: NotNegative = Field(0.8, description="see sigma_mean")
+    sigma_shift: Positive = Field(1.0, description="then sigma becomes shift sigma / (1 + (shift - 1) sigma)")
     sigma_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="below, errors count less")
-    label_dropout: Fraction = Field(0.1, description="share of the images whose class is not told")
+    label_dropout: Fraction = Field(0.1, description="share of the images whose class or prompt is not told")
     repa: Repa | None = Field(None, description="null: none")
+    variance_reduction: Positive | None = Field(
+        None, description="of the target, for finetune: the shift in the weight w; null: none"
+    )
+    perceptual: Perceptual | None = Field(None, description="null: none")
 
 
 class Train(Section):
@@ -112,6 +152,7 @@ class Optimizer(Section):
     weight_decay: NotNegative = Field(0.0, description="decoupled from the gradient")
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
     warmup_steps: WholeNumber = Field(0, description="0: none")
+    multipliers: dict[Text, Positive] = Field({}, description="of the learning rate, by names of layers")
 
 
 class Ema(Section):
@@ -158,8 +199,9 @@ class Evaluate(Section):
 class Sections(Section):
     """All of a training: what every configuration has."""
 
-    model: Model
-    subspace: Subspace
+    model: Model | None = Field(None, description="needed, but for finetune")
+    subspace: Subspace | None = Field(None, description="needed, but for finetune")
+    finetune: Finetune | None = Field(None, description="null: a model is trained from scratch")
     data: Data
     loss: Loss = Loss()
     train: Train

@@ -1,0 +1,341 @@
+"""What a latent model and its pixel model differ in, as a file: LoRA layers, the full projections, and the subspace.
+
+The layout is that of the published `Lakonik/AsymFLUX.2-klein-9B`: safetensors with the names of diffusers'
+`Flux2Transformer2DModel`. A module that LoRA changes has `<module>.lora_A.weight` (rank, in) and
+`<module>.lora_B.weight` (out, rank), with alpha = rank: its weight becomes W + B A. Other tensors take the place of
+those of the base: `x_embedder.weight` (inner, D), `proj_out.weight` (D, inner), `norm_out.linear.weight`, and after
+full finetuning all others. `proj_buffer` (D, r) and `scale_buffer` are the subspace, of channel-first tokens of Oklab
+images, D = 3 patch^2.
+
+    add_lora(transformer, rank=256)                          # for training: changes nothing yet
+    write_adapter(folder, published_names(trained), subspace, transformer.config, fingerprint(latent_transformer))
+    flow = load_adapter(latent_transformer, folder)          # the pixel model
+"""
+
+import copy
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import Tensor, nn
+
+from asymflow import files
+from asymflow.backbones.flux2 import SIGMA_MIN, Flux2, check_transformer, with_projections
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.patches import CHANNEL_FIRST
+from asymflow.published import checked_subspace
+from asymflow.subspace import Subspace
+
+ADAPTER = "asymflow"  # its name in the transformer, beside those of other LoRAs
+WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"
+FORMAT = "asymflow adapter 1"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+FULL = ("x_embedder", "proj_out", "norm_out")  # modules that train in full
+BUFFERS = ("proj_buffer", "scale_buffer")
+ALWAYS = ("x_embedder.weight", "proj_out.weight", "norm_out.linear.weight")  # in every adapter, beside the buffers
+# Of the paper: all linear layers whose names are, or end with, one of these. The output projection of attention is
+# `attn.to_out` in single blocks only; in double blocks `attn.to_out.0` is meant to stay as it is.
+LORA_TARGETS = (
+    "ff.linear_in",
+    "ff.linear_out",
+    "ff_context.linear_in",
+    "ff_context.linear_out",
+    "timestep_embedder.linear_1",
+    "timestep_embedder.linear_2",
+    "attn.to_out",
+)
+ARCHITECTURE = (  # what the reference's config.json has of the transformer's
+    "num_layers",
+    "num_single_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "timestep_guidance_channels",
+    "mlp_ratio",
+    "axes_dims_rope",
+    "rope_theta",
+    "eps",
+    "guidance_embeds",
+)
+CARD_TEXT = """\
+---
+library_name: asymflow
+tags: [asymflow, diffusers, lora, text-to-image]
+---
+
+An adapter that makes a FLUX.2 klein base model one of pixels (https://arxiv.org/abs/2605.12964): LoRA layers of the
+transformer, its first and last layers in full, and the low-rank subspace. It needs the base model that it was made of.
+
+    from asymflow.pipelines.flux2 import AsymFlux2KleinPipeline
+    pipeline = AsymFlux2KleinPipeline.from_pretrained("BASE MODEL", adapter="THIS FOLDER OR REPOSITORY")
+    pipeline(prompt="a red square").images[0].save("red.png")
+"""
+
+
+# ---- For training ----------------------------------------------------------------------------------------------------
+def lora_modules(transformer: nn.Module, targets: Sequence[str] = LORA_TARGETS) -> list[str]:
+    """The names of the linear layers that are meant by `targets`. InputError if one of these means none."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in targets}
+    if missing := [target for target, names in found.items() if not names]:
+        raise InputError(f"LoRA is to change {', '.join(missing)}, but the transformer has no such linear layer")
+    meant = {name for names in found.values() for name in names}
+    return [name for name in linear if name in meant]
+
+
+def add_lora(
+    transformer: Flux2Transformer2DModel,
+    rank: int,
+    dropout: float = 0.0,
+    targets: Sequence[str] = LORA_TARGETS,
+    name: str = ADAPTER,
+) -> None:
+    """Put LoRA layers beside the linear layers that `targets` mean: W x + B A x, where B starts at zero.
+
+    dropout: of the input of A, in training mode. Weights are called `<module>.base_layer.weight` from now on, and
+    `<module>.lora_A.<name>.weight`, `<module>.lora_B.<name>.weight`; only these two still require gradients.
+    Raises InputError if a target means no linear layer, or the rank is below 1.
+    """
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise InputError(f"the rank of LoRA layers must be at least 1, but it is {rank}")
+    modules = lora_modules(transformer, targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=modules)
+    transformer.add_adapter(config, adapter_name=name)
+
+
+def published_names(state: Mapping[str, Tensor], name: str = ADAPTER) -> dict[str, Tensor]:
+    """The same tensors, by the names of the published layout.
+
+    state: by the names of the parameters of a transformer with the LoRA layers `name`, or of the `AsymFlow` around it.
+    """
+
+    def published(parameter: str) -> str:
+        parameter = parameter.removeprefix("backbone.").removeprefix("transformer.").replace(".base_layer.", ".")
+        return re.sub(rf"\.(lora_[AB])\.{re.escape(name)}\.weight$", r".\1.weight", parameter)
+
+    return {published(parameter): tensor for parameter, tensor in state.items()}
+
+
+def fingerprint(transformer: Flux2Transformer2DModel) -> str:
+    """SHA-256, in hexadecimal, of the projections of a latent model: it tells a base from one of the same shapes.
+
+    Of the weights rounded to bfloat16, so that it is the same whether they were loaded as float32 or as bfloat16.
+    """
+    digest = hashlib.sha256()
+    for layer in (transformer.x_embedder, transformer.proj_out):
+        weight = layer.weight.detach().to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{tuple(weight.shape)}".encode())
+        digest.update(weight.view(torch.int16).numpy().astype("<i2").tobytes())
+    return digest.hexdigest()
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+def write_adapter(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    subspace: Subspace,
+    transformer_config: Mapping[str, object],
+    fingerprint: str,
+) -> None:
+    """Write the weights, a config.json for the reference's loader, and a model card, to a new or an empty folder.
+
+    tensors: by published names, in the dtypes that the file is to have. transformer_config: of the latent or the pixel
+    transformer. fingerprint: of the latent one, so that a wrong base is recognized later.
+
+    The weights come last and whole, and there is no adapter without them. The buffers are in float32, as published;
+    the scale to the last digit is in the metadata. Raises InputError if there is something in the folder, if a tensor
+    that every adapter has is missing, or if the subspace is not of such tokens.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already, and is not overwritten: choose another name or remove it")
+    check_values(tensors, ALWAYS, f"the adapter for {folder}")
+    if subspace.token_order not in (None, CHANNEL_FIRST) or subspace.color_space not in (None, "oklab"):
+        raise InputError(
+            f"an adapter is for {CHANNEL_FIRST} tokens of Oklab images, but the subspace says {subspace.token_order} "
+            f"and {subspace.color_space}"
+        )
+    patch_size = patch_size_of(subspace.dim, f"the adapter for {folder}")
+    config = {
+        "_class_name": "AsymFlux2Transformer2DModel",
+        "patch_size": patch_size,
+        "in_channels": 3,
+        "basis_rank": subspace.rank,
+        **{name: transformer_config[name] for name in ARCHITECTURE},
+        "sigma_min": SIGMA_MIN,
+        "num_timesteps": 1,
+    }
+    buffers = {"proj_buffer": subspace.basis.float(), "scale_buffer": subspace.scale.float()}
+    metadata = {
+        "asymflow_format": FORMAT,
+        "asymflow_version": own_version(),
+        "base_fingerprint": fingerprint,
+        "scale": repr(subspace.scale.item()),
+    }
+    for name, text in ((CONFIG, json.dumps(config, indent=2) + "\n"), (CARD, CARD_TEXT)):
+        with files.replacing(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
+    files.write_tensors(folder / WEIGHTS, {**tensors, **buffers}, metadata)
+
+
+def own_version() -> str:
+    try:
+        return version("asymflow")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: str = ADAPTER) -> AsymFlow:
+    """The pixel model of a latent model and an adapter, in eval mode, on the device and in the dtype of the former.
+
+    transformer: of the latent model. It is used up: its blocks become those of the pixel model, with the LoRA layers
+        `name` in them, or with other weights after full finetuning. Its own first and last layers stay, so with LoRA,
+        `flow.backbone.transformer.disable_adapters()` makes it the latent model again, to the last bit.
+    path: a folder of `write_adapter`, a safetensors file, or a repository of the Hugging Face Hub.
+    Raises InputError if the file is damaged, a pickle, or no adapter; if a tensor is missing, unexpected, misshaped or
+    not finite, or the basis not orthonormal; if the adapter was made of another base model.
+    """
+    check_transformer(transformer)
+    path = find(path)
+    tensors, metadata = files.read_tensors(path)
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    check_values(tensors, (*ALWAYS, *BUFFERS), path)
+    if any(".lora_A." in key for key, _ in transformer.named_parameters()):
+        raise InputError(f"{path} is for a base model as it is, but this one has LoRA layers already: load it anew")
+    check_base(transformer, tensors, metadata, path)
+    patch_size = patch_size_of(len(tensors["proj_buffer"]), path)
+    try:
+        scale = float(metadata.get("scale", tensors["scale_buffer"]))
+    except (ValueError, RuntimeError):
+        raise InputError(f"{path} does not fit: scale_buffer is not a number") from None
+    record = {"patch_size": patch_size, "token_order": CHANNEL_FIRST, "color_space": "oklab"}
+    subspace = checked_subspace(path, tensors["proj_buffer"], scale, **record)
+    lora = {key: tensor for key, tensor in tensors.items() if is_lora(key)}
+    full = {key: tensor for key, tensor in tensors.items() if not is_lora(key) and key not in BUFFERS}
+
+    pixel = with_projections(transformer, full["x_embedder.weight"], full["proj_out.weight"])
+    pixel.norm_out = copy.deepcopy(transformer.norm_out)
+    # The shapes of all parameters but the projections are the base's; those of the projections were checked above.
+    shapes = {key: tuple(weight.shape) for key, weight in pixel.named_parameters() if key in full}
+    files.check_tensors(full, shapes, str(path))
+    check_lora(pixel, lora, path)
+    for key, tensor in full.items():
+        module, _, leaf = key.rpartition(".")
+        module = pixel.get_submodule(module)
+        old = getattr(module, leaf)
+        setattr(module, leaf, nn.Parameter(tensor.to(old), old.requires_grad))
+    if lora:
+        ranks = {key.removesuffix(LORA_A): len(tensor) for key, tensor in lora.items() if key.endswith(LORA_A)}
+        patterns = {f"^{re.escape(module)}": rank for module, rank in ranks.items()}  # ^: from the start of the name
+        rank = max(ranks.values())
+        config = dict(r=rank, lora_alpha=rank, rank_pattern=patterns, alpha_pattern=patterns, target_modules=[*ranks])
+        pixel.load_lora_adapter(lora, prefix=None, adapter_name=name, metadata=config)
+    pixel.requires_grad_(False)
+    return (
+        AsymFlow(Flux2(pixel, patch_size, subspace.scale.item()), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
+    )
+
+
+def is_lora(name: str) -> bool:
+    return name.endswith((LORA_A, LORA_B))
+
+
+def find(path: str | Path) -> Path:
+    """The file of an adapter that is here, or on the Hub."""
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise InputError(f"{path} is a pickle, which can carry code, and is not read: ask for safetensors")
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise InputError(f"{path} is not the folder of an adapter: it has no {WEIGHTS}")
+        return path / WEIGHTS
+    if path.is_file() or path.suffix == ".safetensors":
+        return files.existing_file(path)
+    try:
+        return Path(hf_hub_download(str(path), WEIGHTS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{path} is neither an adapter here nor one that the Hub gave: {reason}") from None
+
+
+def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: str | Path) -> None:
+    """InputError unless what is needed is there, and all that is there is of finite floating point numbers."""
+    if missing := [name for name in needed if name not in tensors]:
+        raise InputError(f"{source} does not fit: missing tensors: {', '.join(missing)}")
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise InputError(f"{source} does not fit: {name} has entries that are not finite floating point numbers")
+
+
+def check_base(
+    transformer: Flux2Transformer2DModel, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> None:
+    """InputError unless the adapter is of this base: by the shapes of what every adapter has, and the fingerprint."""
+    inner, channels = transformer.x_embedder.weight.shape
+    dim = len(tensors["proj_buffer"]) if tensors["proj_buffer"].ndim else 0
+    shapes = {
+        "x_embedder.weight": (inner, dim),
+        "proj_out.weight": (dim, inner),
+        "norm_out.linear.weight": tuple(transformer.norm_out.linear.weight.shape),
+        "proj_buffer": (dim, channels),
+        "scale_buffer": (),
+    }
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} there, where this base needs {shape}"
+        for name, shape in shapes.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        raise InputError(f"{path} is of another base model: {'; '.join(wrong)}")
+    # Weights loaded as float16 may have lost what the fingerprint is of.
+    made_of = metadata.get("base_fingerprint")
+    if made_of and transformer.dtype != torch.float16 and made_of != fingerprint(transformer):
+        raise InputError(
+            f"{path} is of another base model of the same shapes: its weights have the fingerprint {made_of[:12]}, "
+            f"those of this one {fingerprint(transformer)[:12]} (a distilled sibling of the base?)"
+        )
+
+
+def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -> None:
+    """InputError unless the LoRA tensors are pairs that fit linear layers of the transformer."""
+    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    for key in lora:
+        module = key.removesuffix(LORA_A).removesuffix(LORA_B)
+        other = module + (LORA_B if key.endswith(LORA_A) else LORA_A)
+        if other not in lora:
+            raise InputError(f"{path} does not fit: it has {key}, but not {other}, its other half")
+        if module not in linear:
+            raise InputError(
+                f"{path} does not fit: it has LoRA for {module}, which is no linear layer of this base model"
+            )
+        layer, a, b = linear[module], lora[module + LORA_A], lora[module + LORA_B]
+        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise InputError(
+                f"{path} does not fit: the LoRA for {module} must be (rank, in) and (out, rank) with one rank, but it "
+                f"is {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
+            raise InputError(
+                f"{path} is of another base model: its LoRA for {module} has {a.shape[1]} features in and {b.shape[0]} "
+                f"out, where this base has {layer.in_features} and {layer.out_features}"
+            )
+
+
+def patch_size_of(dim: int, path: str | Path) -> int:
+    patch_size = math.isqrt(dim // 3)
+    if not dim or 3 * patch_size**2 != dim:
+        raise InputError(f"{path} does not fit: tokens of dimension {dim} are no square patches of 3 channels")
+    return patch_size

@@ -1,0 +1,141 @@
+"""A latent text-to-image model becomes a pixel model: what is trained, and on what (arXiv 2605.12964)."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from asymflow.adapters import FULL, LORA_TARGETS, add_lora, fingerprint, published_names
+from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.errors import InputError
+from asymflow.model import OPTIONS, AsymFlow
+from asymflow.subspace import Subspace
+from asymflow.training.config.derived import bf16_weights
+from asymflow.training.config.reading import Config
+
+TRANSFORMER = "transformer"  # its folder within that of the base
+PREFIX = "backbone.transformer."  # begins the names of its parameters in a Finetuned
+
+
+class Finetuned(AsymFlow):
+    """A pixel model that in training also says what the latent model says: (velocity, velocity of the latents).
+
+    It does so where it is given noisy latents; where it is not, it is the AsymFlow that it is made of, with the same
+    names of parameters.
+
+    reference: the latent model, see `latent_flow`; None if it is not asked. Either it shares the blocks with the
+    backbone, whose LoRAs are off meanwhile, and has the original projections and norm_out; or it shares nothing.
+    base: which latent model that is, see `asymflow.adapters.fingerprint`.
+    """
+
+    def __init__(self, flow: AsymFlow, reference: AsymFlow | None, base: str):
+        super().__init__(flow.backbone, flow.subspace, **{name: getattr(flow, name) for name in OPTIONS})
+        self.reference, self.base = reference, base
+
+    def forward(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor | float,
+        noisy_latents: Tensor | None = None,
+        tau: Tensor | None = None,
+        **conditions,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """noisy_latents: (B, r, h, w) at the noise levels tau (B,); the rest as for `AsymFlow`."""
+        if noisy_latents is None:
+            return super().forward(x_sigma, sigma, **conditions)
+        with torch.no_grad(), adapters_off(self.reference):
+            latent_velocity = self.reference(noisy_latents, tau, **conditions)
+        return super().forward(x_sigma, sigma, **conditions), latent_velocity
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Within it, layers with LoRA are the linear layers that they were made of."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        # Not layer.enable_adapters(False): that says that their weights need no gradient, on which an engine is built.
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
+    """The model of `config.finetune`, ready for an engine: what is trained in float32, the rest frozen.
+
+    Frozen weights are in bfloat16 if the section deepspeed has bf16 switched on, else in float32. Before the first step
+    its velocity inside of the subspace is that of the latent model, and outside that of x0 = 0.
+    Raises InputError if the base is no FLUX.2 klein, or does not fit the subspace or the configuration.
+    """
+    c = config.finetune
+    latent = load_transformer(Path(c.base), torch.bfloat16 if bf16_weights(config) else torch.float32)
+    base = fingerprint(latent)
+    reference = None
+    if config.loss.variance_reduction or config.loss.perceptual:
+        reference = latent_flow(own_ends(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
+    for name in ("x_embedder", "proj_out"):  # lifted and trained in float32
+        getattr(latent, name).float()
+    flow = latent_to_pixel(latent, subspace, subspace.patch_size or 16, c.sigma_min)
+    transformer = flow.backbone.transformer
+    if c.lora:
+        flow.requires_grad_(False)
+        add_lora(transformer, c.lora.rank, c.lora.dropout, c.lora.targets or LORA_TARGETS)
+        for name in FULL:
+            getattr(transformer, name).requires_grad_(True)
+    else:
+        flow.requires_grad_(True)
+    for p in transformer.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    if c.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return Finetuned(flow, reference, base)
+
+
+def own_ends(transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
+    """The same transformer again, with copies of what the pixel model changes other than by LoRA."""
+    with torch.device("meta"):
+        other = Flux2Transformer2DModel.from_config(transformer.config)
+    for name, module in transformer.named_children():
+        setattr(other, name, copy.deepcopy(module) if name in ("x_embedder", "proj_out", "norm_out") else module)
+    return other
+
+
+def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    """The transformer of a FLUX.2 klein folder. Nothing is downloaded, and only safetensors are read. InputError."""
+    transformer_config(base)
+    folder = base / TRANSFORMER
+    try:
+        return Flux2Transformer2DModel.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise InputError(f"{folder} cannot be loaded ({type(e).__name__}: {reason})") from None
+
+
+def transformer_config(base: Path) -> dict:
+    """That of the transformer in a FLUX.2 klein folder; InputError if it has none."""
+    try:
+        config = json.loads((base / TRANSFORMER / "config.json").read_text())
+        name = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"finetune.base {base} is not a folder of FLUX.2 klein: it has no {TRANSFORMER}/config.json of diffusers"
+        ) from None
+    if name != Flux2Transformer2DModel.__name__:
+        raise InputError(f"finetune.base {base} has a {name}, but a {Flux2Transformer2DModel.__name__} is expected")
+    return config
+
+
+def published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a checkpoint, by the names of the published layout."""
+    return published_names({name.removeprefix(PREFIX): value for name, value in weights.items()})

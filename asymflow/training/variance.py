@@ -1,0 +1,99 @@
+"""The loss of latent-to-pixel finetuning, with less variance, and its perceptual term (arXiv 2605.12964).
+
+All on tokens (B, N, D), channel_first, of normalized Oklab images. With the same noise eps there are two noisy images:
+that of the pixels x0, and that of the lifted latents x0_low = s A z, for which the frozen latent model predicts x0_ref.
+What is random in the error of the pixel model, `d = x0 - x0_pred`, is to a large part random in that of the reference,
+`d_low = x0_low - x0_ref`, too. So that is taken away from the target, as far as the two agree, patch by patch and
+channel by channel, with <a, b> the mean of a b over the pixels of a patch:
+
+    c = clamp(<d, d_low> / max(<d_low, d_low>, 1e-4), 0, 1)
+    target = x0 - (1 - w) c d_low        with w = (1 - sigma)^2 / ((1 - sigma)^2 + (shift sigma)^2)
+    loss = mean (x0_pred - target)^2 / max(sigma, floor)^2
+
+If the reference is the mean of x0_low given its noisy image, then d_low has the mean zero, and so does what is taken
+away, but for c, which knows d. Near the data, where the reference has less to say than the pixels, w leaves the target
+what it is.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from asymflow import files
+from asymflow.color import oklab_to_rgb
+from asymflow.errors import InputError
+from asymflow.training.loss import SIGMA_FLOOR
+
+SHIFT = 0.3
+ENERGY_FLOOR = 1e-4
+
+
+def agreement(error: Tensor, low_error: Tensor, channels: int) -> Tensor:
+    """c, (B, N, C, 1) in [0, 1], of two errors (B, N, D): how much of `low_error` is in `error`, patch by patch."""
+    d, d_low = (e.unflatten(-1, (channels, -1)) for e in (error, low_error))
+    energy = d_low.square().mean(-1, keepdim=True).clamp(min=ENERGY_FLOOR)
+    return ((d * d_low).mean(-1, keepdim=True) / energy).clamp(0, 1)
+
+
+def signal_share(sigma: Tensor, shift: float = SHIFT) -> Tensor:
+    """w of noise levels of any shape: 1 at sigma = 0, 0 at sigma = 1."""
+    signal, noise = (1 - sigma).square(), (shift * sigma).square()
+    return signal / (signal + noise)
+
+
+def variance_reduced_target(x0: Tensor, low_error: Tensor, c: Tensor, sigma: Tensor, shift: float = SHIFT) -> Tensor:
+    """`x0 - (1 - w) c d_low`, (B, N, D), for c of `agreement` and sigma (B,)."""
+    share = (1 - signal_share(sigma, shift))[:, None, None, None] * c
+    return x0 - (share * low_error.unflatten(-1, (c.shape[2], -1))).flatten(-2)
+
+
+def denoising_loss(x0_pred: Tensor, target: Tensor, sigma: Tensor, floor: float = SIGMA_FLOOR) -> Tensor:
+    """The mean of each image (B,): for target = x0, `flow_matching_loss` of the velocity that leads to x0_pred."""
+    return (x0_pred - target).flatten(1).square().mean(1) / sigma.clamp(min=floor).square()
+
+
+class Perceptual:
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) of VGG16 between decoded images, weighted pixel by pixel.
+
+    weights: a file with torchvision's weights of VGG16 (safetensors, or a pickle of plain tensors); None: torchvision
+    finds or downloads them; "random": as they are drawn, which is enough for tests.
+
+    It is no module of anything: neither engine nor checkpoints see it. Raises InputError if the file is another.
+    """
+
+    def __init__(self, weights: str | None, device: torch.device | str, dtype: torch.dtype = torch.float32):
+        import lpips  # with torchvision: seconds
+
+        given = weights is not None
+        try:
+            model = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=given, verbose=False)
+        except OSError as e:
+            reason = f"torchvision could not download VGG16 ({e})"
+            raise InputError(f"{reason}: give loss.perceptual.vgg, the file of its weights") from None
+        if given and weights != "random":
+            load_vgg(model.net, Path(weights))
+        self.model = model.eval().requires_grad_(False).to(device, dtype)
+        self.dtype = dtype
+
+    def __call__(self, x0_pred: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+        """The mean of `weight` times the distance of each image (B,).
+
+        x0_pred, x0: (B, 3, H, W), normalized Oklab. weight: (B, 1, H, W). Differentiable in x0_pred.
+        """
+        with torch.autocast(x0.device.type, enabled=False):
+            images = (oklab_to_rgb(x).to(self.dtype) for x in (x0_pred, x0))
+            return (self.model(*images).float() * weight).flatten(1).mean(1)
+
+
+def load_vgg(net: nn.Module, path: Path) -> None:
+    """Torchvision's weights of VGG16 (features.N.weight, ...) into the slices that lpips cuts it into."""
+    read = files.read_tensors(path)[0] if path.suffix == ".safetensors" else files.read_pickle(path)
+    own = net.state_dict()  # slice1.0.weight, ...: the numbers are those of torchvision
+    names = {name: "features." + name.split(".", 1)[1] for name in own}
+    try:
+        found = {name: read[theirs] for name, theirs in names.items()}
+        net.load_state_dict(found)
+    except (KeyError, TypeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path} does not hold torchvision's weights of VGG16: {reason}") from None

@@ -1,0 +1,281 @@
+"""From a latent text-to-image model to a pixel model, from end to end, with the classes and files of FLUX.2.
+
+On generated pictures of coloured shapes with captions (asymflow/data/shapes.py): trains a tiny autoencoder, on its
+latents a tiny FLUX.2 klein, aligns pixels with latents, and finetunes the lifted model in pixel space by train_ddp.py,
+through the same commands as for the real one. Then four models draw the same captions from the same noise:
+
+    latent    the latent model and its autoencoder
+    start     the pixel model before the first step
+    pixel     the pixel model, finetuned
+    scratch   a pixel model of the same size, trained from scratch for as many steps
+
+What they drew is read by an oracle (asymflow/data/oracle.py): how often it is what the caption says, and how sharp it
+is. Everything that takes long is kept in --out, and not done again.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import trange
+
+from asymflow.adapters import load_adapter
+from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.cli import main as asymflow
+from asymflow.color import clamp_to_gamut, oklab_to_rgb
+from asymflow.data.encode import decode_latents, encode_prompts
+from asymflow.data.encoded import EncodedShards
+from asymflow.data.oracle import detail, score
+from asymflow.data.shapes import Shapes
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.patches import patchify, unpatchify
+from asymflow.pictures import image_grid
+from asymflow.sampling import guided, image_noise, sample, sigma_grid
+from asymflow.subspace import Subspace
+from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+from toy.common import main
+from toy.tiny_flux2 import TEXT_LENGTH, make_base
+
+SIZE = 64  # pixels; 4 x 4 tokens of D = 768
+VALIDATION = 2**32 + 1  # seed of scenes that no training draws
+GUIDANCE, STEPS = 3.0, 25
+MODELS = ("latent", "start", "pixel", "scratch")
+FULL = dict(pictures=6000, autoencoder=2500, latent=5000, asked=512)
+QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16)
+TINY = dict(latent_channels=4, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
+
+
+def experiment(args) -> tuple[Figure, dict]:
+    sizes = QUICK if args.quick else FULL
+    begin(args.out, {"seed": args.seed, "steps": args.steps, **sizes})
+    base, shards, subspace = args.out / "base", args.out / "shards", args.out / "subspace.safetensors"
+    once(base, lambda beside: autoencoder(beside, args.seed, sizes))
+    encode = [
+        "--data",
+        f"shapes:{sizes['pictures']}",
+        "--size",
+        SIZE,
+        "--max-length",
+        TEXT_LENGTH,
+        "--dtype",
+        "float32",
+    ]
+    if not (args.out / "latent").exists():  # where it is, `encode` would find another model in base
+        run("data", "encode", "--base", base, "--out", shards, *encode, "--batch", 32)
+    once(args.out / "latent", lambda beside: latent_model(base, beside, shards, args.seed, sizes["latent"]))
+    once(args.out / "untrained", lambda beside: untrained(args.out / "latent", beside, args.seed))
+    if not subspace.exists():
+        run("subspace", "procrustes", "--shards", shards, "--out", subspace)
+    scale = Subspace.load(subspace).scale.item()
+    common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": args.steps, "train.seed": args.seed}
+    common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
+    train(args.out / "pixel", {**common, "finetune.base": args.out / "latent"})
+    from_nothing = {"finetune.lora": "null", "loss.variance_reduction": "null", "optimizer.multipliers": "{}"}
+    train(args.out / "scratch", {**common, **from_nothing, "finetune.base": args.out / "untrained"})
+    return compared(args, sizes["asked"], scale)
+
+
+# ---- The latent model ------------------------------------------------------------------------------------------------
+def autoencoder(folder: Path, seed: int, sizes: dict) -> None:
+    """A base whose autoencoder is trained; its transformer is not, yet."""
+    pictures = Shapes(sizes["pictures"], SIZE, seed)
+    samples = [pictures[i] for i in range(len(pictures))]
+    images = torch.stack([sample.image for sample in samples])
+    base = make_base([sample.caption for sample in samples], seed, **TINY)
+    vae, draws = base.vae.train(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    bar = trange(sizes["autoencoder"], desc="autoencoder", unit="step", leave=False)
+    for step in bar:
+        anneal(optimizer, 3e-3, step, len(bar))
+        x0 = to_float(images[torch.randint(len(images), (16,), generator=draws)])
+        posterior = vae.encode(x0).latent_dist
+        difference = vae.decode(posterior.sample(draws)).sample - x0
+        loss = difference.square().mean() + 0.1 * difference.abs().mean() + 2e-7 * posterior.kl().mean()
+        optimize(optimizer, loss)
+        bar.set_postfix(rms=f"{127.5 * difference.square().mean().sqrt():.1f} grey levels", refresh=False)
+    vae.eval()
+    with torch.no_grad():  # what FLUX.2 normalizes its latents by
+        modes = torch.cat([vae.encode(to_float(part)).latent_dist.mode() for part in images[:1024].split(64)])
+        tokens = torch.nn.functional.pixel_unshuffle(modes, 2)
+        vae.bn.running_mean.copy_(tokens.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(tokens.var((0, 2, 3)))
+    base.save_pretrained(folder)
+
+
+def latent_model(base: Path, folder: Path, shards: Path, seed: int, steps: int) -> None:
+    """A base whose transformer is trained on the latents: its exponential average."""
+    pipeline = Flux2KleinPipeline.from_pretrained(base, local_files_only=True)
+    data, draws = EncodedShards(shards), torch.Generator().manual_seed(seed)
+    samples = [data[i] for i in range(len(data))]
+    latents, prompts = torch.stack([s.latent for s in samples]), torch.stack([s.prompt for s in samples])
+    flow = latent_flow(pipeline.transformer.train())
+    average = {name: p.detach().clone() for name, p in flow.named_parameters()}
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    bar = trange(steps, desc="latent model", unit="step", leave=False)
+    for step in bar:
+        anneal(optimizer, 2e-3, step, steps)
+        chosen = torch.randint(len(latents), (32,), generator=draws)
+        x0, text = latents[chosen], prompts[chosen].clone()
+        text[torch.rand(len(text), generator=draws) < 0.1] = data.empty_prompt
+        sigma, eps = (
+            noise_level(torch.randn(len(x0), generator=draws), 0.0, 1.0),
+            torch.randn(x0.shape, generator=draws),
+        )
+        loss = flow_matching_loss(flow(noisy(x0, eps, sigma), sigma, encoder_hidden_states=text), x0, eps, sigma).mean()
+        optimize(optimizer, loss)
+        decay = min(0.998, (step + 1) / (step + 10))
+        for name, p in flow.named_parameters():
+            average[name].lerp_(p.detach(), 1 - decay)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    flow.load_state_dict(average, strict=False)
+    pipeline.transformer.eval()
+    pipeline.save_pretrained(folder)
+
+
+def untrained(base: Path, folder: Path, seed: int) -> None:
+    """The same base with random weights in its transformer: to train from scratch what is otherwise finetuned."""
+    pipeline = Flux2KleinPipeline.from_pretrained(base, local_files_only=True)
+    torch.manual_seed(seed)
+    pipeline.register_modules(transformer=Flux2Transformer2DModel.from_config(pipeline.transformer.config))
+    pipeline.save_pretrained(folder)
+
+
+# ---- What they draw --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def compared(args, asked: int, scale: float) -> tuple[Figure, dict]:
+    pictures = Shapes(asked, SIZE, VALIDATION)
+    samples = [pictures[i] for i in range(asked)]
+    truth = torch.stack([to_float(sample.image) for sample in samples])
+    captions = [sample.caption for sample in samples]
+    base = Flux2KleinPipeline.from_pretrained(args.out / "latent", local_files_only=True)
+    text, empty = (encode_prompts(base, words, TEXT_LENGTH) for words in (captions, [""]))
+    subspace = Subspace.load(args.out / "subspace.safetensors")
+    drawn = {"data": truth, "autoencoder": decode_latents(base.vae, encoded(base.vae, truth))}
+    noise = image_noise(args.seed, range(asked), (3, SIZE, SIZE))
+    for model in MODELS:
+        transformer = base.transformer if model in ("latent", "start") else loaded(args.out, model)
+        draw = of_latents if model == "latent" else of_pixels
+        drawn[model] = draw(model, transformer, base.vae, subspace, noise, text, empty)
+    results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
+    print_table(results)
+    return figure(drawn, captions, results), {"scale": scale, "models": results}
+
+
+def loaded(out: Path, model: str) -> AsymFlow:
+    folder, base = out / f"{model}-adapter", out / ("latent" if model == "pixel" else "untrained")
+    once(folder, lambda beside: run("export", "--run", out / model, "--out", beside))
+    return load_adapter(Flux2Transformer2DModel.from_pretrained(base / "transformer"), folder)
+
+
+def of_latents(model, transformer, vae, subspace: Subspace, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+    """With the part of the noise that lies inside of the subspace, at uniform noise levels."""
+    grid = [SIZE // subspace.patch_size] * 2
+    tokens = patchify(noise, subspace.patch_size, subspace.token_order) @ subspace.basis.float()
+    flow = latent_flow(transformer).eval()
+    latents = [
+        sample(velocity, part, sigma_grid(STEPS), "euler")
+        for velocity, part in parts(model, flow, unpatchify(tokens, grid, 1), text, empty, orthogonal=0.0)
+    ]
+    return torch.cat([decode_latents(vae, part) for part in latents])
+
+
+def of_pixels(model, transformer, vae, subspace: Subspace, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+    """At the noise levels at which the latent model inside is at uniform ones."""
+    flow = transformer if isinstance(transformer, AsymFlow) else latent_to_pixel(transformer, subspace, 16).eval()
+    levels = sigma_grid(STEPS, shift=subspace.scale.item())
+    images = [
+        sample(velocity, part, levels, "euler", denoised_hook=lambda x0, sigma: clamp_to_gamut(x0))
+        for velocity, part in parts(model, flow, noise, text, empty, orthogonal=1.0)
+    ]
+    return oklab_to_rgb(torch.cat(images)).clamp(-1, 1)
+
+
+def parts(model: str, flow: AsymFlow, noise: Tensor, text: Tensor, empty: Tensor, orthogonal: float, size: int = 64):
+    """Guided velocities and the noise for `size` captions at a time, with a bar."""
+    for start in trange(0, len(noise), size, desc=f"drawing, {model}", unit="batch", leave=False):
+        words = {"encoder_hidden_states": text[start : start + size]}
+        nothing = {"encoder_hidden_states": empty.expand_as(words["encoder_hidden_states"])}
+        yield guided(flow, words, nothing, GUIDANCE, orthogonal=orthogonal), noise[start : start + size]
+
+
+def encoded(vae, images: Tensor) -> Tensor:
+    from asymflow.data.encode import encode_image
+
+    return torch.cat([encode_image(vae, part) for part in images.split(64)])
+
+
+def print_table(results: dict) -> None:
+    columns = list(next(iter(results.values())))
+    print("\n" + "".join(f"{name:>12}" for name in ("", *columns)))
+    for name, values in results.items():
+        print(f"{name:>12}" + "".join(f"{values[column]:12.3f}" for column in columns))
+
+
+def figure(drawn: dict[str, Tensor], captions: list[str], results: dict, columns: int = 8) -> Figure:
+    picture = Figure(figsize=(8, 1.12 * len(drawn) + 0.4), layout="constrained")
+    for axis, (name, images) in zip(picture.subplots(len(drawn)), drawn.items(), strict=True):
+        axis.imshow(image_grid(images[:columns], columns=columns), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(f"{name}\n{results[name]['all']:.0%} right\nsharp {results[name]['sharpness']:.2f}", fontsize=7)
+    return picture
+
+
+# ---- Small things ----------------------------------------------------------------------------------------------------
+def begin(out: Path, settings: dict) -> None:
+    """Write the settings to a new folder, or check that what is there was made with the same."""
+    path = out / "settings.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (known := json.loads(path.read_text())) != settings:
+        raise ValueError(f"{out} was made with other settings ({known}): choose another --out")
+    path.write_text(json.dumps(settings))
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder, if it is not there: under another name until it is whole."""
+    if not folder.exists():
+        beside = folder.with_name(f"{folder.name}.making")
+        subprocess.run(["rm", "-rf", str(beside)], check=True)
+        make(beside)
+        beside.rename(folder)
+
+
+def run(*words) -> None:
+    if asymflow([str(word) for word in words]):
+        raise InputError(f"asymflow {words[0]} failed")
+
+
+def train(out: Path, settings: dict) -> None:
+    """By train_ddp.py, in a process of its own; where it was stopped, it goes on."""
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "train_ddp.py", "--config", "asymflux2_tiny", "--out", str(out), *words]
+    if subprocess.run(command).returncode:
+        raise InputError(f"the training in {out} failed")
+
+
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def anneal(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """Warm-up, then half a cosine."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1000, quick_steps=10))
