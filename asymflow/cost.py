@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -114,18 +115,29 @@ def activation_bytes(
     """
     check_precision(precision)
     flow = stand_in(flow, "meta").to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+
+    def loss(flow: AsymFlow) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return loss_of_noise(flow, batch, image_shape, "cpu", conditions)
+
+    return step_bytes(flow, loss)
+
+
+def step_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[int, int]:
+    """`(kept, peak)` as in `activation_bytes`, of any model, as it is, and of `loss(model).backward()`.
+
+    loss: makes its inputs itself, on the CPU; it is given a copy of the model in which there are no numbers.
+    """
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: no fused RMSNorm for mixed dtypes
-        flow = stand_in(flow, "cpu")
-        for weight in flow.parameters():
+        model = stand_in(model, "cpu")
+        for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        gradients = [weight.grad for weight in flow.parameters() if weight.requires_grad]
-        with LiveBytes([*flow.parameters(), *flow.buffers(), *gradients]) as live:
-            with autocast:
-                loss = loss_of_noise(flow, batch, image_shape, "cpu", conditions)
+        gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+        with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
+            value = loss(model)
             kept = live.now
-            loss.backward()
+            value.backward()
     return kept, live.peak
 
 
@@ -211,7 +223,7 @@ def training_memory(
 
 
 # ---- Stand-ins -------------------------------------------------------------------------------------------------------
-def stand_in(flow: AsymFlow, device: str) -> AsymFlow:
+def stand_in(flow: nn.Module, device: str) -> nn.Module:
     """A copy whose parameters and buffers have the shapes and dtypes of the original, and nothing in them."""
     memo = {}
     for tensor in [*flow.parameters(), *flow.buffers()]:

@@ -25,6 +25,7 @@ from asymflow.training.config.differences import MAY_CHANGE, differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
 from asymflow.training.config.sections import Sample, known_keys
 from asymflow.training.config.yaml12 import parse as parse_yaml
+from asymflow.training.ema import power_of
 from asymflow.training.start import parse
 
 CONFIGS = Path(asymflow.__file__).parent / "configs"
@@ -32,10 +33,16 @@ IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16",
 NEEDED = {"data.path=somewhere"}  # what a user has to give, of the shipped files
 
 
+FINETUNING = ("asymflux2_klein_9b", "asymflux2_klein_4b", "asymflux2_tiny")
+FROM_SCRATCH = [name for name in shipped() if name not in FINETUNING]
+
+
 def load(name: str, *overrides: str, file: str | None = None) -> Config:
     """A shipped configuration, or a file that is based on it."""
     needed = {"loss.repa.model=dinov2"} if name.endswith("_repa") else set()
-    if name != "shapes_tiny":
+    if name.startswith("asymflux2_klein"):
+        needed |= {"finetune.base=base", "finetune.subspace=subspace"}
+    if name not in ("shapes_tiny", "asymflux2_tiny"):
         needed |= NEEDED
     return load_config(file or name, [*sorted(needed), *overrides])
 
@@ -63,10 +70,10 @@ def write(tmp_path, monkeypatch):
 
 # ---- What is shipped -------------------------------------------------------------------------------------------------
 def test_the_promised_configurations_are_shipped():
-    assert {"shapes_tiny", "emoji64", *IMAGENET, "imagenet512_h32"} == set(shipped())
+    assert {"shapes_tiny", "emoji64", *IMAGENET, "imagenet512_h32", *FINETUNING} == set(shipped())
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_shipped_files_load_have_the_promised_keys_and_say_what_they_are(name):
     c = load(name)
     assert min(c.train.steps, c.train.global_batch_size, c.checkpoint.every) >= 1
@@ -103,12 +110,51 @@ def test_the_commands_in_the_shipped_files_are_understood_by_launcher_and_progra
             script, arguments = launched.training_script, launched.training_script_args
         assert script == "train_ddp.py"
         args = parse(arguments)
-        assert args.config == ("imagenet256_h16" if name == "imagenet" else name)
+        assert args.config == {"imagenet": "imagenet256_h16"}.get(name, name)
         assert load_config(args.config, args.set) == load(args.config, *args.set)
 
 
+@pytest.mark.parametrize("name", ["asymflux2_klein_9b", "asymflux2_klein_4b"])
+def test_the_finetuning_is_that_of_the_paper(name):
+    c = load(name)
+    assert (c.finetune.lora.rank, c.finetune.lora.dropout, c.finetune.lora.targets) == (256, 0.05, None)
+    assert (c.optimizer.lr, c.optimizer.betas, c.optimizer.warmup_steps) == (1e-4, (0.9, 0.95), 100)
+    assert c.optimizer.multipliers == {"proj_out": 10.0}
+    assert (c.train.steps, c.train.global_batch_size) == (15_000, 256)
+    assert c.deepspeed["gradient_clipping"] == 200
+    assert (c.loss.sigma_mean, c.loss.sigma_std, c.loss.sigma_shift, c.loss.sigma_floor) == (0, 1, 17, 0.05)
+    assert (c.loss.weight, c.loss.variance_reduction, c.loss.perceptual.weight) == (5, 0.3, 1)
+    (width,) = c.ema.sigma_rel
+    assert power_of(width) - 1 == pytest.approx(7, abs=0.01)  # gamma
+    assert (c.sample.steps, c.sample.guidance) == (38, 4)
+    for ranks in (1, 2, 4, 8, 32):
+        micro, accumulation = batch_sizes(c, ranks)
+        assert micro * accumulation * ranks == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("asymflux2_klein_9b", [], "finetune.base is needed"),
+        ("asymflux2_klein_9b", ["finetune.base=x"], "finetune.subspace is needed"),
+        ("asymflux2_klein_9b", ["finetune.base=x", "finetune.subspace=y"], "data.path is needed"),
+        ("asymflux2_tiny", ["data.kind=webdataset"], "data.kind must be encoded for finetune"),
+        ("asymflux2_tiny", ["data.flip=true"], "data.flip cannot be true"),
+        ("asymflux2_tiny", ["evaluate.every=5"], "evaluate.every does not go with finetune"),
+        ("asymflux2_tiny", ["loss.repa={model: x}"], "loss.repa does not go with finetune"),
+        ("asymflux2_tiny", ["finetune=null"], "model is missing"),
+        ("shapes_tiny", ["finetune={base: x, subspace: y}"], "model does not go with finetune"),
+        ("shapes_tiny", ["loss.variance_reduction=0.3"], "loss.variance_reduction needs the section finetune"),
+        ("shapes_tiny", ["loss.perceptual={}"], "loss.perceptual needs the section finetune"),
+        ("shapes_tiny", ["data={kind: encoded, path: x}"], "data.kind cannot be encoded"),
+    ],
+)
+def test_what_does_not_go_with_finetuning_is_refused_by_name(name, overrides, expected):
+    assert expected in complaint(name, overrides)
+
+
 @pytest.mark.parametrize("rank", ["0", "full"])
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_a_baseline_is_one_line_and_differs_in_nothing_else(name, rank, write):
     asymmetric, baseline = load(name), load(name, f"subspace.rank={rank}")
     assert differences(asymmetric, baseline) == [f"subspace.rank: 8 there, {rank} here"]
@@ -330,7 +376,10 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write):
         ("subspace: {rank: true}\n", "subspace.rank must be a whole number or 'full' or 'auto', but it is true"),
         ("subspace:\n  rank: 49\n", "my.yaml, line 3: subspace.rank must be at most 48"),
         ("subspace: {file: ''}\n", "subspace.file must be text, not empty, but it is ''"),
-        ("data: {kind: image}\n", "data.kind must be 'shapes', 'image_folder' or 'webdataset', but it is 'image'"),
+        (
+            "data: {kind: image}\n",
+            "data.kind must be 'shapes', 'image_folder', 'webdataset' or 'encoded', but it is 'image'",
+        ),
         ("data: {kind: image_folder}\n", "data.path is needed for image_folder"),
         ("data: {kind: webdataset}\n", "data.path is needed for webdataset"),
         ("data: {size: null}\n", "data.size is needed for generated images"),
@@ -376,7 +425,7 @@ def test_what_is_missing_is_named(write):
     )
     assert "deepspeed is missing" in complaint(write(text[: text.index("deepspeed:")]))
     assert "deepspeed.zero_optimization must be" in complaint(write(text[: text.index("deepspeed:")] + "deepspeed: {}"))
-    assert complaint(write("train: {steps: 4}")).startswith("my.yaml: model is missing")
+    assert complaint(write("train: {steps: 4}")).startswith("my.yaml: data is missing")
 
 
 @pytest.mark.parametrize("key", [k for k in known_keys(Config) if k.count(".") and "options" not in k])
@@ -776,7 +825,9 @@ OTHERS = {  # another valid value for every key that counts
     "data.kind": "webdataset",
     "data.size": "99",
     "data.flip": "true",
+    "loss.weight": "2",
     "loss.sigma_mean": "0",
+    "loss.sigma_shift": "2",
     "loss.sigma_std": "1",
     "loss.sigma_floor": "0.1",
     "loss.label_dropout": "0",
@@ -788,9 +839,13 @@ OTHERS = {  # another valid value for every key that counts
     "optimizer.weight_decay": "1",
     "optimizer.eps": "1",
     "optimizer.warmup_steps": "0",
+    "optimizer.multipliers": "{x: 2}",
     "ema.decays": "[]",
     "ema.sigma_rel": "[]",
 }
+
+
+NESTED = ("loss.repa", "loss.variance", "loss.perceptual", "model.options", "finetune", "deepspeed")
 
 
 def test_every_other_key_counts():
@@ -798,11 +853,18 @@ def test_every_other_key_counts():
     a = load("shapes_tiny", *common)
     sections = {key.rpartition(".")[0] for key in known_keys(Config)}
     allowed = {k for k in known_keys(Config) if any(f"{k}.".startswith(f"{m}.") for m in MAY_CHANGE)}
-    nested = {k for k in known_keys(Config) if k.startswith(("loss.repa", "model.options", "deepspeed"))}
+    nested = {k for k in known_keys(Config) if k.startswith(NESTED)}
     assert set(known_keys(Config)) - sections - allowed - nested == set(OTHERS)
     for key, value in OTHERS.items():
         found = differences(a, load("shapes_tiny", *common, f"{key}={value}"))
-        assert [line.split(":")[0] for line in found] == [key]
+        assert [line.split(":")[0].removesuffix(".x") for line in found] == [key]
+
+
+def at(config: Config, key: str):
+    """The value of a key, None if a section that it is in is."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 # ---- Writing, and reading again --------------------------------------------------------------------------------------
@@ -812,10 +874,11 @@ def test_dumped_configurations_have_all_keys_and_load_as_the_same(name, write):
     text = dump(c)
     assert load_config(write(text)) == c
     assert dump(load_config("my.yaml")) == text
-    sections = [line.rstrip(":") for line in text.splitlines() if not line.startswith(" ")]
+    sections = [line.partition(":")[0] for line in text.splitlines() if not line.startswith(" ")]
     assert sections == list(Config.model_fields)
+    absent = [key for key in known_keys(Config) if at(c, key) is None]
     for key in known_keys(Config):
-        if not key.startswith("loss.repa.") or c.loss.repa:
+        if not any(key.startswith(f"{section}.") for section in absent):
             assert f"{key.rpartition('.')[2]}:" in text
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
@@ -30,8 +31,9 @@ from asymflow.adapters import load_adapter
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.cli import main as asymflow
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
-from asymflow.data.encode import decode_latents, encode_prompts
+from asymflow.data.encode import decode_latents, encode_image, encode_prompts
 from asymflow.data.encoded import EncodedShards
+from asymflow.data.encoded_batches import EncodedBatches
 from asymflow.data.oracle import detail, score
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
@@ -40,16 +42,19 @@ from asymflow.patches import patchify, unpatchify
 from asymflow.pictures import image_grid
 from asymflow.sampling import guided, image_noise, sample, sigma_grid
 from asymflow.subspace import Subspace
+from asymflow.training.config.reading import load_config
+from asymflow.training.finetuning import Finetuned, make_finetuned, trained
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+from asymflow.training.objectives import LatentToPixel
 from toy.common import main
-from toy.tiny_flux2 import TEXT_LENGTH, make_base
+from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
 SIZE = 64  # pixels; 4 x 4 tokens of D = 768
 VALIDATION = 2**32 + 1  # seed of scenes that no training draws
 GUIDANCE, STEPS = 3.0, 25
 MODELS = ("latent", "start", "pixel", "scratch")
-FULL = dict(pictures=6000, autoencoder=2500, latent=5000, asked=512)
-QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16)
+FULL = dict(pictures=6000, autoencoder=2500, latent=5000, asked=512, draws=200)
+QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16, draws=4)
 TINY = dict(latent_channels=4, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
 
 
@@ -77,10 +82,13 @@ def experiment(args) -> tuple[Figure, dict]:
     scale = Subspace.load(subspace).scale.item()
     common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": args.steps, "train.seed": args.seed}
     common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
+    variance = variance_ratio(args.out, common, sizes["draws"])
     train(args.out / "pixel", {**common, "finetune.base": args.out / "latent"})
     from_nothing = {"finetune.lora": "null", "loss.variance_reduction": "null", "optimizer.multipliers": "{}"}
     train(args.out / "scratch", {**common, **from_nothing, "finetune.base": args.out / "untrained"})
-    return compared(args, sizes["asked"], scale)
+    picture, results = compared(args, sizes["asked"])
+    print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
+    return picture, {"scale": scale, "gradient_variance": variance, "models": results}
 
 
 # ---- The latent model ------------------------------------------------------------------------------------------------
@@ -101,12 +109,7 @@ def autoencoder(folder: Path, seed: int, sizes: dict) -> None:
         loss = difference.square().mean() + 0.1 * difference.abs().mean() + 2e-7 * posterior.kl().mean()
         optimize(optimizer, loss)
         bar.set_postfix(rms=f"{127.5 * difference.square().mean().sqrt():.1f} grey levels", refresh=False)
-    vae.eval()
-    with torch.no_grad():  # what FLUX.2 normalizes its latents by
-        modes = torch.cat([vae.encode(to_float(part)).latent_dist.mode() for part in images[:1024].split(64)])
-        tokens = torch.nn.functional.pixel_unshuffle(modes, 2)
-        vae.bn.running_mean.copy_(tokens.mean((0, 2, 3)))
-        vae.bn.running_var.copy_(tokens.var((0, 2, 3)))
+    normalize_latents(vae.eval(), to_float(images[:1024]))
     base.save_pretrained(folder)
 
 
@@ -148,9 +151,44 @@ def untrained(base: Path, folder: Path, seed: int) -> None:
     pipeline.save_pretrained(folder)
 
 
+# ---- The variance of the gradient ------------------------------------------------------------------------------------
+class Moments(NamedTuple):
+    """mean: (parameters,). variance: the trace of the covariance."""
+
+    mean: Tensor
+    variance: float
+
+
+def gradient_moments(model: Finetuned, objective: LatentToPixel, batches: EncodedBatches, draws: int) -> Moments:
+    """Of the gradient of a micro-batch, over the first `draws` of them, for the weights that are trained."""
+    total, squares = 0.0, 0.0
+    for k in trange(draws, desc="gradients", unit="batch", leave=False):
+        losses = objective.losses(model.train(), batches[k], None)[:, 0]
+        gradients = torch.autograd.grad(losses.mean(), trained(model))
+        gradient = torch.cat([g.flatten() for g in gradients]).double()
+        total, squares = total + gradient, squares + gradient.square().sum().item()
+    mean = total / draws
+    return Moments(mean, (squares - draws * mean.square().sum().item()) / (draws - 1))
+
+
+def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
+    """Of the gradient at the start, plain to variance-reduced, in micro-batches of the same images and noise."""
+    data, moments = EncodedShards(settings["data.path"]), {}
+    for name, shift in (("plain", "null"), ("reduced", 0.3)):
+        given = {**settings, "finetune.base": out / "latent", "loss.variance_reduction": shift}
+        config = load_config("asymflux2_tiny", [f"{key}={value}" for key, value in given.items()])
+        torch.manual_seed(config.train.seed)
+        model = make_finetuned(config, Subspace.load(settings["finetune.subspace"]))
+        objective = LatentToPixel(config, data, torch.device("cpu"))
+        moments[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws)
+    plain, reduced = moments["plain"], moments["reduced"]
+    cosine = torch.nn.functional.cosine_similarity(plain.mean, reduced.mean, dim=0).item()
+    return {"ratio": plain.variance / reduced.variance, "cosine_of_means": cosine, "draws": draws}
+
+
 # ---- What they draw --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def compared(args, asked: int, scale: float) -> tuple[Figure, dict]:
+def compared(args, asked: int) -> tuple[Figure, dict]:
     pictures = Shapes(asked, SIZE, VALIDATION)
     samples = [pictures[i] for i in range(asked)]
     truth = torch.stack([to_float(sample.image) for sample in samples])
@@ -166,7 +204,7 @@ def compared(args, asked: int, scale: float) -> tuple[Figure, dict]:
         drawn[model] = draw(model, transformer, base.vae, subspace, noise, text, empty)
     results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
     print_table(results)
-    return figure(drawn, captions, results), {"scale": scale, "models": results}
+    return figure(drawn, results), results
 
 
 def loaded(out: Path, model: str) -> AsymFlow:
@@ -207,8 +245,6 @@ def parts(model: str, flow: AsymFlow, noise: Tensor, text: Tensor, empty: Tensor
 
 
 def encoded(vae, images: Tensor) -> Tensor:
-    from asymflow.data.encode import encode_image
-
     return torch.cat([encode_image(vae, part) for part in images.split(64)])
 
 
@@ -219,7 +255,7 @@ def print_table(results: dict) -> None:
         print(f"{name:>12}" + "".join(f"{values[column]:12.3f}" for column in columns))
 
 
-def figure(drawn: dict[str, Tensor], captions: list[str], results: dict, columns: int = 8) -> Figure:
+def figure(drawn: dict[str, Tensor], results: dict, columns: int = 8) -> Figure:
     picture = Figure(figsize=(8, 1.12 * len(drawn) + 0.4), layout="constrained")
     for axis, (name, images) in zip(picture.subplots(len(drawn)), drawn.items(), strict=True):
         axis.imshow(image_grid(images[:columns], columns=columns), interpolation="nearest")

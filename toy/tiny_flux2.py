@@ -76,6 +76,15 @@ def make_base(
     return Flux2KleinPipeline(scheduler, vae.eval(), text_encoder.eval(), tokenizer, transformer.eval())
 
 
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKLFlux2, images: torch.Tensor) -> None:
+    """Set the statistics by which FLUX.2 normalizes latents to those of images (n, 3, H, W) in [-1, 1]."""
+    modes = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
+    tokens = torch.nn.functional.pixel_unshuffle(modes, 2)
+    vae.bn.running_mean.copy_(tokens.mean((0, 2, 3)))
+    vae.bn.running_var.copy_(tokens.var((0, 2, 3)))
+
+
 def make_tokenizer(captions: Iterable[str], size: int = 400) -> Qwen2TokenizerFast:
     """Of the class that FLUX.2 klein has, trained on the captions, with a chat template like that of Qwen."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

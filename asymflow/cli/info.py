@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asymflow import cost, files, published
 from asymflow.backbones.jit import SIZES, JiT
+from asymflow.cli import info_flux2
 from asymflow.cli.common import at_least, image_size
+from asymflow.cli.info_flux2 import GPUS, STAGES
 from asymflow.errors import InputError
 from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
@@ -27,34 +29,42 @@ examples:
   asymflow info asymflow_h_16_r8_imagenet.safetensors       a published checkpoint
   asymflow info JiT-H/16 --batch 128 --gpus 8               no file yet: what would it cost to train?
   asymflow info JiT-L/32 --image-size 512x768 --json
+  asymflow info FLUX.2-klein-9B                             to finetune a latent model into a pixel model
+  asymflow info FLUX.2-klein-9B --full --gpus 8             the folder of a FLUX.2 klein, or a name ending in 9B or 4B
   asymflow info config                                      all keys of the configuration of a training
 
 The names are JiT-SIZE/PATCH, with SIZE in {", ".join(SIZES)}. A multiply-add is two operations. Memory is that of AdamW
 with an EMA, under DeepSpeed ZeRO; stage 0 is plain data parallelism. Activations are those of the CPU's kernels: with
 the fused kernels of GPUs they are smaller, under autocast by about a sixth. Buffers for communication, workspaces and
-gaps of the allocator come on top."""
+gaps of the allocator come on top.
+
+A FLUX.2 klein is finetuned with LoRA, in bfloat16 with float32 originals of what is trained, a pass of the frozen
+latent model for each step, and LPIPS in float32. "optimizer" is Adam's two moments, the originals, and their gradients.
+"trained" are the adapters and the layers that are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
-GPUS, STAGES = (1, 8, 64), (0, 1, 2, 3)
-RANK = 8
+RANK, BATCH, PRECISION = 8, 32, "autocast"
 LABEL = 15  # characters of the first column
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("info", help="what a model is, and what it costs", description=TEXT, epilog=EXAMPLES)
-    p.add_argument("model", metavar="MODEL", help="folder, published file, a name: JiT-H/16; or config")
+    p.add_argument("model", metavar="MODEL", help="folder, published file, a name; or config")
     p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
-    p.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images on each GPU in training")
+    p.add_argument(
+        "--batch", type=at_least(1), metavar="N", help=f"images on each GPU in training (default: {BATCH}; FLUX.2: 1)"
+    )
     p.add_argument("--gpus", type=at_least(1), metavar="N", help="GPUs in training (default: 1, 8 and 64)")
     p.add_argument(
         "--precision",
         choices=cost.PRECISIONS,
-        default="autocast",
-        help="in training: autocast to bfloat16 over float32 weights, bfloat16 with float32 master weights, or float32",
+        help="in training: autocast to bfloat16 over float32 weights (the default), bfloat16 with float32 master "
+        "weights, or float32",
     )
     p.add_argument("--rank", type=at_least(0), metavar="R", help=f"with a name: of the subspace (default: {RANK})")
     p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a published file of unusual size")
     p.add_argument("--json", action="store_true", help="print one JSON object, with all numbers in full")
+    info_flux2.add_options(p)
     p.set_defaults(run=run)
 
 
@@ -62,12 +72,17 @@ def run(args: argparse.Namespace) -> None:
     if args.model == "config" and not Path(args.model).exists():
         print(configuration(args.json))
         return
-    found = describe(args)
-    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    klein = info_flux2.recognized(args.model)
+    found = info_flux2.describe(args) if klein else describe(args)
+    text = info_flux2.as_text if klein else as_text
+    print(json.dumps(found, indent=2) if args.json else text(found))
 
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
+    if wrong := [option for name, option in info_flux2.OPTIONS.items() if getattr(args, name)]:
+        raise InputError(f"{wrong[0]} goes with a FLUX.2, but {args.model} is none")
+    args.batch, args.precision = args.batch or BATCH, args.precision or PRECISION
     path = Path(args.model)
     named = args.model.startswith("JiT-") and not path.exists()
     if args.rank is not None and not named:

@@ -1,10 +1,13 @@
-"""`asymflow sample`: images of a class-conditional model, each of which can be made again by itself."""
+"""`asymflow sample`: images of a model, each of which can be made again by itself. Of prompts: see `sample_text`."""
 
 import argparse
 import json
 import math
 import os
 import shlex
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,54 +31,110 @@ examples:
   asymflow sample --model runs/h16 --classes 207,360 --num 16 --out runs/dogs
   asymflow sample --model asymflow_h_16_r8_imagenet.safetensors --classes all --num 50000 --out runs/fid
   torchrun --nproc-per-node 8 -m -- asymflow sample --model runs/h16 --num 50000 --out runs/fid    on 8 GPUs
+  asymflow sample --base FLUX.2-klein-base-9B --adapter AsymFLUX.2-klein-9B --prompt "a red square" --out runs/red
+  asymflow sample --base BASE --adapter ADAPTER --prompt "make it blue" --image photo.png --offload --out runs/blue
 
-Image i is of the i-th class of the list, over and over, from its own noise: neither --batch, nor the number of
-processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes image 17 again. The same command goes on
-where it stopped. The default guidance and interval are the paper's for ImageNet."""
+Image i is of the i-th class or prompt of the list, over and over, from its own noise: neither --batch, nor the number
+of processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes image 17 again. The same command goes on
+where it stopped. The defaults for --model are the paper's for ImageNet, those for --base are its for FLUX.2 klein."""
 RECORD = "samples.json"
 GRID_AT_MOST = 64
+NEEDED = ("diffusers", "transformers", "peft", "accelerate")  # with --base
+DEFAULTS = {
+    "--model": dict(
+        num=16,
+        steps=50,
+        guidance=2.3,
+        orthogonal=0.0,
+        batch=16,
+        dtype="float32",
+        classes="all",
+        method="heun",
+        shift=1.0,
+        interval=(0.0, 0.88),
+    ),
+    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, dtype="bfloat16", max_length=512),
+}
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "sample",
         help="draw images from a model",
-        description="Draw images from a class-conditional model: PNG files, a grid of the first ones, a JSON record.",
+        description="Draw images of classes or of prompts: PNG files, a grid of the first ones, a JSON record.",
         epilog=EXAMPLES,
     )
-    p.add_argument(
-        "--model", type=Path, required=True, help="folder of save_pretrained, or a published checkpoint file"
-    )
     p.add_argument("--out", type=Path, required=True, help=f"folder for 000000.png, ..., grid.png and {RECORD}")
-    p.add_argument("--classes", default="all", help='class numbers such as 207,360, or "all"')
-    p.add_argument("--num", type=int, default=16, help="how many images")
+    p.add_argument("--num", type=int, help="how many images (default: 16, or one for each prompt)")
     p.add_argument("--first", type=int, default=0, help="index of the first image")
     p.add_argument("--seed", type=int, default=0, help="with its index, fixes the noise of an image")
-    p.add_argument("--steps", type=int, default=50, help="steps of the sampler")
-    p.add_argument("--method", choices=METHODS, default="heun", help="heun evaluates the model twice a step")
-    p.add_argument("--shift", type=float, default=1.0, help="above 1: more steps at high noise levels")
-    p.add_argument("--guidance", type=float, default=2.3, help="scale of classifier-free guidance; 1 is none")
-    p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels LOW,HIGH where guidance acts")
-    p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
-    p.add_argument("--clamp", action="store_true", help="keep the denoised image within displayable colours on the way")
+    p.add_argument("--steps", type=int, help="steps of the sampler (default: 50; 38 with --base)")
+    p.add_argument("--guidance", type=float, help="its scale; 1 is none (default: 2.3; 4 with --base)")
     p.add_argument(
-        "--size",
-        type=image_size,
-        default=None,
-        help="pixels, such as 256 or 256x384 (height x width), if not as trained",
+        "--orthogonal",
+        type=float,
+        help="0 to 1: take away guidance that only adds contrast (default: 0; 1 with --base)",
     )
-    p.add_argument("--batch", type=int, default=16, help="images at a time")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone")
+    p.add_argument("--batch", type=int, help="images at a time (default: 16; 1 with --base)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: float32; bfloat16 with --base)"
+    )
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
-    p.set_defaults(run=run)
+
+    classes = p.add_argument_group("images of classes")
+    classes.add_argument("--model", type=Path, help="folder of save_pretrained, or a published checkpoint file")
+    classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
+    classes.add_argument("--method", choices=METHODS, help="heun evaluates the model twice a step (default: heun)")
+    classes.add_argument("--shift", type=float, help="above 1: more steps at high noise levels (default: 1)")
+    classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
+    classes.add_argument("--clamp", action="store_true", help="keep the denoised image displayable on the way")
+    classes.add_argument(
+        "--size", type=image_size, help="pixels, such as 256 or 256x384 (height x width), if not as trained"
+    )
+
+    prompts = p.add_argument_group("images of prompts")
+    prompts.add_argument("--base", type=Path, help="folder of a FLUX.2 klein base model, in diffusers' layout")
+    prompts.add_argument("--adapter", type=Path, help="folder, file or repository of the adapter to pixels")
+    prompts.add_argument("--prompt", action="append", help="may be given several times")
+    prompts.add_argument("--prompts", type=Path, help="file with a prompt on each line")
+    prompts.add_argument("--width", type=int, help="pixels (default: of the first --image, or 1024)")
+    prompts.add_argument("--height", type=int, help="pixels (default: of the first --image, or 1024)")
+    prompts.add_argument("--image", type=Path, action="append", help="reference image; may be given several times")
+    prompts.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="a further LoRA, for style")
+    prompts.add_argument("--max-length", type=int, help="tokens of a prompt (default: 512)")
+    prompts.add_argument("--no-clamp", action="store_true", help="leave the denoised image as it is on the way")
+    prompts.add_argument("--offload", action="store_true", help="keep only what runs on the device, to save memory")
+    # The options that belong to one of the two, by the names of their values.
+    own = {
+        kind: {action.dest: action.option_strings[0] for action in group._group_actions}
+        for kind, group in (("--model", classes), ("--base", prompts))
+    }
+    p.set_defaults(run=partial(run, own))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
+    """Of classes, or of prompts: as one of --model and --base is given."""
+    if (args.model is None) == (args.base is None):
+        raise InputError("give one of --model, for images of classes, and --base, for images of prompts")
+    given, other = ("--model", "--base") if args.base is None else ("--base", "--model")
+    if strange := [option for name, option in own[other].items() if getattr(args, name) not in (None, False)]:
+        raise InputError(f"{', '.join(strange)}: for {other} only, but {given} is given")
+    for name, value in DEFAULTS[given].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.base is None:
+        run_classes(args)
+    else:
+        if missing := [package for package in NEEDED if find_spec(package) is None]:
+            raise InputError(f'{", ".join(missing)} needed, and not installed: pip install -e ".[flux2]"')
+        from asymflow.cli.sample_text import run_prompts
+
+        run_prompts(args)
+
+
+def run_classes(args: argparse.Namespace) -> None:
     check(args)
-    rank, world = this_process()
-    if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = usable_device(args.device)
+    device = own_device(args)
     flow = load(args.model, getattr(torch, args.dtype), device)
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
@@ -84,18 +143,35 @@ def run(args: argparse.Namespace) -> None:
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
-    open_record(args, settings(args, flow, classes), plan)
+    open_record(args, settings(args, flow, classes), plan, make_again(args))
+    draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
 
+
+def own_device(args: argparse.Namespace) -> torch.device:
+    """The device that is asked for; of several processes, each has its own."""
+    _, world = this_process()
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return usable_device(args.device)
+
+
+def draw_missing(
+    args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
+) -> None:
+    """Draw and save the images of the plan that are not there yet, by (index, class or prompt), then the grid.
+
+    draw: of indices, classes or prompts, and whether to show progress; gives images (3, H, W) in [-1, 1].
+    """
     # Each process takes its share of the plan first: what is missing changes while the others are at work.
+    rank, world = this_process()
     share = plan[rank::world]
-    todo = [(i, label) for i, label in share if not (args.out / name(i)).exists()]
+    todo = [(i, what) for i, what in share if not (args.out / name(i)).exists()]
     if rank == 0 and len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
     with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
         for start in range(0, len(todo), args.batch):
-            indices = [i for i, _ in todo[start : start + args.batch]]
-            labels = [label for _, label in todo[start : start + args.batch]]
-            for i, image in zip(indices, draw(flow, args, labels, indices, progress=rank == 0), strict=True):
+            indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
+            for i, image in zip(indices, draw(indices, what, rank == 0), strict=True):
                 with files.replacing(args.out / name(i)) as beside:
                     to_image(image).save(beside)
             bar.update(len(indices))
@@ -104,14 +180,19 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before the model is read."""
+    check_numbers(args)
+    if not math.isfinite(args.shift):
+        raise InputError(f"--shift must be finite, but it is {args.shift}")
+    sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
+    guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
     for option, lowest in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0)):
         if not lowest <= getattr(args, option) < 2**62:
             raise InputError(f"--{option} must be at least {lowest} and below 2^62, but it is {getattr(args, option)}")
-    for option in ("guidance", "shift"):
-        if not math.isfinite(getattr(args, option)):
-            raise InputError(f"--{option} must be finite, but it is {getattr(args, option)}")
-    sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
-    guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
+    if not math.isfinite(args.guidance):
+        raise InputError(f"--guidance must be finite, but it is {args.guidance}")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
 
@@ -170,8 +251,12 @@ def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> di
     }
 
 
-def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]) -> None:
+def open_record(
+    args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: str, kind: str = "class"
+) -> None:
     """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
+
+    plan: index and class, or another `kind`, of each image. again: the command that makes one again.
 
     Every process does it, before its first image: the same content, whoever is first.
     """
@@ -180,7 +265,7 @@ def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]
     if path.exists():
         try:
             record = json.loads(path.read_text())
-            before, images = record["settings"], {entry["index"]: entry["class"] for entry in record["images"]}
+            before, images = record["settings"], {entry["index"]: entry[kind] for entry in record["images"]}
             differing = [
                 f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
             ]
@@ -192,13 +277,13 @@ def open_record(args: argparse.Namespace, now: dict, plan: list[tuple[int, int]]
         raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
     known = bool(images)
     images |= dict(plan)
-    entries = [{"file": name(i), "index": i, "class": images[i]} for i in sorted(images)]
-    record = {"make_again": make_again(args), "settings": now, "images": entries}
+    entries = [{"file": name(i), "index": i, kind: images[i]} for i in sorted(images)]
+    record = {"make_again": again, "settings": now, "images": entries}
     try:
         with files.replacing(path, new=not known) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
     except FileExistsError:  # another process was first, of this run or of another
-        open_record(args, now, plan)
+        open_record(args, now, plan, again, kind)
 
 
 def make_again(args: argparse.Namespace) -> str:
@@ -212,7 +297,7 @@ def make_again(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def finish(args: argparse.Namespace, plan: list[tuple[int, int]]) -> None:
+def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
     """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
     if all((args.out / name(i)).exists() for i, _ in plan):
         entries = json.loads((args.out / RECORD).read_text())["images"]

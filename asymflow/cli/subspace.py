@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from asymflow import files
 from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
 from asymflow.color import rgb_to_oklab
+from asymflow.data.encoded import EncodedShards
 from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
 from asymflow.errors import InputError
 from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
@@ -33,7 +35,7 @@ To train from scratch, the directions that hold most of the energy of the image 
   asymflow subspace pca --data imagenet/train --rank 8 --out imagenet-r8.safetensors
 
 To turn a latent model into a pixel model, the directions and the scale that fit its latents best:
-  asymflow subspace procrustes --data latents/*.tar --out flux2-r128.safetensors
+  asymflow subspace procrustes --shards shards --out flux2-r128.safetensors
 
 What is in such a file:
   asymflow subspace show imagenet-r8.safetensors"""
@@ -44,8 +46,10 @@ cropped to squares as by ADM, DiT and JiT. On several GPUs: torchrun --nproc_per
 
 PROCRUSTES = """Fit the subspace and the scale that lift the tokens of a latent model to pixels, by orthogonal
 Procrustes: for turning a latent model into a pixel model. Writes FILE.safetensors, and FILE.png to look at. The rank is
-that of the latents. Each image, such as KEY.png, needs its latents beside it, KEY.latent.npy: a numpy array of the
-shape (h, w, r) as the transformer sees them, for an image of h x w patches. It is not cropped."""
+that of the latents. Take at least 1,000 images. --shards: what `asymflow data encode` made. --data: latents from
+elsewhere; each image, such as KEY.png, needs its latents beside it, KEY.latent.npy: a numpy array of the shape (h, w,
+r) as the transformer sees them, for an image of h x w patches. Images are not cropped."""
+ENOUGH = 1000  # images for Procrustes, as of arXiv 2605.12964
 
 SHOW = """Print everything there is to know about a subspace: a file of this library, or a .pt file of the reference
 implementation. With --out, draw it as well."""
@@ -63,7 +67,9 @@ def add_command(commands) -> None:
     pca.set_defaults(run=run_pca)
 
     procrustes = actions.add_parser("procrustes", help="fit to images and their latents", description=PROCRUSTES)
-    add_data(procrustes, "folders or .tar shards with images and their latents")
+    source = procrustes.add_mutually_exclusive_group(required=True)
+    add_data(procrustes, "folders or .tar shards with images and their latents", source)
+    source.add_argument("--shards", type=Path, metavar="FOLDER", help="made by `asymflow data encode`")
     rank = "that of the latents is the only one that fits; another number is refused"
     procrustes.add_argument("--rank", type=rank_or_auto, default="auto", metavar="N|auto", help=rank)
     add_options(procrustes, CHANNEL_FIRST, "oklab")
@@ -75,8 +81,10 @@ def add_command(commands) -> None:
     show.set_defaults(run=run_show)
 
 
-def add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help=what)
+def add_data(parser: argparse.ArgumentParser, what: str, group=None) -> None:
+    """The options --data, in a group that needs one of its options or by itself, and --out."""
+    required = {} if group else {"required": True}
+    (group or parser).add_argument("--data", type=Path, nargs="+", metavar="PATH", help=what, **required)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
 
 
@@ -123,7 +131,7 @@ def run_pca(args: argparse.Namespace) -> None:
         more = f"{energy_threshold():.2f}, where the noise has 1"
         return {"rank auto": f"{subspace.rank}, for so many directions have more energy than {more} (see auto_rank)"}
 
-    fit(args, find_images, read, solve, reason)
+    fit(args, find_images, read, solve, lambda subspace, tally: reason(subspace))
 
 
 def run_procrustes(args: argparse.Namespace) -> None:
@@ -138,27 +146,54 @@ def run_procrustes(args: argparse.Namespace) -> None:
             raise InputError(f"{pair[1]} has latent tokens of dimension {rank}, but in others it is {known['rank']}")
         return latents, image
 
-    fit(args, find_pairs, read, fit_procrustes, lambda subspace: {})
+    def error(subspace: Subspace, tally: dict) -> dict[str, str]:
+        """Of the lifted latents, which have the energy of the pixels inside of the subspace: so s was chosen."""
+        common = subspace.scale * (subspace.basis.double().mT * tally["cross"]).sum() / tally["tokens"]
+        inside, total = subspace.spectrum[: subspace.rank].sum(), subspace.spectrum.sum()
+        left = ((inside + total - 2 * common) / total).item()
+        facts = {"error": f"{100 * left:.2f} % = |s A z - x|^2 / |x|^2"}
+        if tally["images"] < ENOUGH:
+            facts["warning"] = f"only {tally['images']} images: take at least {ENOUGH:,}"
+        return facts
+
+    if args.shards is None:
+        fit(args, find_pairs, read, fit_procrustes, error)
+        return
+    shards = EncodedShards(args.shards)
+    for option, given in (("patch_size", args.patch_size), ("rank", args.rank)):
+        if given not in ("auto", fits := shards.meta[option]):
+            raise InputError(f"--{option.replace('_', '-')} {given} does not fit: it is {fits} in {args.shards}")
+
+    def read_encoded(number: int) -> tuple[Tensor, Tensor]:
+        sample = shards[number]
+        pixels = sample.image.numpy().astype(np.float32) / 127.5 - 1  # not by torch, see `to_tensor`
+        return sample.latent.permute(1, 2, 0), torch.from_numpy(pixels)
+
+    args.data = [args.shards]
+    fit(args, lambda _: range(len(shards)), read_encoded, fit_procrustes, error)
 
 
 def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callable, reason: Callable) -> None:
     """Find, choose and read the samples; solve; then, in the first process, write the two files and print a summary.
 
     `read` makes a sample a tuple of tensors, the last of them the image (3, H, W), `solve` gets batches of the same
-    tuples, as tokens (n, ...), and `reason` has facts to add about the result.
+    tuples, as tokens (n, ...), and `reason` has facts to add about the result and the tally of what was read, in which
+    "cross" is sum z^T x of tokens that are pairs.
     """
     start = time.perf_counter()
     out, picture = new_outputs(args.out)
     with processes(args.device) as (index, count, device):
         found = find(args.data)
         chosen = choose(found, args.images, args.seed)
-        share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": []}
+        share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": [], "cross": 0}
 
         def tokens() -> Iterator[tuple[Tensor, ...]]:
             with tqdm(total=len(share), desc="reading", unit="image", leave=False, disable=index > 0) as bar:
                 results = counted(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
                 while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
                     parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
+                    if len(parts) == 2:  # products of float32, since this is only printed
+                        tally["cross"] = tally["cross"] + (parts[0].mT @ parts[1]).double().cpu()
                     tally["tokens"] += len(parts[0])
                     yield parts
 
@@ -177,7 +212,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
         were = "image could not be read and was" if len(bad) == 1 else "images could not be read and were"
         print(f"{len(bad)} {were} left out: {'; '.join(bad[:5])}{more}", file=sys.stderr)
     seconds = f"{time.perf_counter() - start:.1f}"
-    print_facts(subspace, {**reason(subspace), "tokens": f"{tally['tokens']:,}", "seconds": seconds})
+    print_facts(subspace, {**reason(subspace, tally), "tokens": f"{tally['tokens']:,}", "seconds": seconds})
     print(f"wrote {out} and {picture}; to see this again: asymflow subspace show {shlex.quote(str(out))}")
 
 
@@ -210,7 +245,7 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     if count == 1:
         yield 0, 1, usable_device(device)
         return
-    usable = usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+    usable = own_device(device)
     if usable.type == "cuda":
         torch.cuda.set_device(usable)
     try:
@@ -223,6 +258,11 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     finally:
         time.sleep(0.1)  # torch 2.6 hangs if gloo's threads have not let go of the last tensors: they need the GIL
         dist.destroy_process_group()
+
+
+def own_device(name: str) -> torch.device:
+    """The device of that name; "cuda" is that of this process, as torchrun says."""
+    return usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 def added_up(tally: dict, count: int) -> dict:

@@ -212,9 +212,14 @@ def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tenso
 
 def read_image(entry: Entry) -> Image.Image:
     """The image in RGB, as `to_rgb` makes it. Raises UnreadableError, naming the file, if it cannot be decoded."""
+    return decoded(entry, to_rgb)
+
+
+def decoded(entry: Entry, look: Callable[[Image.Image], Result]) -> Result:
+    """What `look` makes of an image. Raises UnreadableError, naming the file, if it cannot be decoded."""
     content = entry.read()
     try:
-        return to_rgb(Image.open(io.BytesIO(content)))
+        return look(Image.open(io.BytesIO(content)))
     except Exception as e:  # the decoders report damage by exceptions of many types
         reason = "no image format that is known" if isinstance(e, Image.UnidentifiedImageError) else e
         raise UnreadableError(f"{entry} is not a whole image ({reason})") from None

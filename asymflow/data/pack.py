@@ -24,6 +24,7 @@ FORMATS = {  # of the images, with the options of Pillow. On 256 x 256 photograp
     "webp": {"lossless": True, "quality": 0, "method": 0},  # the quality is that of the search for the smallest file
     "jpg": {"format": "jpeg", "quality": 95, "subsampling": 0},
 }
+OPTIONS = {"per_shard": "--per-shard", "images_as": "--format", "size": "--size", "data": "--data"}
 
 
 def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, threads: int) -> dict:
@@ -71,15 +72,17 @@ def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, th
     return meta
 
 
-def begin(out: Path, settings: dict) -> None:
-    """Write the settings to a new folder, or check that the one that is there was begun with the same."""
-    known = read_meta(out)
+def begin(out: Path, settings: dict, names: dict[str, str] = OPTIONS, command: str = "data pack") -> None:
+    """Write the settings to a new folder, or check that the one that is there was begun with the same.
+
+    names: those that must be the same, besides the listing of the data, with what a user knows them as.
+    """
+    known = read_meta(out, settings["format"])
     if not known:
         if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-            raise InputError(f"{out} exists already, and no `data pack` began it: choose another --out")
+            raise InputError(f"{out} exists already, and no `{command}` began it: choose another --out")
         write_text(out / META, json.dumps(settings, indent=2) + "\n")
         return
-    names = {"per_shard": "--per-shard", "images_as": "--format", "size": "--size", "data": "--data"}
     differing = [f"{option} was {known[n]}" for n, option in names.items() if known[n] != settings[n]]
     if not differing and known["listing"] != settings["listing"]:
         differing = [f"--data had {known['files']} images, and now has {settings['files']}, or others"]

@@ -72,13 +72,13 @@ def shard_paths(path: Path, size: int) -> list[str]:
     return shards
 
 
-def read_meta(folder: Path) -> dict:
-    """What `asymflow data pack` wrote about the shards in a folder; empty if it made none there."""
+def read_meta(folder: Path, form: str = FORMAT) -> dict:
+    """What `asymflow data pack` wrote about the shards in a folder; empty if it made none there (in this format)."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else {}
+    return meta if isinstance(meta, dict) and meta.get("format") == form else {}
 
 
 def read_index(shard: str) -> Index:

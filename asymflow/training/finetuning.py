@@ -92,12 +92,15 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
             getattr(transformer, name).requires_grad_(True)
     else:
         flow.requires_grad_(True)
-    for p in transformer.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+    for p in trained(flow):
+        p.data = p.data.float()
     if c.checkpointing:
         transformer.enable_gradient_checkpointing()
     return Finetuned(flow, reference, base)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def own_ends(transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:

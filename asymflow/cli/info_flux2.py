@@ -1,0 +1,179 @@
+"""`asymflow info` of a FLUX.2 klein: what it costs to make a pixel model of it."""
+
+import argparse
+import json
+from pathlib import Path
+
+from asymflow.cli.common import at_least
+from asymflow.errors import InputError
+
+CLASS = "Flux2Transformer2DModel"
+SIZE = (1024, 1024)
+STEPS = 38  # of UniPC, each with and without the prompt
+GPUS, STAGES = (1, 8, 64), (0, 1, 2, 3)
+CARD = 80 * 10**9  # bytes of a GPU of 80 GB, 74.5 GiB; drivers show some more
+PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and what of it a training may reach
+OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
+OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
+COLUMNS = {  # of the table, and the kinds of memory in them
+    "weights": ("weights", "gathered"),
+    "trained": ("trained",),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "EMA": ("ema",),
+    "activations": ("activations",),
+    "total": ("total",),
+    "on host": ("host",),
+}
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("FLUX.2 klein: a name, a folder of the model, or that of its transformer")
+    group.add_argument("--lora-rank", type=at_least(1), metavar="R", help="of the adapters (default: 256)")
+    group.add_argument("--full", action="store_true", help="train all weights, without adapters")
+    group.add_argument(
+        "--offload", choices=("optimizer", "weights"), help="to the host: from ZeRO 1 on; weights too, in ZeRO 3"
+    )
+    group.add_argument("--text-length", type=at_least(1), metavar="N", help="tokens of a prompt (default: 512)")
+
+
+def recognized(model: str) -> bool:
+    """Whether it is meant to be a FLUX.2: a name, if there is no such file, or a folder of diffusers."""
+    path = Path(model)
+    if path.is_dir():
+        return config_file(path) is not None
+    return not path.exists() and path.name.upper().startswith("FLUX.2")
+
+
+def config_file(folder: Path) -> Path | None:
+    """The configuration of the transformer in, or below, a folder of diffusers."""
+    for file in (folder / "transformer" / "config.json", folder / "config.json"):
+        try:
+            if json.loads(file.read_text(encoding="utf-8"))["_class_name"] == CLASS:
+                return file
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return None
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
+    from asymflow import cost_flux2 as cost  # diffusers, peft: seconds
+
+    if wrong := [option for name, option in OTHERS.items() if getattr(args, name) is not None]:
+        raise InputError(f"{wrong[0]} does not go with a FLUX.2: its rank is that of its latents, its dtype bfloat16")
+    if args.full and args.lora_rank:
+        raise InputError("--lora-rank does not go with --full, which trains all weights and has no adapters")
+    size, batch, length = args.image_size or SIZE, args.batch or 1, args.text_length or cost.TEXT_LENGTH
+    rank = None if args.full else args.lora_rank or cost.LORA_RANK
+    latent = cost.empty_transformer(config_of(args.model, cost.KLEIN))
+    base = sum(p.numel() for p in latent.parameters())
+    step = cost.Step(cost.finetuned(latent, lora_rank=rank, full=args.full), cost.random_perceptual("meta"))
+    forward = cost.forward_flops(step, size, length)
+    memory = {"recomputed": cost.activations(step, size, batch, length)}
+    with cost.all_kept(step):
+        memory["all_kept"] = cost.activations(step, size, batch, length)
+    peak = memory["recomputed"][1]
+    states = []
+    for gpus in [args.gpus] if args.gpus else GPUS:
+        for stage in STAGES:
+            kinds = cost.training_memory(step, gpus, stage, args.offload)
+            total = sum(kinds.values()) - kinds["host"] + peak
+            states.append({"gpus": gpus, "stage": stage, **kinds, "activations": peak, "total": total})
+    return {
+        "model": args.model,
+        "kind": "a FLUX.2 klein, to become a pixel model",
+        "config": dict(latent.config),
+        "image": (cost.CHANNELS, *size),
+        "text_length": length,
+        "parameters": {"base": base, **cost.parameters(step)},
+        "flops": {
+            "forward": forward,
+            "training_step": cost.step_flops(step, size, length),
+            "sampling": {"steps": STEPS, "passes": 2 * STEPS, "guided": 2 * STEPS * forward},
+        },
+        "training_memory": {
+            "lora_rank": rank,
+            "offload": args.offload,
+            "batch_on_each_gpu": batch,
+            "activations": {name: {"kept": kept, "peak": peak} for name, (kept, peak) in memory.items()},
+            "on_each_gpu": states,
+            "fits_80_gb": [fit(states, gpus) for gpus in dict.fromkeys(state["gpus"] for state in states)],
+        },
+    }
+
+
+def config_of(model: str, known: dict[str, dict]) -> dict:
+    if Path(model).is_dir():
+        return json.loads(config_file(Path(model)).read_text(encoding="utf-8"))
+    name = Path(model).name.replace("-base", "")
+    if name not in known:
+        raise InputError(f"there is no {model} here, neither a folder nor a name: the names are {', '.join(known)}")
+    return known[name]
+
+
+def fit(states: list[dict], gpus: int) -> dict:
+    """The lowest stage in which a training step fits, or else the one that takes least; to_spare may be negative."""
+    spare = {state["stage"]: CARD - state["total"] for state in states if state["gpus"] == gpus}
+    stage = next((stage for stage, bytes in spare.items() if bytes >= 0), max(spare, key=spare.get))
+    return {"gpus": gpus, "stage": stage, "fits": spare[stage] >= 0, "to_spare": spare[stage]}
+
+
+# ---- For people ------------------------------------------------------------------------------------------------------
+def as_text(found: dict) -> str:
+    n, flops, memory, c = found["parameters"], found["flops"], found["training_memory"], found["config"]
+    height, width = found["image"][1:]
+    lora = f"rank {memory['lora_rank']}, {n['lora'] / 1e6:,.1f} million in {n['lora_layers']} linear layers"
+    images = f"{memory['batch_on_each_gpu']} of {height} x {width} pixels"
+    seconds = flops["training_step"] * memory["batch_on_each_gpu"] / PEAK / SHARE
+    lines = {
+        "model": f"{found['model']}, {found['kind']}",
+        "backbone": f"{c['num_layers']} double and {c['num_single_layers']} single blocks, {c['num_attention_heads']} "
+        f"heads x {c['attention_head_dim']}, {c['in_channels']} channels",
+        "parameters": f"{n['base'] / 1e6:,.1f} million; {n['pixel_model'] / 1e6:,.1f} as a pixel model",
+        "LoRA": lora if memory["lora_rank"] else "none: all weights are trained",
+        "trained": f"{n['trained'] / 1e6:,.1f} million, of these {n['trained_in_full'] / 1e6:,.1f} in full",
+        "forward pass": f"{flops['forward'] / 1e12:,.1f} TFLOPs an image, with {found['text_length']} tokens of text",
+        "training step": f"{flops['training_step'] / 1e12:,.1f} TFLOPs an image: {seconds:,.2f} s for a batch at "
+        f"{SHARE:.0%} of the peak of an H100",
+        "sampling": f"{flops['sampling']['guided'] / 1e12:,.0f} TFLOPs an image: {STEPS} steps, "
+        f"{flops['sampling']['passes']} passes",
+    }
+    title = f"Memory to finetune, GiB on each GPU, bfloat16, {images} on each, all blocks recomputed"
+    more = memory["activations"]["all_kept"]["peak"] - memory["activations"]["recomputed"]["peak"]
+    return "\n".join(
+        [
+            *(f"{label:15}{text}" for label, text in lines.items()),
+            "",
+            title,
+            *table(memory["on_each_gpu"]),
+            "",
+            f"Without recomputation: {gib(more)} more.",
+            *verdicts(memory["fits_80_gb"]),
+        ]
+    )
+
+
+def table(states: list[dict]) -> list[str]:
+    shown = {name: kinds for name, kinds in COLUMNS.items() if name != "on host" or any(s["host"] for s in states)}
+    rows = [["GPUs", "ZeRO", *shown]]
+    for state in states:
+        cells = [f"{sum(state[kind] for kind in kinds) / 2**30:,.1f}" for kinds in shown.values()]
+        rows.append([str(state["gpus"]), str(state["stage"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["   ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def verdicts(fits: list[dict]) -> list[str]:
+    """One for each number of GPUs, up to the first that will do."""
+    lines = []
+    for one in fits:
+        where = f"{one['gpus']} GPU{'s' * (one['gpus'] > 1)} of 80 GB ({gib(CARD)})"
+        if one["fits"]:
+            return [*lines, f"A step fits {where} from ZeRO {one['stage']} on, with {gib(one['to_spare'])} to spare."]
+        lines.append(f"A step does not fit {where}: ZeRO {one['stage']} takes {gib(-one['to_spare'])} too much.")
+    return lines
+
+
+def gib(bytes: int) -> str:
+    return f"{bytes / 2**30:,.1f} GiB"

@@ -1,0 +1,169 @@
+"""`asymflow sample --base`: images of prompts by a pixel FLUX.2, each of which can be made again by itself."""
+
+import argparse
+import hashlib
+import shlex
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from asymflow import files
+from asymflow.adapters import ADAPTER, find
+from asymflow.cli.sample import check_numbers, draw_missing, open_record, own_device
+from asymflow.color import oklab_to_rgb
+from asymflow.errors import InputError
+from asymflow.patches import token_grid
+from asymflow.pipelines.flux2 import SIZE, AsymFlux2KleinPipeline, check_base_folder
+from asymflow.sampling import guided, image_noise, sigma_grid
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it in a folder
+
+
+def run_prompts(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args)
+    args.num = len(prompts) if args.num is None else args.num
+    check(args)
+    loras = [lora(text) for text in args.lora or ()]
+    images = [read_image(path) for path in args.image or ()]
+    pipeline = load(args, loras)
+    first = pipeline.reference(images[0], pipeline.flow.patch_size).shape[-2:] if images else (SIZE, SIZE)
+    height, width = args.height or first[0], args.width or first[1]
+    token_grid(torch.empty(1, 3, height, width, device="meta"), pipeline.flow.patch_size)  # refuses a wrong size
+    plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
+
+    def draw(indices: list[int], prompts: list[str], progress: bool) -> Tensor:
+        pipeline.set_progress_bar_config(desc="one batch", unit="step", leave=False, disable=not progress)
+        drawn = pipeline(
+            image=images,
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            orthogonal_guidance=args.orthogonal,
+            clamp_denoised=not args.no_clamp,
+            latents=image_noise(args.seed, indices, (3, height, width)),
+            max_sequence_length=args.max_length,
+            output_type="latent",
+        )
+        return oklab_to_rgb(drawn.images).cpu()
+
+    now = settings(args, pipeline, prompts, loras, (height, width))
+    open_record(args, now, plan, make_again(args, height, width), kind="prompt")
+    draw_missing(args, plan, draw)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before the model is read."""
+    check_numbers(args)
+    if args.adapter is None:
+        raise InputError("give --adapter too: the base alone is a model of latents")
+    if args.guidance < 1:
+        raise InputError(f"--guidance must be at least 1, which is none, but it is {args.guidance}")
+    for option in ("width", "height", "max_length"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')} must be at least 1, but it is {getattr(args, option)}")
+    sigma_grid(args.steps)  # these refuse what is out of their range
+    guided(None, {}, {}, args.guidance, orthogonal=args.orthogonal)
+    check_base_folder(args.base)
+    find(args.adapter)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompt is None) == (args.prompts is None):
+        raise InputError("give either --prompt, once or several times, or --prompts, a file with one on each line")
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        lines = files.existing_file(args.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise InputError(f"--prompts {args.prompts} is not a text file in UTF-8: {e}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts {args.prompts} has no prompt in it")
+    return prompts
+
+
+def read_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(files.existing_file(path)).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as e:
+        raise InputError(f"--image {path} cannot be read as an image: {e}") from None
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT: the safetensors file, or the one in the folder, and the weight, 1 by default."""
+    name, colon, number = text.rpartition(":")
+    try:
+        name, weight = (name, float(number)) if colon else (text, 1.0)
+    except ValueError:  # a colon within the name
+        name, weight = text, 1.0
+    path = Path(name) / LORA_FILE if Path(name).is_dir() else Path(name)
+    if path.suffix != ".safetensors":
+        raise InputError(f"--lora {text}: expected a safetensors file, or a folder with {LORA_FILE}, and :WEIGHT")
+    return files.existing_file(path), weight
+
+
+def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2KleinPipeline:
+    device = own_device(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers call torch_dtype dtype
+        dtype = getattr(torch, args.dtype)
+        pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
+    names = pipeline.get_list_adapters().get("transformer", [])  # none after full finetuning
+    for number, (path, _) in enumerate(loras):
+        try:
+            files.read_tensors(path)
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
+        except (ValueError, TypeError, RuntimeError, KeyError) as e:
+            raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None
+    if loras:
+        own = [ADAPTER] if ADAPTER in names else []
+        weights = [*(1.0 for _ in own), *(weight for _, weight in loras)]
+        pipeline.set_adapters([*own, *(f"lora{number}" for number in range(len(loras)))], weights)
+    if not args.offload:
+        return pipeline.to(device)
+    if device.type == "cpu":
+        raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
+    pipeline.enable_model_cpu_offload(device=device)
+    return pipeline
+
+
+def settings(
+    args: argparse.Namespace,
+    pipeline: AsymFlux2KleinPipeline,
+    prompts: list[str],
+    loras: list[tuple[Path, float]],
+    size: tuple[int, int],
+) -> dict:
+    """Everything that an image depends on besides its index; of the base, only what tells it from others."""
+    return {
+        "base_fingerprint": pipeline.base_fingerprint,
+        "adapter_sha256": files.sha256(find(args.adapter)),
+        "loras": [[files.sha256(path), weight] for path, weight in loras],
+        "references": [files.sha256(path) for path in args.image or ()],
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "orthogonal": args.orthogonal,
+        "clamp": not args.no_clamp,
+        "size": list(size),
+        "max_length": args.max_length,
+        "dtype": args.dtype,
+    }
+
+
+def make_again(args: argparse.Namespace, height: int, width: int) -> str:
+    words = ["asymflow", "sample", "--base", args.base, "--adapter", args.adapter, "--first", "INDEX", "--num", "1"]
+    words += ["--out", "FOLDER", "--height", height, "--width", width, "--max-length", args.max_length]
+    for option in ("seed", "steps", "guidance", "orthogonal", "dtype"):
+        words += [f"--{option}", getattr(args, option)]
+    for option in ("prompt", "image", "lora"):
+        words += [word for value in getattr(args, option) or () for word in (f"--{option}", value)]
+    words += ["--prompts", args.prompts] if args.prompts else []
+    words += ["--no-clamp"] if args.no_clamp else []
+    return shlex.join(map(str, words))

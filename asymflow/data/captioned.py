@@ -1,0 +1,158 @@
+"""Images with captions, from where people have them: folders, JSON lines, WebDataset, and generated shapes.
+
+Each is an object with `size()`, `caption()` and `pixels()`, which read what they need, when they are asked.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from asymflow.data.folder import caption_path
+from asymflow.data.images import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
+from asymflow.data.shapes import make_scene, render
+from asymflow.errors import InputError
+
+IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
+HEAD = 1 << 16  # bytes, in which the header of nearly every file is
+TURNED = (5, 6, 7, 8)  # orientations of EXIF in which a photograph lies on its side
+ORIENTATION = 0x0112
+
+
+class Photo(NamedTuple):
+    """An image file, and its caption: itself, or the .txt or .json file in which it is. None if there is none."""
+
+    file: Entry
+    text: Entry | str | None
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def size(self) -> tuple[int, int]:
+        """(width, height), as it is seen, from the header alone. UnreadableError if it is no image."""
+        try:
+            short = self.file.size if 0 <= self.file.size < HEAD else HEAD
+            return decoded(self.file._replace(size=short), upright_size)
+        except UnreadableError:  # some have long headers; WebP is not opened without all of it
+            return decoded(self.file, upright_size)
+
+    def caption(self) -> str:
+        """Without white space around it. UnreadableError if there is none, or nothing in it."""
+        text = self.text.read().decode("utf-8-sig", errors="replace") if isinstance(self.text, Entry) else self.text
+        if isinstance(self.text, Entry) and is_json(self.text):
+            try:
+                found = json.loads(text)
+            except ValueError:
+                raise UnreadableError(f"{self}: its caption, {self.text}, is not JSON") from None
+            text = first(found, CAPTION_KEYS) if isinstance(found, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UnreadableError(f"{self} has {'an empty' if isinstance(text, str) else 'no'} caption")
+        return text.strip().encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, is no text
+
+    def pixels(self) -> Image.Image:
+        """In RGB, upright. UnreadableError if it is damaged."""
+        return decoded(self.file, lambda image: to_rgb(upright(image)))
+
+
+class Drawing(NamedTuple):
+    """A picture of `Shapes`."""
+
+    index: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"shapes/{self.index}"
+
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def caption(self) -> str:
+        return make_scene(0, self.index).caption
+
+    def pixels(self) -> Image.Image:
+        return Image.fromarray(render(make_scene(0, self.index), self.side).permute(1, 2, 0).contiguous().numpy())
+
+
+def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
+    """All images of the given places, in an order that is always the same. No image is opened.
+
+    A folder, with the folders and .tar files in it, or a .tar file: the caption of IMAGE.jpg (png, webp, bmp) is
+    IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file: each line an object with the
+    path of an image, relative to the file, as "image", "file_name" or "path", and its caption under one of these names.
+    "shapes:COUNT": that many generated pictures of side x side pixels.
+    Raises InputError if there is no image, or a path is something else.
+    """
+    data, found = [str(path) for path in data], []
+    for path in data:
+        if drawn := re.fullmatch("shapes:([0-9]+)", path):
+            found += (Drawing(index, side) for index in range(int(drawn[1])))
+        elif Path(path).is_dir():
+            found += with_captions(tars_opened(folder_entries(path)))
+        elif not Path(path).exists():
+            raise InputError(f"{path} does not exist")
+        elif path.endswith(".tar"):
+            found += with_captions(tar_entries(path))
+        elif path.endswith(".jsonl"):
+            found += json_lines(Path(path))
+        else:
+            raise InputError(f"{path} is neither a folder, nor a .tar or .jsonl file, nor shapes:COUNT")
+    if not found:
+        raise InputError(f"{listing(data)} has no images")
+    return found
+
+
+def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
+    for entry in entries:
+        if entry.path.endswith(".tar"):
+            yield from tar_entries(entry.path)
+        else:
+            yield entry
+
+
+def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
+    """Here a KEY goes up to the last dot: `1.v2.txt` is the caption of `1.v2.jpg`, in tar files as in folders."""
+    entries = list(entries)
+    texts = {(e.path, e.member): e for e in entries if (e.member or e.path).endswith((".txt", ".json"))}
+    for entry in entries:
+        if entry.is_image:
+            text = caption_path(entry.member or entry.path)
+            names = [(entry.path, name) if entry.member else (name, None) for name in (text, text[:-4] + ".json")]
+            yield Photo(entry, next((texts[name] for name in names if name in texts), None))
+
+
+def json_lines(path: Path) -> Iterator[Photo]:
+    for number, line in enumerate(Entry(str(path)).read().decode("utf-8-sig", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        image = first(row, IMAGE_KEYS) if isinstance(row, dict) else None
+        if not isinstance(image, str) or not image or "\0" in image:
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object with an image's path as {' or '.join(IMAGE_KEYS)}, but "
+                f"it is {line.strip()[:60]!r}"
+            )
+        yield Photo(Entry(str(path.parent / image)), first(row, CAPTION_KEYS))
+
+
+def first(row: dict, names: Iterable[str]) -> object:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def is_json(entry: Entry) -> bool:
+    return (entry.member or entry.path).endswith(".json")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says and as it is seen, which is what its caption speaks of. PNG has no EXIF in its header."""
+    return image if image.format == "PNG" else ImageOps.exif_transpose(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
+    return image.size[::-1] if turned else image.size

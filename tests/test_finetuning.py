@@ -1,0 +1,385 @@
+"""Finetuning a latent model to pixels under DeepSpeed: the same curve in every stage, and nothing but what is meant."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from PIL import Image
+from processes import Launched, finish, start
+from test_training_distributed import MANY, metrics, tensors
+
+from asymflow import InputError, Subspace
+from asymflow.adapters import FULL, load_adapter
+from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.cli import main as asymflow
+from asymflow.data.encoded import EncodedShards
+from asymflow.data.encoded_batches import EncodedBatches
+from asymflow.data.shapes import Shapes
+from asymflow.training.config.reading import load_config
+from asymflow.training.finetuning import adapters_off, make_finetuned, trained
+from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+from asymflow.training.objectives import LatentToPixel
+from toy.asymflux2_tiny import gradient_moments
+from toy.tiny_flux2 import make_base, normalize_latents
+
+SIZES = [(48, 48)] * 48 + [(32, 64)] * 16  # of the images; two buckets
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base whose latent model has learnt a little, shards of two sizes, and a subspace."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "images").mkdir()
+    for i, (height, width) in enumerate(SIZES):
+        sample = Shapes(64, 64, 3)[i]
+        picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize((width, height))
+        picture.save(folder / f"images/{i:03d}.png")
+        (folder / f"images/{i:03d}.txt").write_text(sample.caption)
+    pipeline = make_base([path.read_text() for path in (folder / "images").glob("*.txt")])
+    pictures = [Shapes(64, 48, 3)[i].image for i in range(64)]
+    normalize_latents(pipeline.vae, torch.stack(pictures).float() / 127.5 - 1)
+    pipeline.save_pretrained(folder / "base")
+    encode = ["--size", "48", "--max-length", "32", "--dtype", "float32", "--batch", "16"]
+    assert not asymflow(
+        [
+            "data",
+            "encode",
+            "--base",
+            f"{folder}/base",
+            "--data",
+            f"{folder}/images",
+            "--out",
+            f"{folder}/shards",
+            *encode,
+        ]
+    )
+    assert not asymflow(
+        ["subspace", "procrustes", "--shards", f"{folder}/shards", "--out", f"{folder}/subspace.safetensors"]
+    )
+    learn(pipeline.transformer, EncodedShards(folder / "shards"))
+    pipeline.transformer.save_pretrained(folder / "base/transformer")
+    return folder
+
+
+def learn(transformer, data, steps=150):
+    """Some of the distribution of the latents: enough for a reference that is better than nothing."""
+    torch.manual_seed(0)
+    flow, optimizer = latent_flow(transformer.train()), torch.optim.Adam(transformer.parameters(), lr=3e-3)
+    samples = [data[i] for i in np.flatnonzero(data.bucket == data.bucket[0])]
+    latents, prompts = torch.stack([s.latent for s in samples]), torch.stack([s.prompt for s in samples])
+    for _ in range(steps):
+        chosen = torch.randint(len(latents), (16,))
+        x0, sigma = latents[chosen], noise_level(torch.randn(16), 0.0, 1.0)
+        eps = torch.randn_like(x0)
+        velocity = flow(noisy(x0, eps, sigma), sigma, encoder_hidden_states=prompts[chosen])
+        optimizer.zero_grad()
+        flow_matching_loss(velocity, x0, eps, sigma).mean().backward()
+        optimizer.step()
+    transformer.eval()
+
+
+def settings(made, *more):
+    return [
+        f"finetune.base={made}/base",
+        f"finetune.subspace={made}/subspace.safetensors",
+        "finetune.lora={rank: 4, dropout: 0.0}",
+        f"data.path={made}/shards",
+        "train.global_batch_size=8",
+        "train.steps=6",
+        "checkpoint.every=3",
+        "checkpoint.keep_last=9",
+        "sample.every=null",
+        "optimizer.warmup_steps=2",
+        "ema.decays=[0.5]",
+        *more,
+    ]
+
+
+def words(made, out, *more):
+    pairs = (word for setting in settings(made, *more) for word in ("--set", setting))
+    return ["--config", "asymflux2_tiny", "--out", str(out), *pairs]
+
+
+def config_of(made, *more):
+    return load_config("asymflux2_tiny", settings(made, *more))
+
+
+def in_two_processes(todo):
+    codes, written = finish(start(2, json.dumps(todo), code=MANY), timeout=300)
+    assert codes == [0, 0], written
+    return written[0]
+
+
+VARIANTS = {
+    "stage0": ["deepspeed.zero_optimization.stage=0"],
+    "stage1": [],
+    "stage2": ["deepspeed.zero_optimization.stage=2"],
+    "stage3": ["deepspeed.zero_optimization.stage=3"],
+    "offload": ["deepspeed.zero_optimization={stage: 2, offload_optimizer: {device: cpu}}"],
+    "offload3": [
+        "deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}"
+    ],
+    "accumulated": ["train.micro_batch_size=2"],
+    "checkpointing": ["finetune.checkpointing=true"],
+    "checkpointing3": ["finetune.checkpointing=true", "deepspeed.zero_optimization.stage=3"],
+    "workers": ["data.workers=1"],
+}
+OTHERS = {  # of another curve
+    "bf16": ["train.precision=bf16", "deepspeed.bf16.enabled=true"],
+    "full": ["finetune.lora=null", "deepspeed.zero_optimization.stage=3"],
+    "plain": ["loss.variance_reduction=null"],
+    "perceptual": [
+        "loss.perceptual={vgg: random}",
+        "train.steps=2",
+        "checkpoint.every=2",
+        "sample.every=2",
+        "sample.steps=2",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    todo = [words(made, folder / name, *more) for name, more in (VARIANTS | OTHERS).items()]
+    for name in ("stage1", "stage3"):  # stopped after 3 of the 6 steps, and continued
+        todo += [words(made, folder / f"{name}-resumed", *VARIANTS[name], *stop) for stop in (["train.steps=3"], [])]
+    in_two_processes(todo)
+    process = Launched(1, arguments=words(made, folder / "alone"))
+    assert process.wait(120) == [0], process.said()
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_way_to_share_the_work_gives_the_same_curve(runs, name):
+    expected, found = metrics(runs / "alone"), metrics(runs / name)
+    assert [m["step"] for m in found] == [1, 2, 3, 4, 5, 6]
+    for m, e in zip(found, expected, strict=True):
+        assert m["loss"] == pytest.approx(e["loss"], rel=1e-4)
+        assert m["grad_norm"] == pytest.approx(e["grad_norm"], rel=1e-3)
+        assert m["lr"] == e["lr"]
+
+
+def test_in_bfloat16_it_is_about_the_same_curve(runs):
+    for m, e in zip(metrics(runs / "bf16"), metrics(runs / "alone"), strict=True):
+        assert m["loss"] == pytest.approx(e["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage3"])
+def test_a_resumed_finetuning_has_the_same_bits(runs, name):
+    a, b = tensors(runs / name, 6), tensors(runs / f"{name}-resumed", 6)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    keys = ("step", "loss", "grad_norm", "lr")
+    assert [[m[k] for k in keys] for m in metrics(runs / name)] == [
+        [m[k] for k in keys] for m in metrics(runs / f"{name}-resumed")
+    ]
+
+
+def test_checkpoints_and_averages_are_of_what_is_trained_alone(runs, made):
+    names = {name for _, name in tensors(runs / "alone", 6)}
+    lora = {name for name in names if ".lora_" in name}
+    full = {name.removeprefix("backbone.transformer.").split(".")[0] for name in names - lora}
+    assert full == set(FULL)
+    transformer = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
+    double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    assert len(lora) == 2 * (4 * double + single + 2)  # the linear layers of method, section 5
+    assert {kind for kind, _ in tensors(runs / "alone", 6)} == {
+        "weights",
+        "exp_avg",
+        "exp_avg_sq",
+        "ema-0.5",
+        "ema-rel-0.099",
+    }
+
+
+def test_full_finetuning_trains_every_weight(runs, made):
+    names = {name for _, name in tensors(runs / "full", 6)}
+    transformer = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
+    assert names == {f"backbone.transformer.{name}" for name, _ in transformer.named_parameters()}
+    first, last = metrics(runs / "full")[0], metrics(runs / "plain")[0]
+    assert first["loss"] != last["loss"]  # its target has less variance
+
+
+def test_all_begin_with_the_same_loss(runs):
+    """LoRA or full, the model is the latent one before the first step."""
+    assert metrics(runs / "full")[0]["loss"] == pytest.approx(metrics(runs / "alone")[0]["loss"], rel=1e-5)
+
+
+def test_the_perceptual_term_is_there_and_images_are_drawn(runs):
+    assert all(0 < m["perceptual"] < 100 for m in metrics(runs / "perceptual"))
+    assert (runs / "perceptual/samples/00000002.png").is_file()
+
+
+def test_the_learning_rate_of_proj_out_is_multiplied(runs):
+    """Adam's first step is as long as the learning rate, in every coordinate."""
+    config = load_config(runs / "alone/config.yaml")
+    start = make_finetuned(config, Subspace.load(runs / "alone/subspace.safetensors"))
+    begun, after = dict(start.named_parameters()), tensors(runs / "alone", 3)
+    moved = {
+        layer: (
+            after["weights", f"backbone.transformer.{layer}.weight"] - begun[f"backbone.transformer.{layer}.weight"]
+        )
+        .abs()
+        .mean()
+        for layer in ("x_embedder", "proj_out")
+    }
+    assert 1.5 < moved["proj_out"] / moved["x_embedder"] < 6  # the factor is 3; three steps, not all one way
+
+
+# ---- What comes out --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["alone", "full"])
+def test_the_exported_adapter_is_the_model_that_was_trained(runs, made, name, tmp_path):
+    assert not asymflow(["export", "--run", f"{runs}/{name}", "--out", f"{tmp_path}/adapter"])
+    loaded = load_adapter(Flux2Transformer2DModel.from_pretrained(made / "base/transformer"), tmp_path / "adapter")
+    subspace = Subspace.load(runs / name / "subspace.safetensors")
+    model = make_finetuned(load_config(runs / name / "config.yaml"), subspace).eval()
+    average = {n: value for (kind, n), value in tensors(runs / name, 6).items() if kind == "ema-0.5"}
+    assert not model.load_state_dict(average, strict=False).unexpected_keys
+    x, sigma, text = torch.randn(2, 3, 48, 32), torch.tensor([0.2, 0.9]), torch.randn(2, 5, 96)
+    with torch.no_grad():
+        a, b = (flow(x, sigma, encoder_hidden_states=text) for flow in (loaded, model))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+# ---- The reference ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def model(made):
+    config = config_of(made)
+    torch.manual_seed(0)
+    return make_finetuned(config, Subspace.load(made / "subspace.safetensors"))
+
+
+def test_the_reference_stays_the_latent_model_whatever_the_adapters_learn(made, model):
+    latent = latent_flow(Flux2Transformer2DModel.from_pretrained(made / "base/transformer"))
+    z, tau, text = torch.randn(2, 16, 3, 2), torch.tensor([0.3, 0.8]), torch.randn(2, 5, 96)
+    x, sigma = torch.randn(2, 3, 48, 32), torch.tensor([0.3, 0.8])
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in trained(model):
+            p.add_(0.1)
+        u, v = model.train()(x, sigma, noisy_latents=z, tau=tau, encoder_hidden_states=text)
+        expected = latent(z, tau, encoder_hidden_states=text)
+        assert torch.equal(v, expected)
+        assert torch.equal(u, model(x, sigma, encoder_hidden_states=text))  # and adapters are on again
+        for name, p in model.named_parameters():
+            p.copy_(kept[name])
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_before_training_it_is_the_lifted_latent_model(made, model):
+    latent = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
+    lifted = latent_to_pixel(latent, Subspace.load(made / "subspace.safetensors")).eval()
+    x, sigma, text = torch.randn(2, 3, 48, 32), torch.tensor([0.3, 0.8]), torch.randn(2, 5, 96)
+    with torch.no_grad():
+        assert torch.equal(
+            model.eval()(x, sigma, encoder_hidden_states=text), lifted(x, sigma, encoder_hidden_states=text)
+        )
+
+
+def test_adapters_are_on_again_also_after_an_error(model):
+    with pytest.raises(ZeroDivisionError), adapters_off(model):
+        raise ZeroDivisionError
+    assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
+
+
+def test_the_variance_of_the_gradient_is_less_and_its_mean_is_about_the_same(made, model, record_property):
+    """Over micro-batches of data and noise, the same with and without, for the weights that are trained."""
+    data, found = EncodedShards(made / "shards"), {}
+    for name, more in (("reduced", []), ("plain", ["loss.variance_reduction=null"])):
+        config = config_of(made, *more, "train.steps=100", "loss.sigma_shift=4.0", "loss.label_dropout=0")
+        objective = LatentToPixel(config, data, torch.device("cpu"))
+        found[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws=40)
+    ratio = found["plain"].variance / found["reduced"].variance
+    cosine = torch.nn.functional.cosine_similarity(found["plain"].mean, found["reduced"].mean, dim=0).item()
+    record_property("variance_ratio", ratio)
+    print(f"variance of the gradient: plain / reduced {ratio:.2f}; cosine of the means {cosine:.3f}")
+    assert ratio > 1.2
+    assert cosine > 0.8
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+def test_a_step_is_of_one_bucket_on_all_ranks_and_epochs_are_whole(made):
+    data, config = EncodedShards(made / "shards"), config_of(made, "train.steps=400", "loss.label_dropout=0")
+    whole, halves = EncodedBatches(data, config, 0, 1), [EncodedBatches(data, config, rank, 2) for rank in (0, 1)]
+    for step in (0, 1, 2, 3, 57):
+        batch, parts = whole[step], [half[step] for half in halves]
+        assert len({tuple(part.pixels.shape[2:]) for part in parts}) == 1
+        for field in ("pixels", "eps", "latents", "prompts", "normal"):
+            assert torch.equal(getattr(batch, field), torch.cat([getattr(part, field) for part in parts])), field
+    buckets, before = whole.plan
+    share = np.bincount(data.bucket)[0] / len(data)
+    assert (buckets == 0).mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 400) ** 0.5)
+    steps = np.flatnonzero(buckets == 1)[:2]  # its 16 images in two steps of 8: each once
+    seen = {tuple(latent.flatten().tolist()) for step in steps for latent in whole[int(step)].latents}
+    assert len(seen) == 16
+    assert before[steps].tolist() == [0, 1]
+
+
+def test_latents_and_images_of_a_batch_belong_together(made):
+    data, config = EncodedShards(made / "shards"), config_of(made, "train.steps=400")
+    batch = EncodedBatches(data, config, 0, 1)[0]
+    known = {tuple(s.latent.flatten().tolist()): s for s in (data[i] for i in range(len(data)))}
+    dropped = 0
+    for pixels, latent, prompt in zip(batch.pixels, batch.latents, batch.prompts, strict=True):
+        sample = known[tuple(latent.flatten().tolist())]
+        assert torch.equal(pixels, sample.image)
+        dropped += torch.equal(prompt, data.empty_prompt)
+        assert torch.equal(prompt, sample.prompt) or torch.equal(prompt, data.empty_prompt)
+    assert dropped < len(batch.pixels)
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+def refusal(made, out, *more):
+    process = Launched(1, arguments=words(made, out, *more))
+    assert process.wait(60) == [2], process.said()
+    (line,) = process.said()
+    return line
+
+
+def test_a_subspace_of_another_rank_is_refused(made, tmp_path):
+    Subspace.random(768, 8, patch_size=16, token_order="channel_first", color_space="oklab").save(tmp_path / "s")
+    line = refusal(made, tmp_path / "run", f"finetune.subspace={tmp_path}/s")
+    assert "16 channels, but the subspace has the rank 8" in line
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["finetune.base=/nowhere"], "finetune.base /nowhere is not a folder of FLUX.2 klein"),
+        (["optimizer.multipliers={proj_uot: 2.0}"], "no trained parameter is in a layer called proj_uot"),
+        (["finetune.lora={rank: 4, targets: [attn.to_x]}"], "attn.to_x"),
+        (["model={size: tiny/4, image_size: 32, num_classes: 2}"], "does not go with finetune"),
+        (["data.kind=webdataset"], "must be encoded"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(made, tmp_path, more, words):
+    assert words in refusal(made, tmp_path / "run", *more)
+
+
+def test_another_base_of_the_same_shapes_is_noticed_on_resume(made, runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "alone", tmp_path / "run")
+    shutil.copytree(made / "base/transformer", tmp_path / "other/transformer")
+    other = Flux2Transformer2DModel.from_pretrained(tmp_path / "other/transformer")
+    with torch.no_grad():
+        other.proj_out.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other/transformer")
+    line = refusal(made, tmp_path / "run", f"finetune.base={tmp_path}/other", "train.steps=7")
+    assert "another latent model" in line
+
+
+def test_an_adapter_needs_its_own_base(made, runs, tmp_path):
+    assert not asymflow(["export", "--run", f"{runs}/alone", "--out", f"{tmp_path}/adapter"])
+    other = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
+    with torch.no_grad():
+        other.x_embedder.weight.mul_(1.5)
+    with pytest.raises(InputError, match="another base model"):
+        load_adapter(other, tmp_path / "adapter")
