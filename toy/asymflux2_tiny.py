@@ -1,8 +1,9 @@
 """From a latent text-to-image model to a pixel model, from end to end, with the classes and files of FLUX.2.
 
-On generated pictures of coloured shapes with captions (asymflow/data/shapes.py): trains a tiny autoencoder, on its
-latents a tiny FLUX.2 klein, aligns pixels with latents, and finetunes the lifted model in pixel space by train_ddp.py,
-through the same commands as for the real one. Then four models draw the same captions from the same noise:
+On generated pictures of coloured shapes with captions (asymflow/data/shapes.py), at half their brightness: trains a
+tiny autoencoder, on its latents a tiny FLUX.2 klein, aligns pixels with latents, and finetunes the lifted model in
+pixel space by train_ddp.py, through the same commands as for the real one. Then four models draw the same captions from
+the same noise:
 
     latent    the latent model and its autoencoder
     start     the pixel model before the first step
@@ -34,7 +35,9 @@ from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.encode import decode_latents, encode_image, encode_prompts
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoded_batches import EncodedBatches
+from asymflow.data.images import to_image
 from asymflow.data.oracle import detail, score
+from asymflow.data.sample import Sample
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -52,10 +55,13 @@ from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 SIZE = 64  # pixels; 4 x 4 tokens of D = 768
 VALIDATION = 2**32 + 1  # seed of scenes that no training draws
 GUIDANCE, STEPS = 3.0, 25
+# Oklab is normalized around a middle grey, as photographs are on average. Shapes on white paper are far from that: the
+# mean of their patches would be 93 % of what the subspace has to hold. At half the brightness they are near it.
+BRIGHTNESS = 0.5
 MODELS = ("latent", "start", "pixel", "scratch")
-FULL = dict(pictures=6000, autoencoder=2500, latent=5000, asked=512, draws=200)
+FULL = dict(pictures=6000, autoencoder=2000, latent=5000, asked=512, draws=200)
 QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16, draws=4)
-TINY = dict(latent_channels=4, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
+TINY = dict(latent_channels=8, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
 
 
 def experiment(args) -> tuple[Figure, dict]:
@@ -91,11 +97,30 @@ def experiment(args) -> tuple[Figure, dict]:
     return picture, {"scale": scale, "gradient_variance": variance, "models": results}
 
 
+def dimmed(sample: Sample) -> Sample:
+    return sample._replace(image=(sample.image * BRIGHTNESS).round().to(torch.uint8))
+
+
+def brightened(images: Tensor) -> Tensor:
+    """As the oracle knows them: images (n, 3, H, W) in [-1, 1], at full brightness."""
+    return ((images + 1) / BRIGHTNESS - 1).clamp(-1, 1)
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> None:
+    """As a user has them: images, and beside each its caption."""
+    folder.mkdir()
+    pictures = Shapes(count, SIZE, seed)
+    for i in trange(count, desc="pictures", unit="image", leave=False):
+        sample = dimmed(pictures[i])
+        to_image(to_float(sample.image)).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.txt").write_text(sample.caption)
+
+
 # ---- The latent model ------------------------------------------------------------------------------------------------
 def autoencoder(folder: Path, seed: int, sizes: dict) -> None:
     """A base whose autoencoder is trained; its transformer is not, yet."""
     pictures = Shapes(sizes["pictures"], SIZE, seed)
-    samples = [pictures[i] for i in range(len(pictures))]
+    samples = [dimmed(pictures[i]) for i in range(len(pictures))]
     images = torch.stack([sample.image for sample in samples])
     base = make_base([sample.caption for sample in samples], seed, **TINY)
     vae, draws = base.vae.train(), torch.Generator().manual_seed(seed)
@@ -190,7 +215,7 @@ def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
 @torch.no_grad()
 def compared(args, asked: int) -> tuple[Figure, dict]:
     pictures = Shapes(asked, SIZE, VALIDATION)
-    samples = [pictures[i] for i in range(asked)]
+    samples = [dimmed(pictures[i]) for i in range(asked)]
     truth = torch.stack([to_float(sample.image) for sample in samples])
     captions = [sample.caption for sample in samples]
     base = Flux2KleinPipeline.from_pretrained(args.out / "latent", local_files_only=True)
@@ -202,6 +227,7 @@ def compared(args, asked: int) -> tuple[Figure, dict]:
         transformer = base.transformer if model in ("latent", "start") else loaded(args.out, model)
         draw = of_latents if model == "latent" else of_pixels
         drawn[model] = draw(model, transformer, base.vae, subspace, noise, text, empty)
+    drawn = {name: brightened(images) for name, images in drawn.items()}
     results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
     print_table(results)
     return figure(drawn, results), results
@@ -314,4 +340,4 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1000, quick_steps=10))
+    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1500, quick_steps=10))

@@ -69,6 +69,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--first", type=int, default=0, help="index of the first image")
     p.add_argument("--seed", type=int, default=0, help="with its index, fixes the noise of an image")
     p.add_argument("--steps", type=int, help="steps of the sampler (default: 50; 38 with --base)")
+    p.add_argument(
+        "--shift",
+        type=float,
+        help="above 1: more steps at high noise levels (default: 1; 17 sqrt(pixels) / 1024 with --base)",
+    )
     p.add_argument("--guidance", type=float, help="its scale; 1 is none (default: 2.3; 4 with --base)")
     p.add_argument(
         "--orthogonal",
@@ -85,7 +90,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     classes.add_argument("--model", type=Path, help="folder of save_pretrained, or a published checkpoint file")
     classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
     classes.add_argument("--method", choices=METHODS, help="heun evaluates the model twice a step (default: heun)")
-    classes.add_argument("--shift", type=float, help="above 1: more steps at high noise levels (default: 1)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
     classes.add_argument("--clamp", action="store_true", help="keep the denoised image displayable on the way")
     classes.add_argument(

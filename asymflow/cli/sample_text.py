@@ -17,7 +17,7 @@ from asymflow.color import oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
 from asymflow.pipelines.flux2 import SIZE, AsymFlux2KleinPipeline, check_base_folder
-from asymflow.sampling import guided, image_noise, sigma_grid
+from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it in a folder
 
@@ -32,6 +32,7 @@ def run_prompts(args: argparse.Namespace) -> None:
     first = pipeline.reference(images[0], pipeline.flow.patch_size).shape[-2:] if images else (SIZE, SIZE)
     height, width = args.height or first[0], args.width or first[1]
     token_grid(torch.empty(1, 3, height, width, device="meta"), pipeline.flow.patch_size)  # refuses a wrong size
+    args.shift = dynamic_shift(height, width) if args.shift is None else args.shift
     plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
 
     def draw(indices: list[int], prompts: list[str], progress: bool) -> Tensor:
@@ -41,7 +42,7 @@ def run_prompts(args: argparse.Namespace) -> None:
             prompt=prompts,
             height=height,
             width=width,
-            num_inference_steps=args.steps,
+            sigmas=sigma_grid(args.steps, args.shift)[:-1].tolist(),
             guidance_scale=args.guidance,
             orthogonal_guidance=args.orthogonal,
             clamp_denoised=not args.no_clamp,
@@ -66,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
     for option in ("width", "height", "max_length"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')} must be at least 1, but it is {getattr(args, option)}")
-    sigma_grid(args.steps)  # these refuse what is out of their range
+    sigma_grid(args.steps, 1.0 if args.shift is None else args.shift)  # these refuse what is out of their range
     guided(None, {}, {}, args.guidance, orthogonal=args.orthogonal)
     check_base_folder(args.base)
     find(args.adapter)
@@ -148,6 +149,7 @@ def settings(
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "seed": args.seed,
         "steps": args.steps,
+        "shift": args.shift,
         "guidance": args.guidance,
         "orthogonal": args.orthogonal,
         "clamp": not args.no_clamp,
@@ -160,7 +162,7 @@ def settings(
 def make_again(args: argparse.Namespace, height: int, width: int) -> str:
     words = ["asymflow", "sample", "--base", args.base, "--adapter", args.adapter, "--first", "INDEX", "--num", "1"]
     words += ["--out", "FOLDER", "--height", height, "--width", width, "--max-length", args.max_length]
-    for option in ("seed", "steps", "guidance", "orthogonal", "dtype"):
+    for option in ("seed", "steps", "shift", "guidance", "orthogonal", "dtype"):
         words += [f"--{option}", getattr(args, option)]
     for option in ("prompt", "image", "lora"):
         words += [word for value in getattr(args, option) or () for word in (f"--{option}", value)]

@@ -11,7 +11,6 @@ BASE is a FLUX.2 klein base model in the layout of diffusers; its autoencoder is
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,10 +28,9 @@ from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.patches import token_grid
-from asymflow.sampling import checked_levels, guided, sigma_grid
+from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
 
 SIZE = 1024  # pixels along each side, by default
-SHIFT = 17  # of the noise levels at that size
 NUDGE = 2e-6  # see `set_levels`
 
 
@@ -232,15 +230,6 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
 
 
 # ---- Noise levels ----------------------------------------------------------------------------------------------------
-def dynamic_shift(height: int, width: int) -> float:
-    """The shift of `sigma_grid` for an image of so many pixels: 17 sqrt(height width) / 1024.
-
-    Twice the side makes four pixels of what was one, whose mean has half the noise: the same is known of an image at
-    twice the ratio of noise to signal. arXiv 2605.12964 has 17 at 1024^2 and 34 at 2048^2.
-    """
-    return SHIFT * math.sqrt(height * width) / SIZE
-
-
 def flow_unipc() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from asymflow import files
 from asymflow.color import oklab_to_rgb
 from asymflow.errors import InputError
+from asymflow.subspace import no_autocast
 from asymflow.training.loss import SIGMA_FLOOR
 
 SHIFT = 0.3
@@ -81,7 +82,7 @@ class Perceptual:
 
         x0_pred, x0: (B, 3, H, W), normalized Oklab. weight: (B, 1, H, W). Differentiable in x0_pred.
         """
-        with torch.autocast(x0.device.type, enabled=False):
+        with no_autocast(x0):
             images = (oklab_to_rgb(x).to(self.dtype) for x in (x0_pred, x0))
             return (self.model(*images).float() * weight).flatten(1).mean(1)
 
