@@ -37,11 +37,11 @@ def made(tmp_path_factory):
     (folder / "images").mkdir()
     for i, (height, width) in enumerate(SIZES):
         sample = Shapes(64, 64, 3)[i]
-        picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize((width, height))
+        picture = Image.fromarray((sample.image // 2).permute(1, 2, 0).numpy()).resize((width, height))
         picture.save(folder / f"images/{i:03d}.png")
         (folder / f"images/{i:03d}.txt").write_text(sample.caption)
     pipeline = make_base([path.read_text() for path in (folder / "images").glob("*.txt")])
-    pictures = [Shapes(64, 48, 3)[i].image for i in range(64)]
+    pictures = [Shapes(64, 48, 3)[i].image // 2 for i in range(64)]  # near the mean of normalized Oklab
     normalize_latents(pipeline.vae, torch.stack(pictures).float() / 127.5 - 1)
     pipeline.save_pretrained(folder / "base")
     encode = ["--size", "48", "--max-length", "32", "--dtype", "float32", "--batch", "16"]
@@ -217,19 +217,13 @@ def test_the_perceptual_term_is_there_and_images_are_drawn(runs):
 
 
 def test_the_learning_rate_of_proj_out_is_multiplied(runs):
-    """Adam's first step is as long as the learning rate, in every coordinate."""
+    """Adam moves what is pushed one way all the time by the learning rate in each step, whatever its gradient."""
     config = load_config(runs / "alone/config.yaml")
     start = make_finetuned(config, Subspace.load(runs / "alone/subspace.safetensors"))
     begun, after = dict(start.named_parameters()), tensors(runs / "alone", 3)
-    moved = {
-        layer: (
-            after["weights", f"backbone.transformer.{layer}.weight"] - begun[f"backbone.transformer.{layer}.weight"]
-        )
-        .abs()
-        .mean()
-        for layer in ("x_embedder", "proj_out")
-    }
-    assert 1.5 < moved["proj_out"] / moved["x_embedder"] < 6  # the factor is 3; three steps, not all one way
+    names = {layer: f"backbone.transformer.{layer}.weight" for layer in ("x_embedder", "proj_out")}
+    moved = {layer: (after["weights", name] - begun[name].detach()).abs().max() for layer, name in names.items()}
+    assert moved["proj_out"] / moved["x_embedder"] == pytest.approx(3, rel=0.1)
 
 
 # ---- What comes out --------------------------------------------------------------------------------------------------
@@ -292,7 +286,7 @@ def test_the_variance_of_the_gradient_is_less_and_its_mean_is_about_the_same(mad
     """Over micro-batches of data and noise, the same with and without, for the weights that are trained."""
     data, found = EncodedShards(made / "shards"), {}
     for name, more in (("reduced", []), ("plain", ["loss.variance_reduction=null"])):
-        config = config_of(made, *more, "train.steps=100", "loss.sigma_shift=4.0", "loss.label_dropout=0")
+        config = config_of(made, *more, "train.steps=100", "loss.sigma_shift=17.0", "loss.label_dropout=0")
         objective = LatentToPixel(config, data, torch.device("cpu"))
         found[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws=40)
     ratio = found["plain"].variance / found["reduced"].variance

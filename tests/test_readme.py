@@ -54,4 +54,9 @@ def test_its_links_lead_to_files():
 
 def test_its_experiments_are_those_in_toy():
     listed = set(re.findall(r"^\| `(\w+)` \(", README, re.MULTILINE))
-    assert listed == {file.stem for file in (ROOT / "toy").glob("*.py")} - {"__init__", "common", "make_emoji64", "tiny_flux2"}
+    assert listed == {file.stem for file in (ROOT / "toy").glob("*.py")} - {
+        "__init__",
+        "common",
+        "make_emoji64",
+        "tiny_flux2",
+    }
