@@ -59,7 +59,7 @@ GUIDANCE, STEPS = 3.0, 25
 # mean of their patches would be 93 % of what the subspace has to hold. At half the brightness they are near it.
 BRIGHTNESS = 0.5
 MODELS = ("latent", "start", "pixel", "scratch")
-FULL = dict(pictures=6000, autoencoder=2000, latent=5000, asked=512, draws=200)
+FULL = dict(pictures=6000, autoencoder=2000, latent=3000, asked=512, draws=200)
 QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16, draws=4)
 TINY = dict(latent_channels=8, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
 
@@ -69,18 +69,11 @@ def experiment(args) -> tuple[Figure, dict]:
     begin(args.out, {"seed": args.seed, "steps": args.steps, **sizes})
     base, shards, subspace = args.out / "base", args.out / "shards", args.out / "subspace.safetensors"
     once(base, lambda beside: autoencoder(beside, args.seed, sizes))
-    encode = [
-        "--data",
-        f"shapes:{sizes['pictures']}",
-        "--size",
-        SIZE,
-        "--max-length",
-        TEXT_LENGTH,
-        "--dtype",
-        "float32",
-    ]
+    pictures = args.out / "pictures"
+    once(pictures, lambda beside: write_pictures(beside, sizes["pictures"], args.seed))
+    encode = ["--size", SIZE, "--max-length", TEXT_LENGTH, "--dtype", "float32", "--batch", 32]
     if not (args.out / "latent").exists():  # where it is, `encode` would find another model in base
-        run("data", "encode", "--base", base, "--out", shards, *encode, "--batch", 32)
+        run("data", "encode", "--base", base, "--data", pictures, "--out", shards, *encode)
     once(args.out / "latent", lambda beside: latent_model(base, beside, shards, args.seed, sizes["latent"]))
     once(args.out / "untrained", lambda beside: untrained(args.out / "latent", beside, args.seed))
     if not subspace.exists():
@@ -340,4 +333,4 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1500, quick_steps=10))
+    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1000, quick_steps=10))
