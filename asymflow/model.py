@@ -137,7 +137,9 @@ class AsymFlow(
 
     @property
     def backbone_dtype(self) -> torch.dtype | None:
-        """The dtype of the backbone's weights; None if it has none."""
+        """The dtype in which the backbone computes, if it says so, or that of its weights; None if it has none."""
+        if isinstance(dtype := getattr(self.backbone, "dtype", None), torch.dtype):
+            return dtype
         for p in self.backbone.parameters():
             if p.is_floating_point():
                 return p.dtype

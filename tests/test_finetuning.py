@@ -130,7 +130,19 @@ VARIANTS = {
     "workers": ["data.workers=1"],
 }
 OTHERS = {  # of another curve
-    "bf16": ["train.precision=bf16", "deepspeed.bf16.enabled=true"],
+    "bf16": [
+        "train.precision=bf16",
+        "train.micro_batch_size=1",
+        "deepspeed.bf16.enabled=true",
+        "deepspeed.data_types={grad_accum_dtype: fp32}",
+        "deepspeed.zero_optimization.stage=2",
+    ],
+    "bf16-full": [
+        "train.precision=bf16",
+        "finetune.lora=null",
+        "deepspeed.bf16.enabled=true",
+        "deepspeed.zero_optimization.stage=3",
+    ],
     "full": ["finetune.lora=null", "deepspeed.zero_optimization.stage=3"],
     "plain": ["loss.variance_reduction=null"],
     "perceptual": [
@@ -165,8 +177,9 @@ def test_every_way_to_share_the_work_gives_the_same_curve(runs, name):
         assert m["lr"] == e["lr"]
 
 
-def test_in_bfloat16_it_is_about_the_same_curve(runs):
-    for m, e in zip(metrics(runs / "bf16"), metrics(runs / "alone"), strict=True):
+@pytest.mark.parametrize(("half", "whole"), [("bf16", "alone"), ("bf16-full", "full")])
+def test_in_bfloat16_it_is_about_the_same_curve(runs, half, whole):
+    for m, e in zip(metrics(runs / half), metrics(runs / whole), strict=True):
         assert m["loss"] == pytest.approx(e["loss"], rel=0.05)
 
 
@@ -351,9 +364,13 @@ def test_a_subspace_of_another_rank_is_refused(made, tmp_path):
         (["finetune.lora={rank: 4, targets: [attn.to_x]}"], "attn.to_x"),
         (["model={size: tiny/4, image_size: 32, num_classes: 2}"], "does not go with finetune"),
         (["data.kind=webdataset"], "must be encoded"),
+        (["finetune.base=OTHER"], "has prompts of width 96, but finetune needs 48"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(made, tmp_path, more, words):
+    if more == ["finetune.base=OTHER"]:
+        make_base(["a"], text_width=16).transformer.save_pretrained(tmp_path / "transformer")
+        more = [f"finetune.base={tmp_path}"]
     assert words in refusal(made, tmp_path / "run", *more)
 
 

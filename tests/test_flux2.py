@@ -138,6 +138,14 @@ def test_the_stock_transformer_stays_as_it_is_and_shares_its_weights(transformer
         assert (own[name] is p) == (name not in ("x_embedder.weight", "proj_out.weight"))
 
 
+def test_it_computes_in_the_dtype_that_it_is_told_whatever_weights_are_stored_in(transformer):
+    """Else the noisy image would be rounded to float8 before it enters."""
+    other = Flux2Transformer2DModel.from_config(transformer.config)
+    other.load_state_dict(transformer.state_dict())
+    other.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert latent_flow(other).backbone_dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("subspace", "patch_size", "words"),
     [

@@ -66,7 +66,7 @@ TINY = dict(latent_channels=8, vae_channels=(16, 32, 32, 32), width=128, heads=4
 
 def experiment(args) -> tuple[Figure, dict]:
     sizes = QUICK if args.quick else FULL
-    begin(args.out, {"seed": args.seed, "steps": args.steps, **sizes})
+    begin(args.out, {"seed": args.seed, "steps": args.steps, "brightness": BRIGHTNESS, **sizes})
     base, shards, subspace = args.out / "base", args.out / "shards", args.out / "subspace.safetensors"
     once(base, lambda beside: autoencoder(beside, args.seed, sizes))
     pictures = args.out / "pictures"
@@ -83,7 +83,7 @@ def experiment(args) -> tuple[Figure, dict]:
     common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
     variance = variance_ratio(args.out, common, sizes["draws"])
     train(args.out / "pixel", {**common, "finetune.base": args.out / "latent"})
-    from_nothing = {"finetune.lora": "null", "loss.variance_reduction": "null", "optimizer.multipliers": "{}"}
+    from_nothing = {"finetune.lora": "null", "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
     train(args.out / "scratch", {**common, **from_nothing, "finetune.base": args.out / "untrained"})
     picture, results = compared(args, sizes["asked"])
     print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")

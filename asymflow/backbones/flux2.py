@@ -45,6 +45,11 @@ class Flux2(nn.Module):
         check_transformer(transformer)
         self.transformer, self.patch_size, self.scale = transformer, patch_size, scale
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes; weights may be stored in another one, by diffusers' layerwise casting."""
+        return self.transformer.dtype
+
     def forward(
         self,
         tokens: Tensor,

@@ -60,7 +60,9 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             )
         check_base_folder(Path(base))
         try:
-            pipeline = super().from_pretrained(str(base), **{"scheduler": flow_unipc(), **options, "vae": None})
+            pipeline = super().from_pretrained(
+                str(base), **{"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
+            )
         except (OSError, ValueError) as e:
             raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())}") from None
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)

@@ -54,7 +54,7 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     base_optimizer(engine).state.clear()
     if originals:  # DeepSpeed has made its own from weights that it had rounded before
         with torch.no_grad():
-            for f in shards.held_fragments(engine):
+            for f in (f for f in shards.held_fragments(engine) if f.name in originals):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
         shards.spread_weights(engine)
     if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
@@ -113,7 +113,7 @@ def compile_blocks(flow: nn.Module) -> None:
 
 
 def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
-    trained = ((name, p) for name, p in flow.named_parameters() if p.requires_grad)
+    trained = ((name, p) for name, p in flow.named_parameters() if p.requires_grad and p.dtype == torch.float32)
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trained}
 
 

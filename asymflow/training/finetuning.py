@@ -83,7 +83,7 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
         reference = latent_flow(own_ends(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
     for name in ("x_embedder", "proj_out"):  # lifted and trained in float32
         getattr(latent, name).float()
-    flow = latent_to_pixel(latent, subspace, subspace.patch_size or 16, c.sigma_min)
+    flow = latent_to_pixel(latent, subspace, subspace.patch_size or 16)
     transformer = flow.backbone.transformer
     if c.lora:
         flow.requires_grad_(False)
@@ -92,8 +92,11 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
             getattr(transformer, name).requires_grad_(True)
     else:
         flow.requires_grad_(True)
+    lifted = {id(transformer.x_embedder.weight), id(transformer.proj_out.weight)}
     for p in trained(flow):
-        p.data = p.data.float()
+        # Of the others, after full finetuning began, float32 knows no more than bfloat16: DeepSpeed's originals will.
+        if c.lora or id(p) in lifted or not bf16_weights(config):
+            p.data = p.data.float()
     if c.checkpointing:
         transformer.enable_gradient_checkpointing()
     return Finetuned(flow, reference, base)

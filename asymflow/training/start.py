@@ -117,6 +117,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
             raise AgreedError(f"rank {other} finds {length} images, rank 0 {lengths[0]}: give all the same data")
     objective_for = each(lambda: make_objective(config, dataset, device))
     brought = each(lambda: bring_subspace(config, args.out, args.resume), "the subspace")
+    if config.finetune:
+        each(lambda: check_shards(config, dataset.meta, brought))
     lock = only_first(lambda: run.open_run(args.out, config))  # only now: what cannot begin leaves no folder
     folder, remarks = run.to_resume(args.out, args.resume)
     subspace = get_subspace(config, dataset, args.out, folder, brought, device)
@@ -172,6 +174,22 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
 
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------
+def check_shards(config: Config, meta: dict, subspace: Subspace | None) -> None:
+    """InputError if encoded shards are of another base than the one to finetune, or of another subspace."""
+    from asymflow.training.finetuning import transformer_config  # needs diffusers and peft
+
+    c = transformer_config(Path(config.finetune.base))
+    pairs = [
+        ("prompts of width", meta["prompt_shape"][1], c.get("joint_attention_dim")),
+        ("latents of rank", meta["rank"], c.get("in_channels")),
+    ]
+    pairs += [("patches of side", meta["patch_size"], subspace.patch_size or 16)] if subspace else []
+    for what, theirs, needed in pairs:
+        if theirs != needed:
+            where = f"{config.data.path} has {what} {theirs}, but finetune needs {needed}"
+            raise InputError(f"{where}: encode the images with finetune.base, and fit finetune.subspace to the shards")
+
+
 def get_subspace(
     config: Config, dataset, out: Path, resumed: Path | None, brought: Subspace | None, device: torch.device
 ) -> Subspace:

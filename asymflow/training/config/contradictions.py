@@ -92,7 +92,7 @@ REFUSED = {  # in the section deepspeed
     "scheduler": "is not used: see optimizer.warmup_steps",
     "bfloat16": "is an old name of bf16: use that",
     "amp": "is gone from DeepSpeed: use train.precision: bf16",
-    "activation_checkpointing": "has no effect on this model: use model.checkpoint_every",
+    "activation_checkpointing": "has no effect on this model: use model.checkpoint_every, or finetune.checkpointing",
 }
 SWITCHES = {
     "fp16": "float16 is not supported: its loss scale skips steps and is in no checkpoint. Use train.precision: bf16",

@@ -83,7 +83,6 @@ class Finetune(Section):
     subspace: Text | None = Field(None, description="needed: file of `asymflow subspace procrustes`")
     lora: Lora | None = Field(Lora(), description="null: all weights are trained")
     checkpointing: bool = Field(True, description="recompute every block in the backward pass")
-    sigma_min: NotNegative = Field(1e-4, description="clamp of sigma when sampling, outside of the subspace")
 
 
 class Data(Section):
