@@ -4,6 +4,7 @@ The functions before the tests are done to each rank before it begins: they brea
 """
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -89,15 +90,15 @@ def without_steps(first, count):
 
 def bad_gradient(step):
     """The loss is right, but not its derivative."""
-    from asymflow.training.loop import Training
+    from asymflow.training.objectives import ClassConditional
 
-    losses = Training.losses
+    losses, calls = ClassConditional.losses, itertools.count(1)
 
     def replaced(self, *args):
         value = losses(self, *args)
-        return value + (0 * value).sqrt() if self.step + 1 == step else value  # whose derivative is 0 times infinity
+        return value + (0 * value).sqrt() if next(calls) == step else value  # whose derivative is 0 times infinity
 
-    Training.losses = replaced
+    ClassConditional.losses = replaced
 
 
 def corrupt_images(indices):
