@@ -14,6 +14,7 @@ images, D = 3 patch^2.
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -131,7 +132,8 @@ def published_names(state: Mapping[str, Tensor], name: str = ADAPTER) -> dict[st
 def fingerprint(transformer: Flux2Transformer2DModel) -> str:
     """SHA-256, in hexadecimal, of the projections of a latent model: it tells a base from one of the same shapes.
 
-    Of the weights rounded to bfloat16, so that it is the same whether they were loaded as float32 or as bfloat16.
+    Of the weights rounded to bfloat16, so that it is the same whether they were loaded as float32 or as bfloat16. What
+    was done to the blocks alone, such as a LoRA merged into them, it does not tell.
     """
     digest = hashlib.sha256()
     for layer in (transformer.x_embedder, transformer.proj_out):
@@ -154,9 +156,9 @@ def write_adapter(
     tensors: by published names, in the dtypes that the file is to have. transformer_config: of the latent or the pixel
     transformer. fingerprint: of the latent one, so that a wrong base is recognized later.
 
-    The weights come last and whole, and there is no adapter without them. The buffers are in float32, as published;
-    the scale to the last digit is in the metadata. Raises InputError if there is something in the folder, if a tensor
-    that every adapter has is missing, or if the subspace is not of such tokens.
+    The weights come last and whole, and there is no adapter without them. The buffers are in float32; the scale to the
+    last digit is in the metadata, and so are the names and shapes of all tensors. Raises InputError if there is
+    something in the folder, if a tensor that every adapter has is missing, or if the subspace is not of such tokens.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -168,12 +170,13 @@ def write_adapter(
             f"and {subspace.color_space}"
         )
     patch_size = patch_size_of(subspace.dim, f"the adapter for {folder}")
+    usual = inspect.signature(Flux2Transformer2DModel).parameters  # a config.json may hold what differs from it only
     config = {
         "_class_name": "AsymFlux2Transformer2DModel",
         "patch_size": patch_size,
         "in_channels": 3,
-        "basis_rank": subspace.rank,
-        **{name: transformer_config[name] for name in ARCHITECTURE},
+        "base_rank": subspace.rank,
+        **{name: transformer_config.get(name, usual[name].default) for name in ARCHITECTURE},
         "sigma_min": SIGMA_MIN,
         "num_timesteps": 1,
     }
@@ -183,6 +186,7 @@ def write_adapter(
         "asymflow_version": own_version(),
         "base_fingerprint": fingerprint,
         "scale": repr(subspace.scale.item()),
+        "tensors": json.dumps({name: list(tensor.shape) for name, tensor in sorted({**tensors, **buffers}.items())}),
     }
     for name, text in ((CONFIG, json.dumps(config, indent=2) + "\n"), (CARD, CARD_TEXT)):
         with files.replacing(folder / name) as beside:
@@ -217,12 +221,8 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
         raise InputError(f"{path} is for a base model as it is, but this one has LoRA layers already: load it anew")
     check_base(transformer, tensors, metadata, path)
     patch_size = patch_size_of(len(tensors["proj_buffer"]), path)
-    try:
-        scale = float(metadata.get("scale", tensors["scale_buffer"]))
-    except (ValueError, RuntimeError):
-        raise InputError(f"{path} does not fit: scale_buffer is not a number") from None
     record = {"patch_size": patch_size, "token_order": CHANNEL_FIRST, "color_space": "oklab"}
-    subspace = checked_subspace(path, tensors["proj_buffer"], scale, **record)
+    subspace = checked_subspace(path, tensors["proj_buffer"], scale_of(tensors, metadata, path), **record)
     lora = {key: tensor for key, tensor in tensors.items() if is_lora(key)}
     full = {key: tensor for key, tensor in tensors.items() if not is_lora(key) and key not in BUFFERS}
 
@@ -232,6 +232,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     shapes = {key: tuple(weight.shape) for key, weight in pixel.named_parameters() if key in full}
     files.check_tensors(full, shapes, str(path))
     check_lora(pixel, lora, path)
+    check_whole(pixel, tensors, metadata, path)
     for key, tensor in full.items():
         module, _, leaf = key.rpartition(".")
         module = pixel.get_submodule(module)
@@ -276,7 +277,7 @@ def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: s
     if missing := [name for name in needed if name not in tensors]:
         raise InputError(f"{source} does not fit: missing tensors: {', '.join(missing)}")
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # as float: for float8
             raise InputError(f"{source} does not fit: {name} has entries that are not finite floating point numbers")
 
 
@@ -322,7 +323,7 @@ def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -
                 f"{path} does not fit: it has LoRA for {module}, which is no linear layer of this base model"
             )
         layer, a, b = linear[module], lora[module + LORA_A], lora[module + LORA_B]
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] > 0:
             raise InputError(
                 f"{path} does not fit: the LoRA for {module} must be (rank, in) and (out, rank) with one rank, but it "
                 f"is {tuple(a.shape)} and {tuple(b.shape)}"
@@ -332,6 +333,40 @@ def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -
                 f"{path} is of another base model: its LoRA for {module} has {a.shape[1]} features in and {b.shape[0]} "
                 f"out, where this base has {layer.in_features} and {layer.out_features}"
             )
+
+
+def check_whole(transformer: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """InputError unless nothing is missing: by the list of our own files, else by comparing the blocks.
+
+    In a file of others, what has LoRA in one block must have it in all.
+    """
+    if metadata.get("asymflow_format") == FORMAT and "tensors" in metadata:
+        try:
+            listed = {name: tuple(shape) for name, shape in json.loads(metadata["tensors"]).items()}
+        except (ValueError, TypeError, AttributeError):
+            raise InputError(f"{path} does not fit: its list of tensors cannot be read") from None
+        files.check_tensors(tensors, listed, str(path))
+        return
+    kind = lambda name: re.sub(r"\d+", "*", name)
+    changed = {key.removesuffix(LORA_A) for key in tensors if key.endswith(LORA_A)}
+    kinds = {kind(name) for name in changed}
+    linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    if missing := [f"{name}{LORA_A}" for name in linear if kind(name) in kinds and name not in changed]:
+        raise InputError(f"{path} does not fit: missing tensors: {', '.join(missing)}, which its other blocks have")
+
+
+def scale_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> float:
+    """To the last digit, where it is a file of ours; InputError if that is not what the buffer says."""
+    stored = tensors["scale_buffer"].item()
+    if metadata.get("asymflow_format") != FORMAT:
+        return stored
+    try:
+        scale = float(metadata["scale"])
+    except (KeyError, ValueError):
+        scale = math.nan
+    if not math.isclose(scale, stored, rel_tol=2**-7):  # they may have been rounded to bfloat16
+        raise InputError(f"{path} does not fit: scale_buffer is {stored:g}, its metadata say {metadata.get('scale')}")
+    return scale
 
 
 def patch_size_of(dim: int, path: str | Path) -> int:

@@ -17,6 +17,7 @@ from asymflow import cost
 from asymflow import cost_flux2 as counted
 from asymflow.cli.common import Parser, at_least, default_device, image_size, usable_device
 from asymflow.errors import InputError
+from asymflow.sampling import guided
 from asymflow.subspace import Subspace
 
 TINY = dict(
@@ -80,9 +81,11 @@ def measure(args: argparse.Namespace) -> dict:
 
     (first, *seconds), losses = timed(train, args.steps, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    step.model.eval()
-    (_, *guided), _ = timed(lambda: guided_velocity(step, batch), args.steps, device)
-    a_step, an_evaluation, most = median(seconds), median(guided), cost.peak_flops(device)
+    text = batch["text"]  # and another prompt, for the two of them in one call
+    prompts = ({"encoder_hidden_states": prompt} for prompt in (text, text.flip(1)))
+    velocity = torch.inference_mode()(guided(step.model.eval(), *prompts, scale=4.0, orthogonal=1.0))
+    (_, *evaluations), _ = timed(lambda: velocity(batch["eps"], batch["sigma"]), args.steps, device)
+    a_step, an_evaluation, most = median(seconds), median(evaluations), cost.peak_flops(device)
     return {
         "model": args.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -160,16 +163,6 @@ class Originals:
             "optimizer": [*self.originals, *(p.grad for p in self.originals), *moments],
             "ema": self.average,
         }
-
-
-@torch.inference_mode()
-def guided_velocity(step: counted.Step, batch: dict[str, Tensor], guidance: float = 4.0) -> Tensor:
-    """One evaluation of the velocity with and without a prompt, one after the other, as in sampling."""
-    text = batch["text"]
-    with_prompt, without = (
-        step.model(batch["eps"], batch["sigma"], encoder_hidden_states=prompt) for prompt in (text, text.flip(1))
-    )
-    return without + guidance * (with_prompt - without)
 
 
 def timed(function: Callable, times: int, device: torch.device) -> tuple[list[float], list]:

@@ -141,11 +141,11 @@ def test_alpha_is_the_rank(adapter, latent):
 
 
 def test_alpha_is_the_rank_when_ranks_differ(adapter, latent, flow, inputs, tmp_path):
-    tensors, metadata = files.read_tensors(adapter / WEIGHTS)
+    tensors, _ = files.read_tensors(adapter / WEIGHTS)
     key = "single_transformer_blocks.1.attn.to_out.lora_{}.weight"
     a, b = tensors[key.format("A")], tensors[key.format("B")]
     tensors[key.format("A")], tensors[key.format("B")] = torch.cat([a, a]), torch.cat([b / 2, b / 2], dim=1)
-    files.write_tensors(tmp_path / WEIGHTS, tensors, metadata)
+    files.write_tensors(tmp_path / WEIGHTS, tensors)
     loaded = load_adapter(copy.deepcopy(latent), tmp_path)
     torch.testing.assert_close(velocity(loaded, inputs), velocity(flow, inputs), rtol=1e-5, atol=1e-5)
 
@@ -172,11 +172,29 @@ def test_the_layout_is_the_published_one(adapter):
     assert scale.dtype == basis.dtype == torch.float32
     config = json.loads((adapter / "config.json").read_text())
     assert config["_class_name"] == "AsymFlux2Transformer2DModel"
-    assert (config["patch_size"], config["in_channels"], config["basis_rank"]) == (16, 3, 16)
+    assert (config["patch_size"], config["in_channels"], config["base_rank"]) == (16, 3, 16)
     assert (config["num_layers"], config["num_single_layers"], config["axes_dims_rope"]) == (1, 2, [8, 8, 8, 8])
 
 
 BUFFERS = ("proj_buffer", "scale_buffer")
+
+
+def test_a_config_that_holds_only_what_is_unusual_is_enough(adapter, flow, latent, subspace, tmp_path):
+    few = {key: latent.config[key] for key in ("in_channels", "num_layers", "num_single_layers", "axes_dims_rope")}
+    few |= {key: latent.config[key] for key in ("attention_head_dim", "num_attention_heads", "joint_attention_dim")}
+    write_adapter(tmp_path / "few", changed(flow), subspace, {**few, "guidance_embeds": False}, fingerprint(latent))
+    assert (tmp_path / "few" / "config.json").read_text() == (adapter / "config.json").read_text()
+
+
+def test_rounded_as_the_published_file_is_it_fits_too(adapter, latent, flow, inputs, tmp_path):
+    """Its buffers are in bfloat16, the rest in float16."""
+    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(torch.bfloat16 if name in BUFFERS else torch.float16)
+    files.write_tensors(tmp_path / WEIGHTS, tensors)
+    loaded = load_adapter(copy.deepcopy(latent), tmp_path)
+    expected = velocity(flow, inputs)
+    assert (velocity(loaded, inputs) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_it_reads_the_published_file(adapter, latent, flow, inputs, tmp_path):
@@ -227,6 +245,11 @@ def replaced(name, change):
     return lambda t: t.update({name: change(t[name])})
 
 
+def of_rank(rank):
+    a, b = f"{LORA}A.weight", f"{LORA}B.weight"
+    return lambda t: t.update({a: t[a][:rank], b: t[b][:, :rank]})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -244,6 +267,18 @@ def replaced(name, change):
         (replaced("proj_buffer", lambda a: a[:, :8]), r"another base model: proj_buffer is \(768, 8\)"),
         (replaced("proj_buffer", lambda a: 2 * a), "not orthonormal"),
         (replaced("scale_buffer", lambda s: s[None]), "scale_buffer"),
+        (replaced("scale_buffer", lambda s: 2 * s), "scale_buffer is 3.4, its metadata say 1.7"),
+        (
+            replaced(f"{LORA}A.weight", lambda a: (a * torch.nan).to(torch.float8_e4m3fn)),
+            "A.weight has entries that are not",
+        ),
+        (of_rank(0), "with one rank"),
+        (of_rank(1), r"wrong shapes: .*lora_A.weight has \(1, 64\), expected \(3, 64\)"),
+        (
+            lambda t: [t.pop(f"{LORA}{x}.weight") for x in "AB"],
+            "missing tensors: transformer_blocks.0.ff.linear_in.lora_A",
+        ),
+        (lambda t: [t.pop(name) for name in list(t) if ".lora_" in name], "missing tensors: .* and 11 more"),
         (replaced("proj_out.weight", lambda w: w * float("nan")), "proj_out.weight has entries that are not finite"),
         (replaced("x_embedder.weight", lambda w: w.long()), "x_embedder.weight has entries that are not finite"),
         (
@@ -266,6 +301,17 @@ def test_what_does_not_fit_is_named(adapter, latent, tmp_path, damage, message):
     assert "\n" not in str(e.value)
     assert str(tmp_path) in str(e.value)
     load_adapter(base, adapter)  # the base is as it was
+
+
+def test_blocks_that_a_file_of_others_leaves_out_are_named(adapter, latent, tmp_path):
+    """Without our list of tensors: what one single block has, the other must have."""
+    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    gone = "single_transformer_blocks.1.attn.to_out.lora_"
+    for half in "AB":
+        del tensors[f"{gone}{half}.weight"]
+    files.write_tensors(tmp_path / WEIGHTS, tensors, {"scale": "1"})  # a key of theirs says nothing
+    with pytest.raises(InputError, match=rf"missing tensors: {gone}A.weight, which its other blocks have"):
+        load_adapter(copy.deepcopy(latent), tmp_path)
 
 
 def test_a_wrong_base_of_the_same_shapes_is_recognized(adapter):

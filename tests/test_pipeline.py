@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -15,10 +16,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, Flux2KleinPipeline
 from PIL import Image
 
-from asymflow import InputError, Subspace, calibration, patchify
+from asymflow import InputError, Subspace, calibration, files, patchify
 from asymflow.adapters import add_lora, fingerprint, lora_modules, published_names, write_adapter
 from asymflow.backbones.flux2 import latent_to_pixel
 from asymflow.cli import main
+from asymflow.cli.sample_text import read_image
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.pipelines.flux2 import AsymFlux2KleinPipeline, dynamic_shift, flow_unipc, set_levels
 from asymflow.sampling import guided, image_noise, sample, sigma_grid
@@ -300,6 +302,11 @@ def test_another_lora_on_top(base, adapter, noise, tmp_path):
     assert differ(drawn[0.5], images) > 1e-4
     assert differ(drawn[1.0], drawn[0.5]) > 1e-4
     assert torch.equal(both, drawn[1.0])
+    for change in (lambda: pipeline.set_adapters("style"), lambda: pipeline.set_adapters(["style"], 1.0)):
+        pipeline.disable_lora()
+        assert torch.equal(draw(pipeline, noise), images)
+        change()
+        assert torch.equal(draw(pipeline, noise), both)
     pipeline.unload_lora_weights()  # those of the style, not those that make it a model of pixels
     assert torch.equal(draw(pipeline, noise), images)
 
@@ -325,11 +332,35 @@ def test_offloading_goes_through_the_hooks(base, adapter, pipeline, noise):
 
 
 def test_the_autoencoder_is_not_needed(base, adapter, tmp_path):
-    import shutil
-
-    shutil.copytree(base, tmp_path / "base")
+    copied(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "vae")
     assert load(tmp_path / "base", adapter).vae is None
+
+
+def copied(base, folder):
+    shutil.copytree(base, folder)
+    return folder
+
+
+def test_a_base_that_is_not_whole_or_not_a_base_model_is_one_line(base, adapter, tmp_path):
+    distilled = copied(base, tmp_path / "distilled")
+    index = json.loads((base / "model_index.json").read_text())
+    (distilled / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    cut = copied(base, tmp_path / "cut")
+    weights = cut / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    mute = copied(base, tmp_path / "mute")
+    for file in (mute / "tokenizer").glob("*"):
+        if file.name != "tokenizer.json":
+            file.unlink()
+    for folder, message in [
+        (distilled, "is a distilled model"),
+        (cut, "cannot be loaded"),
+        (mute, "its chat template"),
+    ]:
+        with pytest.raises(InputError, match=message) as e:
+            load(folder, adapter)
+        assert "\n" not in str(e.value)
 
 
 def test_what_does_not_fit_is_one_line(base, adapter, pipeline, noise, tmp_path):
@@ -446,6 +477,7 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
         (PROMPT, {"image": "none.png"}, "none.png does not exist"),
         (PROMPT, {"image": __file__}, "cannot be read as an image"),
         (PROMPT, {"lora": "style.bin"}, "expected a safetensors file"),
+        (PROMPT, {"lora": "style.safetensors:nan"}, "and :WEIGHT, a number"),
         (PROMPT, {"lora": "none.safetensors:0.5"}, "none.safetensors does not exist"),
         (PROMPT, {"width": 50}, "32 x 50 pixels"),
         (PROMPT, {"guidance": 0.5}, "--guidance must be at least 1"),
@@ -467,6 +499,32 @@ def test_a_lora_that_does_not_fit_is_one_line(base, adapter, tmp_path, capsys):
     AsymFlux2KleinPipeline.save_lora_weights(tmp_path, transformer_lora_layers=style)
     assert run(base, adapter, tmp_path / "out", *PROMPT, lora=tmp_path) == 2
     assert "does not fit the model" in capsys.readouterr().err.strip().splitlines()[-1]
+    files.write_tensors(tmp_path / "unet.safetensors", {f"unet.a.lora_{x}.weight": torch.ones(2, 2) for x in "AB"})
+    assert run(base, adapter, tmp_path / "out", *PROMPT, lora=tmp_path / "unet.safetensors") == 2
+    assert "does not fit the model: it has no LoRA for a layer" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_photographs_enter_upright_and_on_white(base, adapter, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture(1, 96, 64).save(tmp_path / "phone.jpg", exif=exif)
+    assert run(base, adapter, tmp_path / "out", *PROMPT, image=tmp_path / "phone.jpg", width=None, height=None) == 0
+    assert Image.open(tmp_path / "out" / "000000.png").size == (64, 96)
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("RGB", (10, 10)).save(tmp_path / "tiny.png")
+    options = [*PROMPT, "--image", str(tmp_path / "phone.jpg"), "--image", str(tmp_path / "tiny.png")]
+    assert run(base, adapter, tmp_path / "none", *options) == 2  # also the second one, and before anything is written
+    assert not (tmp_path / "none").exists()
+
+
+def test_too_little_memory_is_one_line(base, adapter, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AsymFlux2KleinPipeline, "__call__", full)
+    assert run(base, adapter, tmp_path / "out", *PROMPT) == 2
+    assert "cpu has too little memory for this: try --offload" in capsys.readouterr().err
 
 
 def test_the_command_line_starts_without_diffusers():

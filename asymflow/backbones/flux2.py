@@ -112,7 +112,8 @@ def latent_to_pixel(
     are channel_first. patch_size: pixels along the side of what one latent token covers. sigma_min: see `AsymFlow`.
 
     The projections are lifted in float64 and have the dtype of the transformer, which stays as it is; the new one
-    shares all else with it. Raises InputError if the subspace does not fit the transformer or the patch size.
+    shares all else with it, and the subspace comes to its device. Raises InputError if the subspace does not fit the
+    transformer or the patch size.
     """
     check_transformer(transformer)
     if subspace.rank != transformer.config.in_channels:
@@ -125,7 +126,8 @@ def latent_to_pixel(
         transformer.x_embedder.weight.double() @ subspace.basis.to(transformer.device).double().mT,
         subspace.basis.to(transformer.device).double() @ transformer.proj_out.weight.double(),
     )
-    return AsymFlow(Flux2(lifted, patch_size, subspace.scale.item()), subspace, sigma_min=sigma_min)
+    flow = AsymFlow(Flux2(lifted, patch_size, subspace.scale.item()), subspace, sigma_min=sigma_min)
+    return flow.to(transformer.device)
 
 
 def with_projections(transformer: Flux2Transformer2DModel, into: Tensor, out_of: Tensor) -> Flux2Transformer2DModel:
@@ -155,6 +157,6 @@ def check_transformer(transformer: Flux2Transformer2DModel) -> None:
         )
     if c.guidance_embeds:
         raise InputError(
-            "the transformer has a guidance embedding: it is a distilled model. Take a base model, such as "
-            "FLUX.2-klein-base-9B"
+            "the transformer has a guidance embedding, as that of FLUX.2-dev: it is a distilled model. Take a base "
+            "model, such as FLUX.2-klein-base-9B"
         )

@@ -41,6 +41,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--run", dest="folder", type=Path, required=True, help="folder of the training run")
     p.add_argument("--step", type=int, help="of the checkpoint, if not the newest")
     p.add_argument("--ema", help="an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)")
+    add_base(p)
     p.add_argument("--out", type=Path, required=True, help="new folder for the model")
     p.set_defaults(run=run_export)
     p = commands.add_parser(
@@ -54,8 +55,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--sigma-rel", type=float, required=True, help="width of the average, as a share of the training time"
     )
     p.add_argument("--step", type=int, help="at which it ends, if not the last snapshot")
+    add_base(p)
     p.add_argument("--out", type=Path, required=True, help="new folder for the model")
     p.set_defaults(run=run_ema)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    where = "of a finetuning: the base model, if it is no longer where the training found it"
+    parser.add_argument("--base", type=Path, help=where)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -151,5 +158,5 @@ def save_adapter(args: argparse.Namespace, weights: dict[str, Tensor], subspace,
     from asymflow.training.finetuning import published, transformer_config
 
     with replacing_folder(args.out) as beside:
-        about = transformer_config(Path(config.finetune.base))
+        about = transformer_config(args.base or Path(config.finetune.base))
         write_adapter(beside, published(weights), subspace, about, base)

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,11 +176,23 @@ def draw_missing(
     with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
         for start in range(0, len(todo), args.batch):
             indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
-            for i, image in zip(indices, draw(indices, what, rank == 0), strict=True):
+            with enough_memory(args):
+                images = draw(indices, what, rank == 0)
+            for i, image in zip(indices, images, strict=True):
                 with files.replacing(args.out / name(i)) as beside:
                     to_image(image).save(beside)
             bar.update(len(indices))
     finish(args, plan)
+
+
+@contextmanager
+def enough_memory(args: argparse.Namespace) -> Iterator[None]:
+    """Within it, a GPU that runs out of memory is an InputError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        less = "--offload, a smaller --batch or smaller images" if args.base else "a smaller --batch"
+        raise InputError(f"{args.device} has too little memory for this: try {less}") from None
 
 
 def check(args: argparse.Namespace) -> None:

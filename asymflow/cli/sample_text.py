@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import shlex
 import warnings
 from pathlib import Path
@@ -11,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from asymflow import files
-from asymflow.adapters import ADAPTER, find
-from asymflow.cli.sample import check_numbers, draw_missing, open_record, own_device
+from asymflow.adapters import find
+from asymflow.cli.sample import check_numbers, draw_missing, enough_memory, open_record, own_device
 from asymflow.color import oklab_to_rgb
+from asymflow.data.captioned import upright
+from asymflow.data.images import to_rgb
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
 from asymflow.pipelines.flux2 import SIZE, AsymFlux2KleinPipeline, check_base_folder
@@ -29,9 +32,11 @@ def run_prompts(args: argparse.Namespace) -> None:
     loras = [lora(text) for text in args.lora or ()]
     images = [read_image(path) for path in args.image or ()]
     pipeline = load(args, loras)
-    first = pipeline.reference(images[0], pipeline.flow.patch_size).shape[-2:] if images else (SIZE, SIZE)
-    height, width = args.height or first[0], args.width or first[1]
-    token_grid(torch.empty(1, 3, height, width, device="meta"), pipeline.flow.patch_size)  # refuses a wrong size
+    patch_size = pipeline.flow.patch_size
+    sizes = [pipeline.reference(image, patch_size).shape[-2:] for image in images]  # refuses what cannot be used
+    like = sizes[0] if sizes else (SIZE, SIZE)
+    height, width = args.height or like[0], args.width or like[1]
+    token_grid(torch.empty(1, 3, height, width, device="meta"), patch_size)  # refuses a wrong size
     args.shift = dynamic_shift(height, width) if args.shift is None else args.shift
     plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
 
@@ -90,7 +95,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def read_image(path: Path) -> Image.Image:
     try:
-        return Image.open(files.existing_file(path)).convert("RGB")
+        with Image.open(files.existing_file(path)) as image:
+            return to_rgb(upright(image))
     except (OSError, Image.DecompressionBombError) as e:
         raise InputError(f"--image {path} cannot be read as an image: {e}") from None
 
@@ -103,8 +109,10 @@ def lora(text: str) -> tuple[Path, float]:
     except ValueError:  # a colon within the name
         name, weight = text, 1.0
     path = Path(name) / LORA_FILE if Path(name).is_dir() else Path(name)
-    if path.suffix != ".safetensors":
-        raise InputError(f"--lora {text}: expected a safetensors file, or a folder with {LORA_FILE}, and :WEIGHT")
+    if path.suffix != ".safetensors" or not math.isfinite(weight):
+        raise InputError(
+            f"--lora {text}: expected a safetensors file, or a folder with {LORA_FILE}, and :WEIGHT, a number"
+        )
     return files.existing_file(path), weight
 
 
@@ -114,19 +122,19 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers call torch_dtype dtype
         dtype = getattr(torch, args.dtype)
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
-    names = pipeline.get_list_adapters().get("transformer", [])  # none after full finetuning
     for number, (path, _) in enumerate(loras):
         try:
             files.read_tensors(path)
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
+            if f"lora{number}" not in pipeline.get_list_adapters().get("transformer", []):
+                raise ValueError("it has no LoRA for a layer of this transformer")  # diffusers only logs it
         except (ValueError, TypeError, RuntimeError, KeyError) as e:
             raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None
     if loras:
-        own = [ADAPTER] if ADAPTER in names else []
-        weights = [*(1.0 for _ in own), *(weight for _, weight in loras)]
-        pipeline.set_adapters([*own, *(f"lora{number}" for number in range(len(loras)))], weights)
+        pipeline.set_adapters([f"lora{number}" for number in range(len(loras))], [weight for _, weight in loras])
     if not args.offload:
-        return pipeline.to(device)
+        with enough_memory(args):
+            return pipeline.to(device)
     if device.type == "cpu":
         raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
     pipeline.enable_model_cpu_offload(device=device)

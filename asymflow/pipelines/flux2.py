@@ -7,7 +7,9 @@ BASE is a FLUX.2 klein base model in the layout of diffusers; its autoencoder is
 `asymflow.adapters`. What `Flux2KleinPipeline` has works here too: moving and offloading, callbacks, and further LoRAs,
 
     pipeline.load_lora_weights("style.safetensors", adapter_name="style")
-    pipeline.set_adapters(["asymflow", "style"], [1.0, 0.8])  # keep asymflow at 1: it makes it a model of pixels
+    pipeline.set_adapters("style", 0.8)
+
+Those of the adapter, which make it a model of pixels, stay in force.
 """
 
 import json
@@ -20,6 +22,7 @@ from diffusers import Flux2KleinPipeline, SchedulerMixin, UniPCMultistepSchedule
 from diffusers.pipelines.flux2 import Flux2PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from asymflow.adapters import ADAPTER, fingerprint, load_adapter
@@ -51,7 +54,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         """The pipeline of a base model and an adapter, each a folder here or a repository of the Hugging Face Hub.
 
         options: those of `diffusers.DiffusionPipeline.from_pretrained`, such as torch_dtype.
-        Raises InputError if the base is not one of FLUX.2 klein in diffusers' layout, or as `load_adapter`.
+        Raises InputError if the base is not a base model of FLUX.2 klein in diffusers' layout, or as `load_adapter`.
         """
         if adapter is None:
             raise InputError(
@@ -63,8 +66,12 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             pipeline = super().from_pretrained(
                 str(base), **{"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
             )
-        except (OSError, ValueError) as e:
-            raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())}") from None
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())[:300]}") from None
+        if pipeline.config.is_distilled:
+            raise InputError(f"{base} is a distilled model, which knows no guidance: take FLUX.2-klein-base-9B or -4B")
+        if pipeline.tokenizer is not None and not pipeline.tokenizer.chat_template:
+            raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)
         return pipeline.use(load_adapter(pipeline.transformer, adapter))
 
@@ -85,6 +92,21 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         elif others := [name for name in names if name != ADAPTER]:
             self.delete_adapters(others)
             self.set_adapters([ADAPTER])
+
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights=None) -> None:
+        """Have the further LoRAs of these names in force, with these weights, and always those of the adapter."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        if ADAPTER in self.get_list_adapters().get("transformer", []) and ADAPTER not in names:
+            names, weights = [ADAPTER, *names], [1.0, *weights]
+        super().set_adapters(names, weights)
+
+    def disable_lora(self) -> None:
+        """Switch the further LoRAs off."""
+        if ADAPTER in self.get_list_adapters().get("transformer", []):
+            self.set_adapters([])
+        else:
+            super().disable_lora()
 
     def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
         """Sample from this flow from now on: one around `Flux2`, of Oklab images. Returns the pipeline."""
@@ -150,9 +172,8 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
 
         images = [image] if isinstance(image, Image.Image) else list(image or ())
         references = [self.reference(image, flow.patch_size) for image in images]
-        height, width = (
-            given or (references[0].shape[axis] if references else SIZE) for given, axis in ((height, -2), (width, -1))
-        )
+        like = references[0].shape[-2:] if references else (SIZE, SIZE)
+        height, width = (usual if given is None else given for given, usual in zip((height, width), like, strict=True))
         token_grid(torch.empty(1, 3, height, width, device="meta"), flow.patch_size)  # refuses a size that does not fit
         grid = sigma_grid(num_inference_steps, dynamic_shift(height, width)) if sigmas is None else [*sigmas, 0.0]
         timesteps = set_levels(self.scheduler, checked_levels(grid), device)
