@@ -6,13 +6,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from asymflow.data.shapes import make_scene, render
 from nano_asymflow import MLP, Flow, ToyData, flow_loss, random_stream
-from toy import closed_form, common
+from toy import closed_form, common, shapes_oracle
 from toy.digits import frechet, one_nn
 from toy.latent_to_pixel import ScaledFlow, lift, procrustes, variance_reduced_loss, zoom
 from toy.rank_sweep import off_surface
@@ -182,6 +184,24 @@ def test_nearest_neighbours_tell_far_sets_apart_and_copies_fool_them():
     assert one_nn(other + 100, real) == 1
     assert one_nn(real + 1e-4, real) == 0
     assert abs(one_nn(other, real) - 0.5) < 2 * 5 * 0.5 / 1000**0.5
+
+
+# ---- shapes_oracle ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_get_the_noise_and_the_blur_that_are_named():
+    """Noise to 5 standard errors, blur to the rounding of one level, against scipy's sampled kernel; of 0, nothing."""
+    pictures = [render(make_scene(shapes_oracle.FIRST_SEED, index), 64) for index in range(3)]
+    for damage in (shapes_oracle.with_noise, shapes_oracle.with_blur):
+        assert all(map(torch.equal, damage(pictures, 0), pictures))
+    grey = [torch.full((3, 64, 64), 128, dtype=torch.uint8)] * 2
+    one, other = (picture.double() - 128 for picture in shapes_oracle.with_noise(grey, 20))
+    for noise in (one, other):
+        assert abs(noise.std() - (20**2 + 1 / 12) ** 0.5) < 5 * 20 / (2 * noise.numel()) ** 0.5
+    assert abs((one * other).mean()) < 5 * 20**2 / one.numel() ** 0.5
+    for picture, soft in zip(pictures, shapes_oracle.with_blur(pictures, 2), strict=True):
+        expected = scipy.ndimage.gaussian_filter(picture.double().numpy(), (0, 2, 2), mode="wrap")
+        assert np.abs(soft.numpy() - expected).max() < 1
 
 
 # ---- The command line they share -------------------------------------------------------------------------------------

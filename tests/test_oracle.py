@@ -10,17 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from asymflow.data.oracle import (
-    PARTS,
-    Thing,
-    agreement,
-    detail,
-    fit_scene,
-    main,
-    parse_caption,
-    read_scene,
-    score,
-)
+from asymflow.data.oracle import PARTS, Thing, agreement, detail, fit_scene, parse_caption, read_scene, score
 from asymflow.data.shapes import COLORS, SHAPES, Scene, make_scene, render
 from asymflow.errors import InputError
 
@@ -139,6 +129,11 @@ def test_things_that_differ_are_read_one_by_one():
 def test_more_than_a_caption_can_count_is_still_read():
     reading = read_scene(render(scene(0, 2, 4, 6, 8), 64))
     assert (reading.count, reading.cells, reading.caption) == (5, (0, 2, 4, 6, 8), None)
+
+
+def test_names_are_those_of_the_data():
+    reading = read_scene(render(scene(0, shape=3, color=2), 32))
+    assert (SHAPES[reading.shape], list(COLORS)[reading.color]) == ("cross", "blue")
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -310,19 +305,3 @@ def test_detail_is_of_what_is_recognized():
     assert detail([empty, PICTURES[0]])["measured"] == 0.5
     assert detail([empty, PICTURES[0]])["residual"] == fit_scene(PICTURES[0]).residual
     assert math.isnan(detail([empty])["sharpness"])
-
-
-# ---- Command ---------------------------------------------------------------------------------------------------------
-def test_the_command_measures_and_draws(tmp_path, capsys):
-    command = ["--num", "2", "--size", "24", "--out", str(tmp_path / "new")]
-    main(command)
-    assert "100.0" in capsys.readouterr().out
-    assert (tmp_path / "new/oracle.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="2"):
-        main(command)
-    assert "is not overwritten" in capsys.readouterr().err
-
-
-def test_names_are_those_of_the_data():
-    reading = read_scene(render(scene(0, shape=3, color=2), 32))
-    assert (SHAPES[reading.shape], list(COLORS)[reading.color]) == ("cross", "blue")

@@ -9,28 +9,23 @@ colours in one, a strong ghost), the cell shows something, but nothing of this w
     score(images, captions)                    # the share that is right: count, color, shape, position, all
     detail(images)                             # sharpness (1 is ideal), blur (pixels), residual (grey levels)
 
-How it declines with noise and with blur is measured, tabled and drawn by `python -m asymflow.data.oracle --out FOLDER`.
+How well it reads clean pictures, and how that declines with noise and with blur: `python -m toy.shapes_oracle`.
 """
 
-import argparse
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, normalize
 
-from asymflow import files
-from asymflow.cli.common import Parser, at_least, new_folder
-from asymflow.data.shapes import COLORS, COLUMNS, COUNTS, ROWS, SHAPES, SUPERSAMPLING, Scene, inside, make_scene, render
+from asymflow.data.shapes import COLORS, COLUMNS, COUNTS, ROWS, SHAPES, SUPERSAMPLING, Scene, inside
 from asymflow.errors import InputError
 
 PARTS = ("count", "color", "shape", "position", "all")
@@ -38,9 +33,8 @@ SMALLEST = 24  # pixels: below, a circle and a square are too much alike
 GROUNDS = (200, 255)  # grey levels that pass for the ground, which is drawn from 225 to 255
 FAULT = 75  # distance in RGB that a patch may be off; red and orange, the closest two, are 119 apart
 PATCH = 1 / 16  # side of that patch, in units of the picture's: a quarter of a shape
-SOFTEST = (
-    1 / 32
-)  # blur that is taken for soft edges, in the same units; a small shape and more blur would pass for a ghost
+# The most blur that is taken for soft edges, in the same units: a small shape and more blur would pass for a ghost.
+SOFTEST = 1 / 32
 
 
 class Thing(NamedTuple):
@@ -197,7 +191,7 @@ def find_shapes(picture: Tensor) -> tuple[Reading, float, list[Fitted]]:
 
     error = picture - ground - blurred(ideal, blur)
     smooth = avg_pool2d(windows(error) * inner_pixels(size), box, stride=1).flatten(2)
-    along = torch.einsum("ncp,nc->np", smooth, contrasts[color] / contrasts[color].norm(dim=1, keepdim=True))
+    along = torch.einsum("ncp,nc->np", smooth, normalize(contrasts[color]))
     across = (smooth.square().sum(1) - along**2).clamp(min=0).sqrt()
     # What pixel noise of this size (from differences between neighbours, which are twice its variance) may do to a box.
     noise = (error.diff(dim=-1).square().mean() / 2).sqrt()
@@ -205,8 +199,8 @@ def find_shapes(picture: Tensor) -> tuple[Reading, float, list[Fitted]]:
 
     shown, found = [], []
     for cell in range(9):
-        shape, x, y, radius = parameters[best[cell]].tolist()
         if present[cell]:
+            shape, x, y, radius = parameters[best[cell]].tolist()
             # Between ground and colour, pixels say where the shape is; off that line, that they are of another colour.
             in_shape, in_color = along[cell].abs().max() < limit, across[cell].max() < limit
             shown.append(Thing(int(shape) if in_shape else None, int(color[cell]) if in_color else None))
@@ -308,12 +302,11 @@ def shares(shape: int, places: np.ndarray, side: int) -> np.ndarray:
 class Fit:
     """How a picture differs from the ideal one that is closest to it.
 
-    rendering: that one, (3, size, size) float32, grey levels. residual: their root mean square difference, in grey
-    levels: of blur, ringing, noise, and of whatever should not be there. blur: the radius (standard deviation), in
-    pixels, of the Gaussian that makes the rendering most like the picture; nan if no shape was recognized.
+    residual: their root mean square difference, in grey levels: of blur, ringing, noise, and of whatever should not be
+    there. blur: the radius (standard deviation), in pixels, of the Gaussian that makes the ideal picture most like the
+    given one; nan if no shape was recognized.
     """
 
-    rendering: Tensor
     residual: float
     blur: float
 
@@ -342,9 +335,8 @@ def fit_scene(image: Tensor) -> Fit:
         share = np.tensordot(contrast, cut[fitted.cell], 1) / (contrast @ contrast)
         cells[fitted.cell] = contrast[:, None, None] * refine(fitted, share, size)
     ideal = paste(torch.from_numpy(cells), size)
-    rendering = ideal + ground
-    blur = closest_blur(picture - ground, ideal) if found else math.nan
-    return Fit(rendering, (picture - rendering).square().mean().sqrt().item(), blur)
+    residual = (picture - (ideal + ground)).square().mean().sqrt().item()
+    return Fit(residual, closest_blur(picture - ground, ideal) if found else math.nan)
 
 
 def refine(fitted: Fitted, share: np.ndarray, size: int) -> np.ndarray:
@@ -403,100 +395,3 @@ def detail(images: Iterable[Tensor]) -> dict[str, float]:
         for name in ("sharpness", "blur", "residual")
     }
     return {**means, "measured": len(measured) / len(fits) if fits else math.nan}
-
-
-# ---- How it declines -------------------------------------------------------------------------------------------------
-NOISES = (0, 5, 10, 20, 40, 60, 80, 100, 150)  # standard deviations in grey levels
-BLURS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the Gaussian, in pixels of a picture of 64
-SEED = 2**40  # of scenes that no training draws, unless its seed is this one
-COLUMNS_SHOWN = (*PARTS, "sharpness", "residual")
-
-
-def main(argv: list[str] | None = None) -> None:
-    p = Parser(
-        prog="python -m asymflow.data.oracle",
-        description="How readings of generated pictures decline with noise and with blur: a table, and oracle.png.",
-    )
-    p.add_argument("--out", type=Path, required=True, help="folder for oracle.png; it must be new, or empty")
-    p.add_argument("--num", type=at_least(1), default=100, help="pictures at each level; sharpness is of 25 of them")
-    p.add_argument("--size", type=at_least(SMALLEST), default=64, help="side of a picture, in pixels")
-    args = p.parse_args(argv)
-    try:
-        run(args)
-    except InputError as e:
-        p.error(str(e))
-
-
-def run(args: argparse.Namespace) -> None:
-    out = new_folder(args.out)
-    scenes = [make_scene(SEED, index) for index in range(args.num)]
-    pictures = [render(scene, args.size) for scene in scenes]
-    blurs = [blur * args.size / 64 for blur in BLURS]
-    print(f"{args.num} pictures of {args.size} x {args.size}; {', '.join(PARTS)}: % right")
-    noise = decline("noise, grey levels", NOISES, with_noise, pictures, scenes)
-    blur = decline("blur, pixels", blurs, with_blur, pictures, scenes)
-    figure = draw(pictures[0], args.size, blurs, noise, blur)
-    with files.replacing(out / "oracle.png") as beside:
-        figure.savefig(beside, format="png")
-    print(f"wrote {out / 'oracle.png'}")
-
-
-def with_noise(picture: Tensor, deviation: float, seed: int) -> Tensor:
-    """Independent normal noise in each pixel and channel, clipped and rounded as an image is."""
-    normal = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
-    return (picture + deviation * normal).clamp(0, 255).round().to(torch.uint8)
-
-
-def with_blur(picture: Tensor, radius: float, seed: int) -> Tensor:
-    return blurred(picture.float(), radius).clamp(0, 255).round().to(torch.uint8)
-
-
-def decline(title: str, levels: Sequence[float], damage: Callable, pictures: list, scenes: list) -> list[dict]:
-    """Score and detail of the damaged pictures at each level, printed as they come."""
-    print(f"\n{title:>18}" + "".join(f"{name:>11}" for name in COLUMNS_SHOWN))
-    rows = []
-    for level in levels:
-        damaged = [damage(picture, level, seed) for seed, picture in enumerate(pictures)]
-        rows.append({**score(damaged, scenes), **detail(damaged[:25])})
-        shown = [
-            f"{100 * rows[-1][name]:11.1f}" if name in PARTS else f"{rows[-1][name]:11.2f}" for name in COLUMNS_SHOWN
-        ]
-        print(f"{level:18g}" + "".join(shown), flush=True)
-    return rows
-
-
-def draw(picture: Tensor, size: int, blurs: Sequence[float], noise: list[dict], blur: list[dict]):
-    """A figure: what is read, and how sharp the edges are found, over each level; above, a picture at some of them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), dpi=110, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.6))
-    sides = [
-        ("pixel noise: standard deviation, in grey levels", NOISES, with_noise, noise),
-        ("blur: standard deviation, in pixels", blurs, with_blur, blur),
-    ]
-    examples, panels = above.subplots(1, 10), below.subplots(1, 2, sharey=True)
-    for side, (title, levels, damage, rows) in enumerate(sides):
-        for axes, level in zip(examples[5 * side : 5 * side + 5], levels[::2], strict=True):
-            axes.imshow(damage(picture, level, 0).permute(1, 2, 0), interpolation="nearest")
-            axes.set_title(f"{level:g}", fontsize=9, color="0.25")
-            axes.set_axis_off()
-        for part in PARTS:
-            label, width = ("all four", 2.5) if part == "all" else (part, 1.3)
-            percent = [100 * row[part] for row in rows]
-            panels[side].plot(levels, percent, linewidth=width, marker="o", markersize=3, label=label)
-        sharpness = [100 * row["sharpness"] for row in rows]
-        panels[side].plot(levels, sharpness, "--", color="0.4", label="sharpness of edges")
-        panels[side].set_xlabel(title, fontsize=9, color="0.25")
-        panels[side].set_ylim(0, 103)
-        panels[side].grid(color="0.92")
-        panels[side].spines[["top", "right"]].set_visible(False)
-        panels[side].tick_params(colors="0.25", labelsize=8)
-        panels[side].yaxis.set_major_formatter(lambda y, _: f"{y:g} %")
-    panels[0].legend(loc="lower left", fontsize=9, frameon=False)
-    panels[0].set_title(f"pictures of {size} x {size}: read as what was drawn", fontsize=10, color="0.25", loc="left")
-    return figure
-
-
-if __name__ == "__main__":
-    sys.exit(main())
