@@ -4,8 +4,11 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import tarfile
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from processes import environment_of
+from safetensors.torch import load_file, save_file
 
 from asymflow import Subspace, patchify
 from asymflow.cli import main
@@ -24,7 +28,7 @@ from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import find_captioned
 from asymflow.data.encode import base_fingerprint, decode_latents, encode, encode_image
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.images import UnreadableError
+from asymflow.data.images import Entry, UnreadableError
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from toy.tiny_flux2 import make_base
@@ -72,8 +76,8 @@ def shards(base, photos, tmp_path_factory):
 
 
 def content(folder):
-    """Every file, hidden ones too, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file, hidden ones too, but the locks, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
 
 
 # ---- Buckets ---------------------------------------------------------------------------------------------------------
@@ -306,14 +310,36 @@ def test_what_is_bad_is_left_out_and_listed_with_the_reason(base, photos, tmp_pa
     assert all(reason in problem for reason, problem in zip(reasons, problems, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [("no json", "line 2"), ("[]", "line 2"), ('{"caption": "a"}', "line 2"), ('{"image": 3}', "line")],
-)
-def test_json_lines_that_are_none_are_refused_by_number(tmp_path, line, word):
+DEEP = "[" * 100_000
+LINES = ["no json", "[]", '{"caption": "a"}', '{"image": 3}', '{"image": ""}', '{"image": "\\0"}']
+LINES += ['{"image": "\\ud800.png"}', DEEP]
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_json_lines_that_are_none_are_refused_by_number(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a"}\n' + line + "\n")
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match="line 2: expected"):
         find_captioned([tmp_path / "a.jsonl"], 64)
+
+
+def test_json_lines_are_read_one_by_one(tmp_path):
+    row = {"image": "a.png", "caption": "a\u2028b\r", "more": 2000 * "x"}
+    text = "\r\n\n".join([json.dumps(row, ensure_ascii=False)] * 1000)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    tracemalloc.start()
+    found = find_captioned([tmp_path / "a.jsonl"], 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [photo.text for photo in found] == ["a\u2028b\r"] * 1000
+    assert peak < len(text) / 2
+
+
+def test_a_list_that_is_a_link_keeps_its_name_and_its_folder(tmp_path):
+    (tmp_path / "blob").write_text('{"image": "a.png", "caption": "a"}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").symlink_to(tmp_path / "blob")
+    (photo,) = find_captioned([encoding.one_name(str(tmp_path / "data" / "a.jsonl"))], 64)
+    assert str(photo) == str(tmp_path / "data" / "a.png")
 
 
 def test_captions_that_are_no_text_are_problems(tmp_path):
@@ -324,6 +350,51 @@ def test_captions_that_are_no_text_are_problems(tmp_path):
         with pytest.raises(UnreadableError, match="no caption"):
             photo.caption()
     assert half.caption() == "? b"
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (tmp_path / "b.json").write_text(DEEP)
+    with pytest.raises(UnreadableError, match="is not JSON"):
+        find_captioned([tmp_path], 64)[0].caption()
+
+
+def copy_of(base, folder):
+    for path in base.rglob("*.*"):
+        (folder / path.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path.relative_to(base)).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("text_encoder/model.safetensors", "layers.3.mlp.up_proj.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.weight"),
+    ],
+)
+def test_a_base_that_lacks_weights_is_refused_by_their_names(base, tmp_path, file, tensor):
+    file = copy_of(base, tmp_path / "base") / file
+    (name,) = (name for name in load_file(file) if name.endswith(tensor))
+    whole = load_file(file)
+    for wrong in ({}, {name: torch.zeros(3, 5)}):
+        save_file({key: value for key, value in whole.items() if key != name} | wrong, file, {"format": "pt"})
+        with pytest.raises(InputError, match=f"{file.parent.name} .*{tensor}"):
+            encode(["shapes:3"], tmp_path / "base", tmp_path / "s", **SETTINGS)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_text_encoder_needs_no_head(pipeline, base, tmp_path, head):
+    """Large ones have one that is not tied to the embedding, small ones none in their file."""
+    file = copy_of(base, tmp_path / "base") / "text_encoder" / "model.safetensors"
+    config = json.loads(file.with_name("config.json").read_text()) | {"tie_word_embeddings": False}
+    file.with_name("config.json").write_text(json.dumps(config))
+    tensors = load_file(file)
+    more = {"lm_head.weight": torch.ones_like(tensors["model.embed_tokens.weight"])} if head else {}
+    save_file(tensors | more, file, {"format": "pt"})
+    loaded = encoding.load_encoders(tmp_path / "base", torch.bfloat16, "cpu")
+    stock = {name: value.bfloat16() for name, value in pipeline.text_encoder.model.state_dict().items()}
+    found = loaded.text_encoder.state_dict()
+    assert found.keys() == stock.keys()
+    assert all(torch.equal(found[name], stock[name]) for name in stock)
 
 
 def test_data_that_is_not_there_is_refused(base, tmp_path):
@@ -334,6 +405,10 @@ def test_data_that_is_not_there_is_refused(base, tmp_path):
             encode([tmp_path / data], base, tmp_path / "s", **SETTINGS)
     with pytest.raises(InputError, match="not a folder of FLUX"):
         encode(["shapes:3"], tmp_path / "empty", tmp_path / "s", **SETTINGS)
+    other = copy_of(base, tmp_path / "base")
+    (other / "text_encoder" / "config.json").write_text('{"model_type": "clip_text_model", "hidden_size": 32}')
+    with pytest.raises(InputError, match=r"no FLUX.2 klein: .* its text_encoder clip_text_model"):
+        encode(["shapes:3"], other, tmp_path / "s", **SETTINGS)
     with pytest.raises(InputError, match="multiple of 16"):
         encode(["shapes:3"], base, tmp_path / "s", **{**SETTINGS, "size": 40})
     with pytest.raises(InputError, match="inside of --data"):
@@ -355,9 +430,7 @@ def test_where_it_was_interrupted_it_goes_on(shards, base, photos, tmp_path, mon
     monkeypatch.setattr(encoding, "encode_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode([photos], base, out, **SETTINGS)
-    assert {path.name for path in out.iterdir()} == {
-        "00000.tar", "00000.index.npz", "meta.json", "empty_prompt.safetensors",
-    }  # fmt: skip
+    assert content(out).keys() == {"00000.tar", "00000.index.npz", "meta.json", "empty_prompt.safetensors"}
     with pytest.raises(InputError, match="not finished"):
         EncodedShards(out)
     encode([photos], base, out, **SETTINGS)
@@ -366,6 +439,73 @@ def test_where_it_was_interrupted_it_goes_on(shards, base, photos, tmp_path, mon
     monkeypatch.setattr(encoding, "load_encoders", None)  # what is done needs no models
     encode([photos], base, out, **SETTINGS)
     assert content(out) == content(shards)
+
+
+@pytest.mark.usefixtures("without_models")
+def test_killed_as_its_first_shard_comes_or_as_it_is_cleared_away_it_goes_on(base, photos, tmp_path, monkeypatch):
+    out, save, unlink = tmp_path / "s", encoding.save_index, Path.unlink
+    encode([photos], base, tmp_path / "whole", **SETTINGS)
+
+    def killed(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "save_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode([photos], base, out, **SETTINGS)
+    assert content(out).keys() == {"00000.index.npz", "meta.json", "empty_prompt.safetensors"}
+    for number in range(3):
+        calls = itertools.count()
+
+        def killed_later(path, calls=calls, number=number, **options):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            unlink(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed_later)
+            with pytest.raises(KeyboardInterrupt):
+                encode([photos], base, out, **SETTINGS)
+    assert content(out).keys() == {"meta.json"}
+    encode([photos], base, out, **SETTINGS)
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("without_models")
+def test_the_same_folder_by_another_name_is_the_same(base, photos, tmp_path, monkeypatch):
+    encode([photos], base, tmp_path / "s", **SETTINGS)
+    before = content(tmp_path / "s")
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(photos)
+    for name in (".", f"../{photos.name}/", f"{photos}/set0/..", tmp_path / "link"):
+        encode([name], base, tmp_path / "s", **SETTINGS)
+    assert content(tmp_path / "s") == before
+
+
+@pytest.mark.usefixtures("without_models")
+def test_what_was_left_out_stays_so_and_what_has_changed_is_refused(base, photos, tmp_path, capsys):
+    data, settings = copy_of(photos, tmp_path / "data"), {**SETTINGS, "allow_bad": 40}
+    caption, other = (data / "set0" / f"p{i}.v1.txt" for i in (6, 8))
+    text = caption.read_text(encoding="utf-8")
+    caption.unlink()
+    encode([data], base, tmp_path / "s", **settings)
+    before = content(tmp_path / "s")
+    caption.write_text(text, encoding="utf-8")  # as if the file system had only stumbled
+    capsys.readouterr()
+    assert encode([data], base, tmp_path / "s", **settings)["left_out"] == 1
+    assert "1 of the images that could not be used" in capsys.readouterr().err
+    assert content(tmp_path / "s") == before
+    other.write_text("another")
+    with pytest.raises(InputError, match="sizes or captions of images in --data have changed"):
+        encode([data], base, tmp_path / "s", **settings)
+    other.unlink()
+    with pytest.raises(InputError, match=r"p8.* has no caption, but it could be used when"):
+        encode([data], base, tmp_path / "s", **settings)
+    (data / "set0" / "p8.v1.jpg").unlink()
+    with pytest.raises(InputError, match="--data had 12 images, and now has 11"):
+        encode([data], base, tmp_path / "s", **settings)
+    assert content(tmp_path / "s") == before
 
 
 def test_other_settings_are_refused_by_name(shards, base, photos, tmp_path, monkeypatch):
@@ -381,10 +521,7 @@ def test_other_settings_are_refused_by_name(shards, base, photos, tmp_path, monk
         given = {"data": [photos], **SETTINGS, **change}
         with pytest.raises(InputError, match=word):
             encode(given.pop("data"), base, shards, **given, allow_bad=99)
-    other = tmp_path / "base"
-    for path in base.rglob("*.*"):
-        (other / path.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
-        (other / path.relative_to(base)).write_bytes(path.read_bytes())
+    other = copy_of(base, tmp_path / "base")
     weights = other / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="sha256 of vae"):
@@ -401,7 +538,6 @@ def test_a_folder_that_is_someone_elses_is_left_alone(base, tmp_path):
 
 
 def one_of_two(rank, environment, argv, log):
-    import os
     import sys
 
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -410,8 +546,10 @@ def one_of_two(rank, environment, argv, log):
     os._exit(code)
 
 
-def two_processes(tmp_path, *argv):
-    """Run a command in two processes, forked from this one, which has imported everything; returns what they print."""
+def two_processes(tmp_path, *argv, code=0):
+    """Run a command in two processes, forked from this one, which has imported everything; returns what they print.
+
+    code: with which both are to end."""
     context, environment = multiprocessing.get_context("fork"), environment_of(2)
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     jobs = [context.Process(target=one_of_two, args=(r, environment, list(map(str, argv)), logs[r])) for r in range(2)]
@@ -420,8 +558,8 @@ def two_processes(tmp_path, *argv):
     for job in jobs:
         job.join(60)
         job.kill()
-    assert [job.exitcode for job in jobs] == [0, 0], [log.read_text() for log in logs]
-    return "".join((tmp_path / f"{rank}.log.out").read_text() for rank in range(2))
+    assert [job.exitcode for job in jobs] == [code, code], [log.read_text() for log in logs]
+    return "".join((tmp_path / f"{rank}.log{end}").read_text() for rank in range(2) for end in ("", ".out"))
 
 
 def test_two_processes_make_the_same_shards(shards, base, photos, tmp_path):
@@ -433,10 +571,65 @@ def test_two_processes_make_the_same_shards(shards, base, photos, tmp_path):
 
 
 @pytest.mark.usefixtures("without_models")
+def test_processes_that_find_other_images_are_refused(base, photos, tmp_path, monkeypatch):
+    def another_first(data, side):  # where one image has another name
+        found = find_captioned(data, side)
+        return found[1:] + found[:1] if os.environ["RANK"] == "1" else found
+
+    monkeypatch.setattr(encoding, "find_captioned", another_first)
+    argv = ["data", "encode", "--base", base, "--data", photos, "--out", tmp_path / "s", "--device=cpu"]
+    assert two_processes(tmp_path, *argv, code=2).count("do not find the same images in --data") == 2
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.usefixtures("without_models")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_folder_in_which_another_is_at_work_is_refused(base, photos, tmp_path, monkeypatch, rank):
+    out, answers = tmp_path / "s", multiprocessing.get_context("fork").SimpleQueue()
+    encode([photos], base, out, **SETTINGS)
+    (out / "meta.json").write_text((out / "meta.json").read_text().replace('"shards"', '"begun"'))
+    (out / "00002.tar").unlink()
+    (out / ".00002.tar").write_text("half")
+
+    def another():
+        try:
+            answers.put(encode([photos], base, out, **SETTINGS))
+        except InputError as e:
+            answers.put(str(e))
+
+    with encoding.hold(out / f".lock{rank}"):
+        before = content(out)
+        job = multiprocessing.get_context("fork").Process(target=another)
+        job.start()
+        job.join(30)
+        said = answers.get()
+    assert f"another `data encode` is at work in {out} (process {os.getpid()} on " in said
+    assert content(out) == before
+    assert encode([photos], base, out, **SETTINGS)["images"] == 12
+
+
+def test_processes_that_do_not_know_which_they_are_are_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    argv = ["data", "encode", "--base", str(base), "--data", "shapes:3", "--out", str(tmp_path / "s"), "--device=cpu"]
+    assert main(argv) == 2
+    assert "SLURM_STEP_NUM_TASKS 8" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_who_is_done_before_the_others_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("asymflow.cli.data.encode", lambda *_, **__: None)
+    argv = ["data", "encode", "--base", "b", "--data", "shapes:3", "--out", str(tmp_path / "s"), "--device=cpu"]
+    assert main(argv) == 0
+    assert "run the same command again" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_models")
 def test_who_is_done_first_leaves_the_end_to_the_others(base, photos, tmp_path, monkeypatch):
     look, out = encoding.inspect_all, tmp_path / "s"
     monkeypatch.setattr(encoding, "inspect_all", lambda items, sizes, threads, *_: look(items, sizes, threads, 0, 1))
     monkeypatch.setattr(encoding, "in_first_process", lambda work, *_: work())
+    monkeypatch.setattr(encoding, "gathered", lambda value, world: [value] * world)
     assert encode([photos], base, out, rank=1, world=2, **SETTINGS) is None
     assert sorted(path.name for path in out.glob("*.tar")) == ["00001.tar"]
     with pytest.raises(InputError, match="not finished"):
@@ -461,8 +654,9 @@ def test_a_damaged_sample_is_named_and_the_others_can_be_read(copy):
     with open(found.shards[found.shard[5]], "r+b") as file:  # noqa: PTH123
         file.seek(offset)
         file.write(b"\xff" * 8)
-    with pytest.raises(UnreadableError, match=r"00001.tar: sample 5 is damaged"):
-        found[5]
+    for read in (found.__getitem__, found.pair):
+        with pytest.raises(UnreadableError, match=r"00001.tar: sample 5 is damaged"):
+            read(5)
     assert len([found[i] for i in range(12) if i != 5]) == 11
     with pytest.raises(IndexError):
         found[12]
@@ -494,6 +688,23 @@ def test_what_is_known_of_all_samples_is_in_few_objects(shards):
     assert torch.equal(again[3].latent, EncodedShards(shards)[3].latent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_is_image_and_latent_without_the_prompt(base, shards, tmp_path, monkeypatch, dtype):
+    if dtype == torch.bfloat16:
+        shards = tmp_path / "s"
+        encode(["shapes:3"], base, shards, **{**SETTINGS, "dtype": dtype})
+    found, sizes = EncodedShards(shards), []
+    samples, read = list(found), Entry.read
+    monkeypatch.setattr(Entry, "read", lambda entry: sizes.append(entry.size) or read(entry))
+    for i, sample in enumerate(samples):
+        image, latent = found.pair(i)
+        assert torch.equal(image, sample.image)
+        assert torch.equal(latent, sample.latent)
+        assert latent.dtype == torch.float32
+        whole = found.span[i, -1].sum() - found.span[i, 0, 0]
+        assert sizes[i] <= whole - sample.prompt.nbytes + 512
+
+
 # ---- Procrustes ------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +716,13 @@ def fitted(shards, tmp_path_factory):
         argv = ["subspace", "procrustes", "--device=cpu", "--shards", str(shards)]
         assert main([*argv, "--out", str(out / "s.safetensors")]) == 0
     return out / "s.safetensors"
+
+
+def test_procrustes_reads_no_prompts(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(EncodedShards, "__getitem__", None)
+    monkeypatch.setattr(command, "draw_subspace", lambda subspace, file: Image.new("L", (1, 1)).save(file))
+    argv = ["subspace", "procrustes", "--device=cpu", "--shards", str(shards)]
+    assert main([*argv, "--out", str(tmp_path / "s.safetensors")]) == 0
 
 
 def tokens_of(shards):

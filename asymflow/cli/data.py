@@ -15,6 +15,8 @@ from asymflow.cli.subspace import own_device, processes
 from asymflow.data.encode import FORMATS as LOSSLESS
 from asymflow.data.encode import encode
 from asymflow.data.pack import FORMATS, PROBLEMS, pack
+from asymflow.errors import InputError
+from asymflow.training.ranks import SIZES
 
 GROUP = """Prepare images for training.
 
@@ -105,7 +107,18 @@ def number(lowest: float) -> Callable[[str], float]:
     return parse
 
 
+def check_place() -> None:
+    """InputError if srun or mpirun started several processes, and none of them knows which it is: all would do all."""
+    started = [f"{name} {os.environ[name]}" for name in SIZES if os.environ.get(name, "1") != "1"]
+    if started and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            f"the environment says {', '.join(started)}, so there are others, but not which one this is: start with "
+            "torchrun (or set WORLD_SIZE to 1 to encode alone)"
+        )
+
+
 def run_encode(args: argparse.Namespace) -> None:
+    check_place()
     device = own_device(args.device)
     with processes("cpu") as (rank, world, _):  # who is done must not have to wait for the others, as on GPUs
         meta = encode(
@@ -125,7 +138,8 @@ def run_encode(args: argparse.Namespace) -> None:
             rank=rank,
             world=world,
         )
-    if meta is None:  # another process will find that all is done
+    if meta is None:  # the last one finds that all is there
+        print(f"process {rank} of {world} is done; if none says where all images are, run the same command again")
         return
     if meta["left_out"]:
         print(f"{meta['left_out']} are left out: see {args.out / PROBLEMS} for the reasons", file=sys.stderr)

@@ -63,7 +63,7 @@ def add_command(commands) -> None:
     add_data(pca, "folders of images (and the folders in them), .tar shards, or image files")
     pca.add_argument("--rank", type=rank_or_auto, default=8, help='number of directions, or "auto": as many as pay off')
     pca.add_argument("--image-size", type=at_least(1), default=256, metavar="N", help="side of the crops, in pixels")
-    add_options(pca, CHANNEL_LAST, "rgb")
+    add_options(pca, CHANNEL_LAST, "rgb", patch_size=16)
     pca.set_defaults(run=run_pca)
 
     procrustes = actions.add_parser("procrustes", help="fit to images and their latents", description=PROCRUSTES)
@@ -72,7 +72,7 @@ def add_command(commands) -> None:
     source.add_argument("--shards", type=Path, metavar="FOLDER", help="made by `asymflow data encode`")
     rank = "that of the latents is the only one that fits; another number is refused"
     procrustes.add_argument("--rank", type=rank_or_auto, default="auto", metavar="N|auto", help=rank)
-    add_options(procrustes, CHANNEL_FIRST, "oklab")
+    add_options(procrustes, CHANNEL_FIRST, "oklab", patch_size=None)
     procrustes.set_defaults(run=run_procrustes)
 
     show = actions.add_parser("show", help="print what is in a file, and draw it", description=SHOW)
@@ -88,10 +88,12 @@ def add_data(parser: argparse.ArgumentParser, what: str, group=None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
 
 
-def add_options(parser: argparse.ArgumentParser, token_order: str, color: str) -> None:
+def add_options(parser: argparse.ArgumentParser, token_order: str, color: str, patch_size: int | None) -> None:
     option = parser.add_argument
+    default = "" if patch_size else "; the default is that of --shards, or 16"
+    side = f"side of a patch, one token, in pixels{default}"
     order = "order of the numbers in a token: channel_last as in DiT and JiT, channel_first as in FLUX"
-    option("--patch-size", type=at_least(1), default=16, metavar="N", help="side of a patch, one token, in pixels")
+    option("--patch-size", type=at_least(1), default=patch_size, metavar="N", help=side)
     option("--images", type=at_least(1), default=10_000, metavar="N", help="how many to fit to, chosen at random")
     option("--token-order", choices=TOKEN_ORDERS, default=token_order, help=order)
     option("--color", choices=("rgb", "oklab"), default=color, help="colour space in which the model is to work")
@@ -135,6 +137,8 @@ def run_pca(args: argparse.Namespace) -> None:
 
 
 def run_procrustes(args: argparse.Namespace) -> None:
+    shards = EncodedShards(args.shards) if args.shards else None
+    args.patch_size = args.patch_size or (shards.meta["patch_size"] if shards else 16)
     known = {}
 
     def read(pair) -> tuple[Tensor, Tensor]:
@@ -156,18 +160,18 @@ def run_procrustes(args: argparse.Namespace) -> None:
             facts["warning"] = f"only {tally['images']} images: take at least {ENOUGH:,}"
         return facts
 
-    if args.shards is None:
+    if shards is None:
         fit(args, find_pairs, read, fit_procrustes, error)
         return
-    shards = EncodedShards(args.shards)
     for option, given in (("patch_size", args.patch_size), ("rank", args.rank)):
-        if given not in ("auto", fits := shards.meta[option]):
+        fits = shards.meta[option]
+        if given not in ("auto", fits):
             raise InputError(f"--{option.replace('_', '-')} {given} does not fit: it is {fits} in {args.shards}")
 
     def read_encoded(number: int) -> tuple[Tensor, Tensor]:
-        sample = shards[number]
-        pixels = sample.image.numpy().astype(np.float32) / 127.5 - 1  # not by torch, see `to_tensor`
-        return sample.latent.permute(1, 2, 0), torch.from_numpy(pixels)
+        image, latent = shards.pair(number)
+        pixels = image.numpy().astype(np.float32) / 127.5 - 1  # not by torch, see `to_tensor`
+        return latent.permute(1, 2, 0), torch.from_numpy(pixels)
 
     args.data = [args.shards]
     fit(args, lambda _: range(len(shards)), read_encoded, fit_procrustes, error)

@@ -95,6 +95,8 @@ class Batches(torch.utils.data.Dataset):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=begin,
             multiprocessing_context=START if workers else None,
+            # Of its own: it draws a seed when it begins, in the first step, and torch's is seeded for dropout by then.
+            generator=torch.Generator(),
         )
         for outcome in handed_over(loader):
             if isinstance(outcome, Exception):

@@ -4,6 +4,7 @@ Each is an object with `size()`, `caption()` and `pixels()`, which read what the
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ class Photo(NamedTuple):
         if isinstance(self.text, Entry) and is_json(self.text):
             try:
                 found = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UnreadableError(f"{self}: its caption, {self.text}, is not JSON") from None
             text = first(found, CAPTION_KEYS) if isinstance(found, dict) else None
         if not isinstance(text, str) or not text.strip():
@@ -124,20 +125,30 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
 
 
 def json_lines(path: Path) -> Iterator[Photo]:
-    for number, line in enumerate(Entry(str(path)).read().decode("utf-8-sig", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        image = first(row, IMAGE_KEYS) if isinstance(row, dict) else None
-        if not isinstance(image, str) or not image or "\0" in image:
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object with an image's path as {' or '.join(IMAGE_KEYS)}, but "
-                f"it is {line.strip()[:60]!r}"
-            )
-        yield Photo(Entry(str(path.parent / image)), first(row, CAPTION_KEYS))
+    if not path.is_file():  # to open a pipe is to wait for someone to write to it
+        raise InputError(f"{path} is not a file")
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            image = first(row, IMAGE_KEYS) if isinstance(row, dict) else None
+            if not is_path(image):
+                raise InputError(
+                    f"{path}, line {number}: expected a JSON object with an image's path as {' or '.join(IMAGE_KEYS)}, "
+                    f"but it is {line.strip()[:60]!r}"
+                )
+            yield Photo(Entry(str(path.parent / image)), first(row, CAPTION_KEYS))
+
+
+def is_path(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
 
 
 def first(row: dict, names: Iterable[str]) -> object:

@@ -15,12 +15,14 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -42,6 +44,8 @@ from asymflow.errors import InputError
 
 FORMATS = ("png", "webp")  # without loss: the image is to be what the latent was made of
 PARTS = ("vae", "text_encoder", "tokenizer")
+Result = TypeVar("Result")
+LOCK = ".lock"  # with the number of the process that holds it: it is at work
 OPTIONS = {  # what must stay the same when the command goes on, and what a user knows it as
     "data": "--data",
     "size": "--size",
@@ -59,9 +63,9 @@ OPTIONS = {  # what must stay the same when the command goes on, and what a user
 def encode_image(vae: torch.nn.Module, images: Tensor) -> Tensor:
     """Latents (B, r, h, w) as the transformer of FLUX.2 sees them, in the dtype of the VAE.
 
-    vae: an `AutoencoderKLFlux2` of r / 4 channels. images: (B, 3, H, W) in [-1, 1], H and W multiples of 16. The mode
-    of the posterior, squares of 2 x 2 moved into the channels, normalized by the running statistics of its batch norm:
-    the operations of the stock pipelines, in their order, so the same bits.
+    vae: an `AutoencoderKLFlux2` of r / 4 channels. images: (B, 3, H, W) in [-1, 1], H and W multiples of what a latent
+    token covers. The mode of the posterior, squares of 2 x 2 moved into the channels, normalized by the running
+    statistics of its batch norm: the operations of the stock pipelines, in their order, so the same bits.
     """
     mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
     mean, std = statistics(vae)
@@ -96,22 +100,38 @@ def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
     """A `Flux2KleinPipeline` of the folder `base` without its transformer, and its text encoder without the head.
 
     The head would compute the logits of 150,000 words for every position, and nobody reads them. InputError if
-    something is not there, or cannot be loaded.
+    something is not there, or cannot be loaded. Not one weight is random, as the libraries make those that they miss.
     """
     try:
-        from diffusers import Flux2KleinPipeline
+        import diffusers
+        import transformers
     except ImportError as e:
         raise InputError(f'encoding needs diffusers and transformers ({e}): pip install -e ".[flux2]"') from None
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # what they would only tell is an error here, or does not matter
+    options = dict(torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     try:
         with warnings.catch_warnings():  # of the newest diffusers: older ones do not know torch_dtype by another name
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = Flux2KleinPipeline.from_pretrained(
-                base, transformer=None, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            pipeline = diffusers.Flux2KleinPipeline.from_pretrained(
+                base,
+                transformer=None,
+                vae=load_whole(diffusers.AutoencoderKLFlux2, base / "vae", options),
+                text_encoder=load_whole(transformers.Qwen3Model, base / "text_encoder", options),
+                **options,
             )
     except Exception as e:  # the libraries report what is missing or damaged by exceptions of many types
         raise InputError(f"--base {base} cannot be loaded: {first_line(e)}") from None
-    pipeline.register_modules(text_encoder=pipeline.text_encoder.model.eval(), vae=pipeline.vae.eval())
     return pipeline.to(device)
+
+
+def load_whole(kind: type, folder: Path, options: dict) -> torch.nn.Module:
+    """A model of diffusers or transformers, in eval mode. InputError if weights are missing, or of another shape."""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if misfits := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
+        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise InputError(f"{folder.name} lacks weights, or has them in another shape: {', '.join(misfits[:5])}{more}")
+    return model.eval()
 
 
 def first_line(error: Exception) -> str:
@@ -123,17 +143,20 @@ def read_base(base: Path) -> dict:
     try:
         json.loads((base / "model_index.json").read_text("utf-8"))
         vae, text = (json.loads((base / part / "config.json").read_text("utf-8")) for part in ("vae", "text_encoder"))
-        halvings = len(vae["block_out_channels"]) - 1
-        return {
-            "rank": 4 * vae["latent_channels"],
-            "patch_size": 2 * 2**halvings,
-            "prompt_width": 3 * text["hidden_size"],
-        }
+        kinds = vae["_class_name"], text["model_type"]
+        if kinds == ("AutoencoderKLFlux2", "qwen3"):
+            halvings = len(vae["block_out_channels"]) - 1
+            return {
+                "rank": 4 * vae["latent_channels"],
+                "patch_size": 2 * 2**halvings,
+                "prompt_width": 3 * text["hidden_size"],
+            }
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"--base {base} is not a folder of FLUX.2 klein in the layout of diffusers, with model_index.json, vae, "
             "text_encoder and tokenizer: give the folder that was downloaded from the Hub"
         ) from None
+    raise InputError(f"--base {base} is no FLUX.2 klein: its vae is {kinds[0]}, its text_encoder {kinds[1]}")
 
 
 def base_fingerprint(base: Path) -> dict[str, str]:
@@ -180,30 +203,40 @@ def encode(
     First all headers and captions are read, to give each image its bucket; then each shard, of one bucket and in a
     shuffled order that is always the same, is made by one process. Its content depends on the number of the processes
     in nothing, and on `batch` only by rounding. It is there when it is whole, and is not made again. What cannot be
-    read, has no caption, or would have to be enlarged more than twice along each side, is left out, and listed in
-    problems.log. rank, world: of this process among those that share the work, under torch.distributed.
+    read, has no caption, or would have to be enlarged more than twice along each side, is left out, also when it is
+    mended later, and listed in problems.log. rank, world: of this process among those that share the work, under
+    torch.distributed.
 
-    Raises InputError if more than `allow_bad` percent are left out, or `out` belongs to another call.
+    Raises InputError if more than `allow_bad` percent are left out, or `out` belongs to another call, or one that is
+    not at its end.
     """
+    data = [one_name(place) for place in map(str, data)]
     check_outside(out, data)
     form = read_base(base)
     if size % form["patch_size"]:
         raise InputError(f"--size {size} is not a multiple of {form['patch_size']}, what a latent token covers")
     sizes = buckets(size * size, form["patch_size"], max_aspect)
     items = find_captioned(data, size)
+    listing = digest(map(str, items))
+    if len(set(gathered(listing, world))) > 1:  # what one finds out about its share would be taken for other images
+        raise InputError("the processes do not find the same images in --data: give all of them the same folder")
     encoders = cache(lambda: load_encoders(base, dtype, device))
     if "shards" not in read_meta(out, FORMAT):
         encoders()  # if they cannot be loaded, say so before the headers of a million images are read
     facts = inspect_all(items, sizes, threads, rank, world)
-    unfit = [fact for fact in facts if isinstance(fact, str)]
-    plan = plan_shards(facts, len(sizes), per_shard)
+    locks = ExitStack()
 
-    def start() -> None:
+    def start() -> dict[int, str]:
+        pack.refuse_foreign(out, FORMAT, "data encode")
+        locks.enter_context(hold_all(out))
+        if not any(out.glob("[0-9]*.tar")):  # nothing was made, so the settings may change
+            clear(out)
+        unfit = {number: fact for number, fact in enumerate(facts) if isinstance(fact, str)}
         settings = {
             "format": FORMAT,
-            "data": [place if place.startswith("shapes:") else str(Path(place).resolve()) for place in map(str, data)],
+            "data": data,
             "files": len(items),
-            "listing": listing_digest(items, facts),
+            "listing": listing,
             "size": size,
             "max_aspect": max_aspect,
             "per_shard": per_shard,
@@ -215,35 +248,42 @@ def encode(
             "patch_size": form["patch_size"],
             "prompt_shape": [max_length, form["prompt_width"]],
             "buckets": sizes,
+            "unfit": unfit,
+            "facts": facts_digest(facts, unfit),
         }
-        if read_meta(out, FORMAT) and not any(out.glob("*.tar")):  # nothing was made, so the settings may change
-            for name in (META, pack.PROBLEMS, EMPTY_PROMPT):
-                (out / name).unlink(missing_ok=True)
         pack.begin(out, settings, OPTIONS, "data encode")
-        write_problems(out, unfit)
-        check_problems(unfit, len(items), allow_bad, out)
+        unfit = unfit_before(out, facts)
+        write_problems(out, unfit.values())
+        check_problems([*unfit.values()], len(items), allow_bad, out)
+        return unfit
 
-    in_first_process(start, rank, world)
-    indices = [load_index(shard_path(out, number)) for number in range(len(plan))]
-    problems = unfit + [problem for index in indices if index is not None for problem in index["problems"].tolist()]
-    todo = [number for number in range(rank, len(plan), world) if indices[number] is None]
-    if not (out / EMPTY_PROMPT).exists():
-        files.write_tensors(out / EMPTY_PROMPT, {"prompt": encode_prompts(encoders(), [""], max_length)[0]})
-    try:
-        total = sum(len(plan[number][1]) for number in todo)
-        with tqdm(total=total, desc="encoding", unit="image", leave=False, disable=rank > 0) as bar:
-            for number in todo:
-                bucket, members = plan[number]
+    with locks:
+        unfit = in_first_process(start, rank, world)
+        if rank > 0:
+            locks.enter_context(hold(out / f"{LOCK}{rank}"))
+        facts = [unfit.get(number, fact) for number, fact in enumerate(facts)]
+        plan = plan_shards(facts, len(sizes), per_shard)
+        indices = [load_index(shard_path(out, number)) for number in range(len(plan))]
+        read_before = (index["problems"].tolist() for index in indices if index is not None)
+        problems = [*unfit.values(), *itertools.chain.from_iterable(read_before)]
+        todo = [number for number in range(rank, len(plan), world) if indices[number] is None]
+        if not (out / EMPTY_PROMPT).exists():
+            files.write_tensors(out / EMPTY_PROMPT, {"prompt": encode_prompts(encoders(), [""], max_length)[0]})
+        try:
+            total = sum(len(plan[number][1]) for number in todo)
+            with tqdm(total=total, desc="encoding", unit="image", leave=False, disable=rank > 0) as bar:
+                for number in todo:
+                    bucket, members = plan[number]
 
-                def read(member: int, bucket: int = bucket) -> Sample:
-                    return read_sample(member, items[member], facts[member], sizes[bucket], image_format)
+                    def read(member: int, bucket: int = bucket) -> Sample:
+                        return read_sample(member, items[member], facts[member], sizes[bucket], image_format)
 
-                results = readable(in_order(read, members, threads), problems, bar, len(items), allow_bad, out)
-                samples = encoded(encoders(), results, batch, max_length)
-                write_shard(shard_path(out, number), samples, bucket, image_format, problems)
-    finally:
-        write_problems(out, problems)
-    return finish(out, len(plan), unfit, allow_bad)
+                    results = readable(in_order(read, members, threads), problems, bar, len(items), allow_bad, out)
+                    samples = encoded(encoders(), results, batch, max_length)
+                    write_shard(shard_path(out, number), samples, bucket, image_format, problems)
+        finally:
+            write_problems(out, problems)
+        return finish(out, len(plan), [*unfit.values()], allow_bad)
 
 
 def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -> list[Facts | str]:
@@ -345,10 +385,9 @@ def finish(out: Path, count: int, unfit: list[str], allow_bad: float) -> dict | 
     write_problems(out, problems)
     meta = read_meta(out, FORMAT)
     check_problems(problems, meta["files"], allow_bad, out)  # others may have had some as well
-    images = [0] * len(meta["buckets"])
-    for index in indices:
-        images[int(index["bucket"])] += len(index["number"])
-    meta |= {"shards": count, "images": sum(images), "left_out": len(problems), "images_in_bucket": images}
+    counts, in_bucket = [len(index["number"]) for index in indices], [int(index["bucket"]) for index in indices]
+    images = np.bincount(in_bucket, counts, len(meta["buckets"])).astype(int).tolist()
+    meta |= {"shards": count, "images": sum(counts), "left_out": len(problems), "images_in_bucket": images}
     pack.write_text(out / META, json.dumps(meta, indent=2) + "\n")
     return meta
 
@@ -361,7 +400,7 @@ def check_problems(problems: list[str], count: int, allow_bad: float, out: Path)
         )
 
 
-def write_problems(out: Path, problems: list[str]) -> None:
+def write_problems(out: Path, problems: Collection[str]) -> None:
     if problems:
         pack.write_text(out / pack.PROBLEMS, "".join(f"{problem}\n" for problem in sorted(problems)))
     else:
@@ -374,11 +413,74 @@ def check_outside(out: Path, data: list[str]) -> None:
             raise InputError(f"--out {out} is inside of --data {place}, where the shards would be taken for data")
 
 
-def listing_digest(items: list, facts: list[Facts | str]) -> str:
-    digest = hashlib.sha256()
-    for item, fact in zip(items, facts, strict=True):
-        digest.update(json.dumps([str(item), *(fact if isinstance(fact, Facts) else [])]).encode())
-    return digest.hexdigest()
+def one_name(place: str) -> str:
+    """The same for a place however it is spelled. A link to a file keeps its own name, whose end says what is in it."""
+    path = Path(place)
+    if place.startswith("shapes:"):
+        return place
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
+
+
+def digest(parts: Iterable[str | tuple]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part).encode())
+    return found.hexdigest()
+
+
+def facts_digest(facts: list[Facts | str], unfit: Collection[int]) -> str:
+    return digest(fact for number, fact in enumerate(facts) if number not in unfit)
+
+
+# ---- Again -----------------------------------------------------------------------------------------------------------
+def clear(out: Path) -> None:
+    """Remove what a call left that made no shard. Its meta.json last, which says that all of this is ours."""
+    left = [*out.glob(".[0-9]*"), *out.glob("[0-9]*.index.npz"), out / pack.PROBLEMS, out / EMPTY_PROMPT]
+    for path in (*left, out / META):
+        path.unlink(missing_ok=True)
+
+
+def unfit_before(out: Path, facts: list[Facts | str]) -> dict[int, str]:
+    """What was left out when `out` was begun, by number, and so stays left out: else the shards would be others.
+
+    InputError if anything else is not what it was.
+    """
+    meta = read_meta(out, FORMAT)
+    unfit = {int(number): problem for number, problem in meta["unfit"].items()}
+    for number, fact in enumerate(facts):
+        if isinstance(fact, str) and number not in unfit:
+            raise InputError(f"{fact}, but it could be used when {out} was begun: mend it, or choose another --out")
+    if facts_digest(facts, unfit) != meta["facts"]:
+        raise InputError(
+            f"sizes or captions of images in --data have changed since {out} was begun: choose another --out"
+        )
+    if mended := sum(isinstance(facts[number], Facts) for number in unfit):
+        what = f"{mended} of the images that could not be used when {out} was begun can be used now"
+        print(f"{what}, but stay left out: choose another --out to have them", file=sys.stderr)
+    return unfit
+
+
+def hold_all(out: Path) -> TextIO:
+    """The lock of the first process, if no process of another call is at work in `out`. Raises InputError."""
+    own = out / f"{LOCK}0"
+    locks = {path: hold(path) for path in {own, *out.glob(f"{LOCK}*")}}
+    for path, lock in locks.items():
+        if path != own:
+            lock.close()
+    return locks[own]
+
+
+def hold(path: Path) -> TextIO:
+    from asymflow.training import run  # needs what `asymflow data pack` and the other commands do not
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return run.hold(path)
+    except InputError:
+        raise InputError(
+            f"another `data encode` is at work in {path.parent} ({path.read_text().strip()}): wait until it ends, or "
+            "choose another --out"
+        ) from None
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
@@ -390,13 +492,15 @@ def gathered(value: object, world: int) -> list:
     return values
 
 
-def in_first_process(work: Callable[[], None], rank: int, world: int) -> None:
-    """Do it in the first process, while the others wait. Its InputError is raised in all."""
-    fault = None
+def in_first_process(work: Callable[[], Result], rank: int, world: int) -> Result:
+    """Do it in the first process, while the others wait. All return what it returned, or raise its InputError."""
+    result, fault = None, None
     if rank == 0:
         try:
-            work()
+            result = work()
         except InputError as e:
             fault = e
-    if fault := gathered(fault, world)[0]:
+    result, fault = gathered((result, fault), world)[0]
+    if fault:
         raise fault
+    return result

@@ -8,11 +8,15 @@ The format is described in `asymflow.data.encode`.
 
 import io
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +28,7 @@ from asymflow.errors import InputError
 
 FORMAT = "asymflow encoded shards 1"
 EMPTY_PROMPT = "empty_prompt.safetensors"
+HEAD = 512  # bytes, in which the header of the tensors is
 KINDS = ("image", "facts", "tensors")  # of the files of a sample, in the order in which they are in the shard
 
 
@@ -79,22 +84,51 @@ class EncodedShards:
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Raises UnreadableError, naming sample and shard, if it is damaged."""
-        spans = self.span[index].tolist()
-        start, end = spans[0][0], sum(spans[-1])
-        shard, bucket = self.shards[self.shard[index]], self.buckets[self.bucket[index]]
-        content = Entry(shard, offset=start, size=end - start).read()
-        image, facts, tensors = (content[offset - start : offset - start + size] for offset, size in spans)
-        try:
+        image, facts, tensors = self.read(index, sum(self.span[index, -1]))
+        with self.naming(index):
             facts, tensors = json.loads(facts), safetensors.torch.load(tensors)
-            image = to_uint8(Image.open(io.BytesIO(image)).convert("RGB"))
-            sample = EncodedSample(image, tensors["latent"], tensors["prompt"], facts["name"], facts["caption"])
-        except Exception as e:  # damage shows in many ways
-            raise UnreadableError(f"{shard}: sample {index} is damaged ({e or type(e).__name__})") from None
-        grid = [length // self.meta["patch_size"] for length in bucket]
-        shapes = [tuple(part.shape) for part in sample[:3]]
-        if shapes != [(3, *bucket), (self.meta["rank"], *grid), tuple(self.meta["prompt_shape"])]:
-            raise UnreadableError(f"{shard}: sample {index} is damaged (its shapes are {shapes})")
+            sample = EncodedSample(to_image(image), **tensors, name=facts["name"], caption=facts["caption"])
+            shapes = [tuple(part.shape) for part in sample[:3]]
+            if shapes != [*self.shapes(index), tuple(self.meta["prompt_shape"])]:
+                raise ValueError(f"its shapes are {shapes}")
         return sample
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image and latent as in `EncodedSample`, without reading the prompt, which is most of it. Raises the same."""
+        size, shape = self.shapes(index)
+        image, _, tensors = self.read(index, self.span[index, -1, 0] + HEAD + 4 * math.prod(shape))
+        with self.naming(index):
+            start = 8 + int.from_bytes(tensors[:8], "little")
+            first, last = json.loads(tensors[8:start])["latent"]["data_offsets"]
+            latent = np.frombuffer(tensors[start + first : start + last], "<f4").reshape(shape)
+            image = to_image(image)
+            if image.shape != size:
+                raise ValueError(f"its image has the shape {tuple(image.shape)}")
+        return image, torch.from_numpy(latent.copy())
+
+    def read(self, index: int, end: int) -> list[bytes]:
+        """The files of a sample, up to `end` in the shard, in one piece."""
+        spans = self.span[index].tolist()
+        start = spans[0][0]
+        content = Entry(self.shards[self.shard[index]], offset=start, size=int(end) - start).read()
+        return [content[offset - start : offset - start + size] for offset, size in spans]
+
+    def shapes(self, index: int) -> list[tuple[int, ...]]:
+        """Of image and latent."""
+        bucket = self.buckets[self.bucket[index]]
+        return [(3, *bucket), (self.meta["rank"], *(length // self.meta["patch_size"] for length in bucket))]
+
+    @contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # damage shows in many ways
+            where = f"{self.shards[self.shard[index]]}: sample {index}"
+            raise UnreadableError(f"{where} is damaged ({e or type(e).__name__})") from None
+
+
+def to_image(content: bytes) -> Tensor:
+    return to_uint8(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def shard_path(folder: Path, number: int) -> Path:

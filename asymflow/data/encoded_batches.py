@@ -88,3 +88,16 @@ class EncodedBatches(Batches):
                 problems.append(str(e))
                 index = int(replacements.integers(len(members)))
         raise InputError(f"{ATTEMPTS} images in a row could not be read; the last: {problems[-1]}")
+
+
+def rare_buckets(dataset: EncodedShards, batch: int) -> list[str]:
+    """A remark, if there are buckets with fewer images than the global batch, which is of one bucket."""
+    counts = np.bincount(dataset.bucket, minlength=len(dataset.buckets))
+    rare = [f"{h}x{w}: {n}" for (h, w), n in zip(dataset.buckets, counts, strict=True) if 0 < n < batch]
+    if not rare:
+        return []
+    named = ", ".join(rare[:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
+    return [
+        f"of some sizes there are fewer images than train.global_batch_size {batch}, so a step repeats them ({named}): "
+        "encode with a smaller --max-aspect, or more images, or lower train.global_batch_size"
+    ]

@@ -77,19 +77,27 @@ def begin(out: Path, settings: dict, names: dict[str, str] = OPTIONS, command: s
 
     names: those that must be the same, besides the listing of the data, with what a user knows them as.
     """
+    refuse_foreign(out, settings["format"], command)
     known = read_meta(out, settings["format"])
     if not known:
-        if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-            raise InputError(f"{out} exists already, and no `{command}` began it: choose another --out")
         write_text(out / META, json.dumps(settings, indent=2) + "\n")
         return
     differing = [f"{option} was {known[n]}" for n, option in names.items() if known[n] != settings[n]]
     if not differing and known["listing"] != settings["listing"]:
-        differing = [f"--data had {known['files']} images, and now has {settings['files']}, or others"]
+        now = "others" if known["files"] == settings["files"] else settings["files"]
+        differing = [f"--data had {known['files']} images, and now has {now}"]
     if differing:
         raise InputError(f"{out} was begun with other settings ({'; '.join(differing)}): use those or another --out")
     for left in out.glob(".[0-9]*"):  # by a process that was killed
         left.unlink()
+
+
+def refuse_foreign(out: Path, form: str, command: str) -> None:
+    """InputError if there is something in `out`, and `command`, whose format it is, did not begin it."""
+    if read_meta(out, form) or not out.exists():
+        return
+    if not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir()):
+        raise InputError(f"{out} exists already, and no `{command}` began it: choose another --out")
 
 
 def listing_digest(folder: ImageFolder) -> str:
