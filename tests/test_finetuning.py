@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -11,6 +13,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image
 from processes import Launched, finish, start
+from safetensors.torch import load_file, save_file
 from test_training_distributed import MANY, metrics, tensors
 
 from asymflow import InputError, Subspace
@@ -18,12 +21,14 @@ from asymflow.adapters import FULL, load_adapter
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.cli import main as asymflow
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.encoded_batches import EncodedBatches
+from asymflow.data.encoded_batches import EncodedBatches, rare_buckets
+from asymflow.data.images import UnreadableError
 from asymflow.data.shapes import Shapes
 from asymflow.training.config.reading import load_config
-from asymflow.training.finetuning import adapters_off, make_finetuned, trained
+from asymflow.training.finetuning import adapters_off, load_transformer, make_finetuned, trained
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
 from asymflow.training.objectives import LatentToPixel
+from asymflow.training.start import answer, other_encoders
 from toy.asymflux2_tiny import gradient_moments
 from toy.tiny_flux2 import make_base, normalize_latents
 
@@ -44,23 +49,10 @@ def made(tmp_path_factory):
     pictures = [Shapes(64, 48, 3)[i].image // 2 for i in range(64)]  # near the mean of normalized Oklab
     normalize_latents(pipeline.vae, torch.stack(pictures).float() / 127.5 - 1)
     pipeline.save_pretrained(folder / "base")
-    encode = ["--size", "48", "--max-length", "32", "--dtype", "float32", "--batch", "16"]
-    assert not asymflow(
-        [
-            "data",
-            "encode",
-            "--base",
-            f"{folder}/base",
-            "--data",
-            f"{folder}/images",
-            "--out",
-            f"{folder}/shards",
-            *encode,
-        ]
-    )
-    assert not asymflow(
-        ["subspace", "procrustes", "--shards", f"{folder}/shards", "--out", f"{folder}/subspace.safetensors"]
-    )
+    places = {"--base": folder / "base", "--data": folder / "images", "--out": folder / "shards"}
+    options = {**places, "--size": 48, "--max-length": 32, "--dtype": "float32", "--batch": 16}
+    assert not asymflow(["data", "encode", *(str(word) for pair in options.items() for word in pair)])
+    assert not asymflow(["subspace", "procrustes", f"--shards={folder}/shards", f"--out={folder}/subspace.safetensors"])
     learn(pipeline.transformer, EncodedShards(folder / "shards"))
     pipeline.transformer.save_pretrained(folder / "base/transformer")
     return folder
@@ -144,6 +136,16 @@ OTHERS = {  # of another curve
         "deepspeed.zero_optimization.stage=3",
     ],
     "full": ["finetune.lora=null", "deepspeed.zero_optimization.stage=3"],
+    "dropout": [
+        "finetune.lora={rank: 4, dropout: 0.05}",
+        "finetune.checkpointing=true",
+        "train.precision=bf16",
+        "train.global_batch_size=20",  # more than the smaller bucket has
+        "train.micro_batch_size=5",
+        "deepspeed.bf16.enabled=true",
+        "deepspeed.data_types={grad_accum_dtype: fp32}",
+        "deepspeed.zero_optimization.stage=2",
+    ],
     "plain": ["loss.variance_reduction=null"],
     "perceptual": [
         "loss.perceptual={vgg: random}",
@@ -153,15 +155,17 @@ OTHERS = {  # of another curve
         "sample.steps=2",
     ],
 }
+RESUMED = ("stage1", "stage3", "dropout")
 
 
 @pytest.fixture(scope="module")
 def runs(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     todo = [words(made, folder / name, *more) for name, more in (VARIANTS | OTHERS).items()]
-    for name in ("stage1", "stage3"):  # stopped after 3 of the 6 steps, and continued
-        todo += [words(made, folder / f"{name}-resumed", *VARIANTS[name], *stop) for stop in (["train.steps=3"], [])]
-    in_two_processes(todo)
+    for name in RESUMED:  # stopped after 3 of the 6 steps, and continued
+        more = (VARIANTS | OTHERS)[name]
+        todo += [words(made, folder / f"{name}-resumed", *more, *stop) for stop in (["train.steps=3"], [])]
+    (folder / "said").write_text(in_two_processes(todo)[1])
     process = Launched(1, arguments=words(made, folder / "alone"))
     assert process.wait(120) == [0], process.said()
     return folder
@@ -183,7 +187,7 @@ def test_in_bfloat16_it_is_about_the_same_curve(runs, half, whole):
         assert m["loss"] == pytest.approx(e["loss"], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage3"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_finetuning_has_the_same_bits(runs, name):
     a, b = tensors(runs / name, 6), tensors(runs / f"{name}-resumed", 6)
     assert a.keys() == b.keys()
@@ -215,13 +219,16 @@ def test_full_finetuning_trains_every_weight(runs, made):
     names = {name for _, name in tensors(runs / "full", 6)}
     transformer = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
     assert names == {f"backbone.transformer.{name}" for name, _ in transformer.named_parameters()}
-    first, last = metrics(runs / "full")[0], metrics(runs / "plain")[0]
-    assert first["loss"] != last["loss"]  # its target has less variance
 
 
 def test_all_begin_with_the_same_loss(runs):
     """LoRA or full, the model is the latent one before the first step."""
     assert metrics(runs / "full")[0]["loss"] == pytest.approx(metrics(runs / "alone")[0]["loss"], rel=1e-5)
+
+
+def test_with_less_variance_in_the_target_the_loss_is_less(runs):
+    """Of the same model, images and noise: before the first step."""
+    assert metrics(runs / "alone")[0]["loss"] < 0.95 * metrics(runs / "plain")[0]["loss"]
 
 
 def test_the_perceptual_term_is_there_and_images_are_drawn(runs):
@@ -329,16 +336,47 @@ def test_a_step_is_of_one_bucket_on_all_ranks_and_epochs_are_whole(made):
 
 
 def test_latents_and_images_of_a_batch_belong_together(made):
-    data, config = EncodedShards(made / "shards"), config_of(made, "train.steps=400")
-    batch = EncodedBatches(data, config, 0, 1)[0]
+    data, rate, steps = EncodedShards(made / "shards"), 0.3, 100
+    batches = EncodedBatches(data, config_of(made, f"train.steps={steps}", f"loss.label_dropout={rate}"), 0, 1)
     known = {tuple(s.latent.flatten().tolist()): s for s in (data[i] for i in range(len(data)))}
-    dropped = 0
-    for pixels, latent, prompt in zip(batch.pixels, batch.latents, batch.prompts, strict=True):
-        sample = known[tuple(latent.flatten().tolist())]
-        assert torch.equal(pixels, sample.image)
-        dropped += torch.equal(prompt, data.empty_prompt)
-        assert torch.equal(prompt, sample.prompt) or torch.equal(prompt, data.empty_prompt)
-    assert dropped < len(batch.pixels)
+    dropped = []
+    for batch in (batches[step] for step in range(steps)):
+        for pixels, latent, prompt in zip(batch.pixels, batch.latents, batch.prompts, strict=True):
+            sample = known[tuple(latent.flatten().tolist())]
+            assert torch.equal(pixels, sample.image)
+            dropped.append(torch.equal(prompt, data.empty_prompt))
+            assert dropped[-1] or torch.equal(prompt, sample.prompt)
+    assert np.mean(dropped) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(dropped)) ** 0.5)
+
+
+def test_buckets_with_fewer_images_than_a_batch_are_named(runs):
+    sizes, counts = [(16, 16 * n) for n in range(1, 10)], [8, 7, 0, 1, 2, 3, 4, 5, 80]
+    data = SimpleNamespace(buckets=sizes, bucket=np.repeat(np.arange(9), counts))
+    (line,) = rare_buckets(data, 8)
+    assert "(16x32: 7, 16x64: 1, 16x80: 2, 16x96: 3, 16x112: 4 and 1 more)" in line
+    assert "max-aspect" in line
+    assert rare_buckets(data, 1) == []
+    said = [line for line in (runs / "said").read_text().splitlines() if "max-aspect" in line]
+    assert len(said) == 3  # by each start of the run "dropout", and no other
+    assert all("train.global_batch_size 20, so a step repeats them (32x64: 16)" in line for line in said)
+
+
+def test_a_damaged_sample_is_drawn_without_its_prompt(made, model):
+    class Damaged(EncodedShards):
+        def __getitem__(self, index):
+            raise UnreadableError("damaged")
+
+    class Unsaid(EncodedShards):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(prompt=self.empty_prompt)
+
+    def drawn(kind):
+        config, data = config_of(made, "sample.steps=1"), kind(made / "shards")
+        return LatentToPixel(config, data, torch.device("cpu")).draw(model, range(2))
+
+    with torch.no_grad():
+        assert torch.equal(drawn(Damaged), drawn(Unsaid))
+        assert not torch.equal(drawn(Damaged), drawn(EncodedShards))
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -374,9 +412,47 @@ def test_what_a_user_gets_wrong_is_one_line(made, tmp_path, more, words):
     assert words in refusal(made, tmp_path / "run", *more)
 
 
-def test_another_base_of_the_same_shapes_is_noticed_on_resume(made, runs, tmp_path):
-    import shutil
+def test_a_base_that_lacks_a_tensor_is_refused(made, tmp_path):
+    shutil.copytree(made / "base/transformer", tmp_path / "transformer")
+    (file,) = (tmp_path / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["transformer_blocks.0.attn.to_q.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of its tensors, the first transformer_blocks.0.attn.to_q.weight"):
+        load_transformer(tmp_path, torch.float32)
 
+
+def test_a_distilled_base_is_refused(made, tmp_path):
+    (tmp_path / "transformer").symlink_to(made / "base/transformer")
+    load_transformer(tmp_path, torch.float32)  # a transformer alone may be the right one
+    index = json.loads((made / "base/model_index.json").read_text())
+    assert index["is_distilled"] is False
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(InputError, match=r"model_index.json .* FLUX.2-klein-base-9B"):
+        load_transformer(tmp_path, torch.float32)
+
+
+def test_shards_of_other_encoders_are_remarked_on(made, runs, tmp_path):
+    data = EncodedShards(made / "shards")
+    assert other_encoders(made / "base", data) == other_encoders(tmp_path, data) == []
+    assert "encoded with other files" not in (runs / "said").read_text()
+    shutil.copytree(made / "base/vae", tmp_path / "vae")
+    (tmp_path / "tokenizer").symlink_to(made / "base/tokenizer")
+    (tmp_path / "vae/config.json").write_text("{}")
+    (line,) = other_encoders(tmp_path, data)
+    assert "other files of vae than" in line
+
+
+def test_a_package_that_is_missing_is_one_line():
+    try:
+        import no_such_package  # noqa: F401
+    except ModuleNotFoundError as e:
+        text, code = answer(e, 0)
+    expected = 'train_ddp.py: error: rank 0: no_such_package is needed, and not installed: pip install -e ".[flux2]"'
+    assert (text, code) == (expected, 2)
+
+
+def test_another_base_of_the_same_shapes_is_noticed_on_resume(made, runs, tmp_path):
     shutil.copytree(runs / "alone", tmp_path / "run")
     shutil.copytree(made / "base/transformer", tmp_path / "other/transformer")
     other = Flux2Transformer2DModel.from_pretrained(tmp_path / "other/transformer")

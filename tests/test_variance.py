@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asymflow import InputError
 from asymflow.training.loss import flow_matching_loss, noisy
-from asymflow.training.variance import agreement, denoising_loss, signal_share, variance_reduced_target
+from asymflow.training.variance import (
+    Perceptual,
+    agreement,
+    denoising_loss,
+    signal_share,
+    torchvision_vgg,
+    variance_reduced_target,
+)
 
 
 def drawn(*shape, seed=0):
@@ -66,27 +74,62 @@ def test_near_the_data_the_target_is_the_data():
     torch.testing.assert_close(variance_reduced_target(x0, d_low, c, torch.tensor([1.0]).double()), x0 - d_low)
 
 
-def test_a_reference_that_is_right_leaves_the_expected_gradient_and_takes_away_variance():
-    """Gaussian data in the subspace, whose conditional mean is known: the reference is that mean, and c fixed.
-
-    The gradient of the squared error in x0_pred is 2 (x0_pred - target). Its mean over the data given the noisy image
-    must not change; of its variance nothing is left where all the data is in the subspace.
-    """
+def gaussian(n, sigma):
+    """Data (n, 1, 12) in a subspace of 4 dimensions, and its mean given a noisy image at the noise level sigma."""
     generator = torch.Generator().manual_seed(0)
-    n, d, sigma = 200_000, 12, torch.tensor([0.7], dtype=torch.float64)
-    basis = torch.linalg.qr(drawn(d, 4)).Q
-    z = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    eps = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    x0 = z @ basis.mT
-    x_sigma = (1 - sigma) * x0 + sigma * eps
-    gain = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2)  # of the conditional mean, for unit variances
-    x0_ref = gain * x_sigma @ basis @ basis.mT
-    d_low = (x0 - x0_ref).unsqueeze(1)
-    x0_pred = x0_ref + 0.1  # a model that is off by a constant
-    c = torch.ones(n, 1, 3, 1, dtype=torch.float64)
-    reduced = x0_pred - variance_reduced_target(x0.unsqueeze(1), d_low, c, sigma.expand(n)).squeeze(1)
-    plain = x0_pred - x0
-    noise = plain.std() / math.sqrt(n)
-    torch.testing.assert_close(reduced.mean(0), plain.mean(0), rtol=0, atol=(6 * noise).item())
-    left = signal_share(sigma).item() ** 2  # of the variance: w of the deviation stays
-    assert reduced.var() / plain.var() == pytest.approx(left, rel=0.05)
+    basis = torch.linalg.qr(drawn(12, 4)).Q
+    x0 = torch.randn(n, 1, 4, generator=generator, dtype=torch.float64) @ basis.mT
+    x_sigma = (1 - sigma) * x0 + sigma * torch.randn(n, 1, 12, generator=generator, dtype=torch.float64)
+    return x0, (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * x_sigma @ basis @ basis.mT
+
+
+@pytest.mark.parametrize("factor", [1, 0, 0.8, 1.25, 3, -1])
+def test_what_is_taken_away_says_nothing_of_the_noisy_image_if_the_reference_is_right(factor):
+    """Else the model would learn another mean. For Gaussians the right one is linear: so regress on it.
+
+    The reference is `factor` times the mean of the data given the noisy image; the model is off by a constant.
+    """
+    n, sigma = 50_000, 0.7
+    x0, mean = gaussian(n, sigma)
+    d_low = x0 - factor * mean
+    c = agreement(x0 - (mean + 0.1), d_low, 3)
+    taken = x0 - variance_reduced_target(x0, d_low, c, torch.tensor([sigma]).double().expand(n))
+    products = (taken * mean).flatten(1).sum(1)
+    deviations = (products.mean() / (products.std() / math.sqrt(n))).abs()
+    assert deviations < 5 if factor == 1 else deviations > 20
+
+
+def test_a_reference_that_is_right_takes_away_variance():
+    """Of the gradient of a model that is right, too, and there all of it but for w of the deviation."""
+    n, sigma = 10_000, torch.tensor([0.7], dtype=torch.float64)
+    x0, mean = gaussian(n, 0.7)
+    d = x0 - mean
+    reduced = mean - variance_reduced_target(x0, d, agreement(d, d, 3), sigma.expand(n))
+    assert reduced.var() / d.var() == pytest.approx(signal_share(sigma).item() ** 2, rel=0.01)
+
+
+# ---- LPIPS -----------------------------------------------------------------------------------------------------------
+def test_a_random_vgg_is_always_the_same_and_draws_from_nobody(monkeypatch):
+    monkeypatch.setattr("lpips.LPIPS", lambda **options: torch.nn.Linear(4, 4))  # the real one takes seconds
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        weights.append(Perceptual("random", "cpu").model.weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*weights)
+
+
+def test_torchvisions_file_is_taken_from_its_cache_or_asked_for(monkeypatch, tmp_path):
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    for offline, reason in ((True, "HF_HUB_OFFLINE is set"), (False, "no network")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(InputError, match=f"{reason}.*loss.perceptual.vgg"):
+            Perceptual(None, "cpu")
+    file = tmp_path / "checkpoints/vgg16-397923af.pth"
+    file.touch()
+    assert torchvision_vgg() == file

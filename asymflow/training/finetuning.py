@@ -72,7 +72,8 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
     """The model of `config.finetune`, ready for an engine: what is trained in float32, the rest frozen.
 
     Frozen weights are in bfloat16 if the section deepspeed has bf16 switched on, else in float32. Before the first step
-    its velocity inside of the subspace is that of the latent model, and outside that of x0 = 0.
+    its velocity inside of the subspace is that of the latent model, and outside that of x0 = 0, up to the rounding of
+    the lifted projections to the dtype of the weights.
     Raises InputError if the base is no FLUX.2 klein, or does not fit the subspace or the configuration.
     """
     c = config.finetune
@@ -120,16 +121,19 @@ def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
     transformer_config(base)
     folder = base / TRANSFORMER
     try:
-        return Flux2Transformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        transformer, found = Flux2Transformer2DModel.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise InputError(f"{folder} cannot be loaded ({type(e).__name__}: {reason})") from None
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{folder} lacks {len(missing)} of its tensors, the first {missing[0]}: download it again")
+    return transformer
 
 
 def transformer_config(base: Path) -> dict:
-    """That of the transformer in a FLUX.2 klein folder; InputError if it has none."""
+    """That of the transformer in a FLUX.2 klein folder; InputError if it has none, or is of a distilled model."""
     try:
         config = json.loads((base / TRANSFORMER / "config.json").read_text())
         name = config["_class_name"]
@@ -139,7 +143,17 @@ def transformer_config(base: Path) -> dict:
         ) from None
     if name != Flux2Transformer2DModel.__name__:
         raise InputError(f"finetune.base {base} has a {name}, but a {Flux2Transformer2DModel.__name__} is expected")
+    if is_distilled(index := base / "model_index.json"):
+        raise InputError(f"{index} says that the model is distilled: take the base one, such as FLUX.2-klein-base-9B")
     return config
+
+
+def is_distilled(index: Path) -> bool:
+    """By the index of a pipeline: the shapes of the weights are those of the base that it was distilled from."""
+    try:
+        return bool(json.loads(index.read_text()).get("is_distilled"))
+    except (OSError, ValueError, AttributeError):  # the folder may have a transformer alone
+        return False
 
 
 def published(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -103,7 +103,8 @@ class Training:
     def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
         """Returns what is to be logged, and which images could not be read.
 
-        Logged as `loss` is flow matching alone, also with other terms: so it compares with that of any other training.
+        Logged as `loss` is flow matching alone, also with other terms, so trainings compare: but with variance
+        reduction its target is another, and the loss less.
         """
         started = time.perf_counter()
         lr = learning_rate(self.config, self.step)

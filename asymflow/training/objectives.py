@@ -16,6 +16,7 @@ from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.cost import flops
 from asymflow.data.batches import Batch, Batches
 from asymflow.data.encoded_batches import EncodedBatch, EncodedBatches
+from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
@@ -155,18 +156,24 @@ class LatentToPixel:
         return torch.stack(terms, dim=1)
 
     def draw(self, flow: AsymFlow, indices: range) -> Tensor:
-        """With the prompts of samples of the largest bucket, in their order."""
+        """With the prompts of samples of the largest bucket, in their order; the empty one for a damaged sample."""
         c, device = self.config.sample, flow.subspace.basis.device
         bucket = np.bincount(self.dataset.bucket).argmax()
         members = np.flatnonzero(self.dataset.bucket == bucket)
         height, width = self.dataset.buckets[bucket]
-        text = torch.stack([self.dataset[int(members[i % len(members)])].prompt for i in indices]).to(device)
+        text = torch.stack([self.prompt(int(members[i % len(members)])) for i in indices]).to(device)
         empty = self.dataset.empty_prompt.to(device).expand_as(text)
         noise = image_noise(self.config.train.seed, indices, (flow.channels, height, width), device)
         conditions, unconditional = {"encoder_hidden_states": text}, {"encoder_hidden_states": empty}
         velocity = guided(flow, conditions, unconditional, c.guidance, tuple(c.interval), orthogonal=1.0)
         sigmas = sigma_grid(c.steps, dynamic_shift(height, width))
         return oklab_to_rgb(sample(velocity, noise, sigmas, c.method, lambda x0, sigma: clamp_to_gamut(x0)))
+
+    def prompt(self, index: int) -> Tensor:
+        try:
+            return self.dataset[index].prompt
+        except InputError:  # training goes on without it, too
+            return self.dataset.empty_prompt
 
 
 def sigma_of(batch: Batch, config: Config) -> Tensor:

@@ -1,6 +1,7 @@
 """From the command line to a running training: parse, build, resume, run."""
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from asymflow import files
 from asymflow.backbones.jit import JiT
 from asymflow.cli.common import Parser
 from asymflow.data.datasets import make_dataset
+from asymflow.data.encoded import EncodedShards
+from asymflow.data.encoded_batches import rare_buckets
 from asymflow.errors import InputError
 from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
@@ -31,7 +35,7 @@ from asymflow.training.loop import Training
 from asymflow.training.objectives import ClassConditional, LatentToPixel, Objective
 from asymflow.training.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
 from asymflow.training.repa import Encoder
-from asymflow.training.variance import Perceptual
+from asymflow.training.variance import Perceptual, torchvision_vgg
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -95,6 +99,8 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(e, RuntimeError) and str(e).startswith("DataLoader worker"):
         hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
         return f"train_ddp.py: error: {by}{' '.join(str(e).split())} ({hint})", 1
+    if isinstance(e, ModuleNotFoundError):
+        return f'train_ddp.py: error: {by}{e.name} is needed, and not installed: pip install -e ".[flux2]"', 2
     if isinstance(e, InputError | OSError):
         return f"train_ddp.py: error: {by}{e}", 2 if isinstance(e, InputError) else 1
     return f"{''.join(traceback.format_exception(e))}train_ddp.py: error: {by}{type(e).__name__}: {e}", 1
@@ -115,6 +121,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     for other, length in enumerate(lengths):
         if length != lengths[0]:  # then each would have an order of its own
             raise AgreedError(f"rank {other} finds {length} images, rank 0 {lengths[0]}: give all the same data")
+    if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of a machine, for all of them
+        each(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = each(lambda: make_objective(config, dataset, device))
     brought = each(lambda: bring_subspace(config, args.out, args.resume), "the subspace")
     if config.finetune:
@@ -128,6 +136,9 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
+    if config.finetune:
+        remarks += rare_buckets(dataset, config.train.global_batch_size)
+        remarks += only_first(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
     if rank == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
@@ -188,6 +199,28 @@ def check_shards(config: Config, meta: dict, subspace: Subspace | None) -> None:
         if theirs != needed:
             where = f"{config.data.path} has {what} {theirs}, but finetune needs {needed}"
             raise InputError(f"{where}: encode the images with finetune.base, and fit finetune.subspace to the shards")
+
+
+def other_encoders(base: Path, dataset: EncodedShards) -> list[str]:
+    """A remark, if the VAE or the tokenizer of the base, where it has them, are not the files that made the shards.
+
+    No error: diffusers writes other files when it saves the same model again. The text encoder has 16 GB: to read it
+    would keep a training waiting.
+    """
+    parts = [part for part in ("vae", "tokenizer") if (base / part).is_dir()]
+    other = [part for part in parts if folder_digest(base / part) != dataset.meta[part]]
+    if not other:
+        return []
+    return [
+        f"{dataset.path} was encoded with other files of {' and '.join(other)} than those in {base}: unless it is the "
+        "same model saved again, encode the images with it"
+    ]
+
+
+def folder_digest(folder: Path) -> str:
+    """As in `asymflow.data.encode.base_fingerprint`."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    return hashlib.sha256("".join(f"{path.name} {files.sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
 def get_subspace(

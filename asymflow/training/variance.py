@@ -57,8 +57,8 @@ def denoising_loss(x0_pred: Tensor, target: Tensor, sigma: Tensor, floor: float 
 class Perceptual:
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) of VGG16 between decoded images, weighted pixel by pixel.
 
-    weights: a file with torchvision's weights of VGG16 (safetensors, or a pickle of plain tensors); None: torchvision
-    finds or downloads them; "random": as they are drawn, which is enough for tests.
+    weights: a file with torchvision's weights of VGG16 (safetensors, or a pickle of plain tensors); None: that of
+    `torchvision_vgg`; "random": drawn, always the same, which is enough for tests.
 
     It is no module of anything: neither engine nor checkpoints see it. Raises InputError if the file is another.
     """
@@ -66,14 +66,12 @@ class Perceptual:
     def __init__(self, weights: str | None, device: torch.device | str, dtype: torch.dtype = torch.float32):
         import lpips  # with torchvision: seconds
 
-        given = weights is not None
-        try:
-            model = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=given, verbose=False)
-        except OSError as e:
-            reason = f"torchvision could not download VGG16 ({e})"
-            raise InputError(f"{reason}: give loss.perceptual.vgg, the file of its weights") from None
-        if given and weights != "random":
-            load_vgg(model.net, Path(weights))
+        file = weights or torchvision_vgg()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # on every rank, and when training is continued
+            model = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=True, verbose=False)
+        if file != "random":
+            load_vgg(model.net, Path(file))
         self.model = model.eval().requires_grad_(False).to(device, dtype)
         self.dtype = dtype
 
@@ -85,6 +83,26 @@ class Perceptual:
         with no_autocast(x0):
             images = (oklab_to_rgb(x).to(self.dtype) for x in (x0_pred, x0))
             return (self.model(*images).float() * weight).flatten(1).mean(1)
+
+
+def torchvision_vgg() -> Path:
+    """The file of torchvision's VGG16, in its cache. It is downloaded if it is missing; InputError if it cannot be."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    name = url.rpartition("/")[2]  # vgg16-HASH.pth
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    instead = "give loss.perceptual.vgg, the file of torchvision's VGG16"
+    if not path.exists():
+        if HF_HUB_OFFLINE:
+            raise InputError(f"{path} is missing, and HF_HUB_OFFLINE is set: {instead}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), Path(name).stem.partition("-")[2], progress=False)
+        except (OSError, RuntimeError) as e:  # the network, or another hash
+            raise InputError(f"{url} could not be downloaded ({e}): {instead}") from None
+    return path
 
 
 def load_vgg(net: nn.Module, path: Path) -> None:
