@@ -11,11 +11,13 @@ the same noise:
     scratch   a pixel model of the same size, trained from scratch for as many steps
 
 What they drew is read by an oracle (asymflow/data/oracle.py): how often it is what the caption says, and how sharp it
-is. Everything that takes long is kept in --out, and not done again.
+is. Everything that takes long is kept in --out, and not done again. The last two are trained at the same time.
 """
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from tqdm import trange
 from asymflow.adapters import load_adapter
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.cli import main as asymflow
-from asymflow.color import clamp_to_gamut, oklab_to_rgb
+from asymflow.color import oklab_to_rgb
 from asymflow.data.encode import decode_latents, encode_image, encode_prompts
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoded_batches import EncodedBatches
@@ -52,16 +54,18 @@ from asymflow.training.objectives import LatentToPixel
 from toy.common import main
 from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
-SIZE = 64  # pixels; 4 x 4 tokens of D = 768
+SIZE, PATCH = 32, 8  # pixels; 4 x 4 tokens of D = 192
 VALIDATION = 2**32 + 1  # seed of scenes that no training draws
-GUIDANCE, STEPS = 3.0, 25
+GUIDANCE, STEPS = 2.0, 25
 # Oklab is normalized around a middle grey, as photographs are on average. Shapes on white paper are far from that: the
 # mean of their patches would be 93 % of what the subspace has to hold. At half the brightness they are near it.
 BRIGHTNESS = 0.5
 MODELS = ("latent", "start", "pixel", "scratch")
-FULL = dict(pictures=6000, autoencoder=2000, latent=3000, asked=512, draws=200)
+FULL = dict(pictures=6000, autoencoder=2000, latent=6000, asked=512, draws=200)
 QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16, draws=4)
-TINY = dict(latent_channels=8, vae_channels=(16, 32, 32, 32), width=128, heads=4, depth=(1, 3))
+# As in FLUX.2, the autoencoder has about a hundredth of the weights, here 20,000 to 3 million, and the transformer is
+# wider than a token: so the details that are lost are lost to the autoencoder.
+TINY = dict(latent_channels=4, vae_channels=(8, 8, 8), width=192, heads=6, depth=(1, 3))
 
 
 def experiment(args) -> tuple[Figure, dict]:
@@ -82,9 +86,12 @@ def experiment(args) -> tuple[Figure, dict]:
     common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": args.steps, "train.seed": args.seed}
     common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
     variance = variance_ratio(args.out, common, sizes["draws"])
-    train(args.out / "pixel", {**common, "finetune.base": args.out / "latent"})
     from_nothing = {"finetune.lora": "null", "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
-    train(args.out / "scratch", {**common, **from_nothing, "finetune.base": args.out / "untrained"})
+    settings = {
+        "pixel": {**common, "finetune.base": args.out / "latent"},
+        "scratch": {**common, **from_nothing, "finetune.base": args.out / "untrained"},
+    }
+    train({args.out / name: those for name, those in settings.items()})
     picture, results = compared(args, sizes["asked"])
     print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
     return picture, {"scale": scale, "gradient_variance": variance, "models": results}
@@ -111,21 +118,29 @@ def write_pictures(folder: Path, count: int, seed: int) -> None:
 
 # ---- The latent model ------------------------------------------------------------------------------------------------
 def autoencoder(folder: Path, seed: int, sizes: dict) -> None:
-    """A base whose autoencoder is trained; its transformer is not, yet."""
+    """A base whose autoencoder is trained; its transformer is not, yet.
+
+    With it a linear decoder is trained that nobody needs later. Latents that it can read are near to linear in the
+    pixels, as one knows it of those of large autoencoders; those of a small one need not be.
+    """
     pictures = Shapes(sizes["pictures"], SIZE, seed)
     samples = [dimmed(pictures[i]) for i in range(len(pictures))]
     images = torch.stack([sample.image for sample in samples])
     base = make_base([sample.caption for sample in samples], seed, **TINY)
     vae, draws = base.vae.train(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.manual_seed(seed)
+    linear = torch.nn.ConvTranspose2d(TINY["latent_channels"], 3, PATCH // 2, PATCH // 2)
+    weights = [*vae.parameters(), *linear.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     bar = trange(sizes["autoencoder"], desc="autoencoder", unit="step", leave=False)
     for step in bar:
         anneal(optimizer, 3e-3, step, len(bar))
         x0 = to_float(images[torch.randint(len(images), (16,), generator=draws)])
         posterior = vae.encode(x0).latent_dist
-        difference = vae.decode(posterior.sample(draws)).sample - x0
+        z = posterior.sample(draws)
+        difference = vae.decode(z).sample - x0
         loss = difference.square().mean() + 0.1 * difference.abs().mean() + 2e-7 * posterior.kl().mean()
-        optimize(optimizer, loss)
+        optimize(optimizer, loss + (linear(z) - x0).square().mean())
         bar.set_postfix(rms=f"{127.5 * difference.square().mean().sqrt():.1f} grey levels", refresh=False)
     normalize_latents(vae.eval(), to_float(images[:1024]))
     base.save_pretrained(folder)
@@ -157,16 +172,20 @@ def latent_model(base: Path, folder: Path, shards: Path, seed: int, steps: int) 
             average[name].lerp_(p.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     flow.load_state_dict(average, strict=False)
-    pipeline.transformer.eval()
-    pipeline.save_pretrained(folder)
+    with_transformer(base, pipeline.transformer, folder)
 
 
 def untrained(base: Path, folder: Path, seed: int) -> None:
     """The same base with random weights in its transformer: to train from scratch what is otherwise finetuned."""
-    pipeline = Flux2KleinPipeline.from_pretrained(base, local_files_only=True)
+    config = Flux2Transformer2DModel.load_config(base / "transformer")
     torch.manual_seed(seed)
-    pipeline.register_modules(transformer=Flux2Transformer2DModel.from_config(pipeline.transformer.config))
-    pipeline.save_pretrained(folder)
+    with_transformer(base, Flux2Transformer2DModel.from_config(config), folder)
+
+
+def with_transformer(base: Path, transformer: Flux2Transformer2DModel, folder: Path) -> None:
+    """A copy of the base with another transformer."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer"))
+    transformer.save_pretrained(folder / "transformer")
 
 
 # ---- The variance of the gradient ------------------------------------------------------------------------------------
@@ -239,28 +258,25 @@ def of_latents(model, transformer, vae, subspace: Subspace, noise: Tensor, text:
     flow = latent_flow(transformer).eval()
     latents = [
         sample(velocity, part, sigma_grid(STEPS), "euler")
-        for velocity, part in parts(model, flow, unpatchify(tokens, grid, 1), text, empty, orthogonal=0.0)
+        for velocity, part in parts(model, flow, unpatchify(tokens, grid, 1), text, empty)
     ]
     return torch.cat([decode_latents(vae, part) for part in latents])
 
 
 def of_pixels(model, transformer, vae, subspace: Subspace, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:
     """At the noise levels at which the latent model inside is at uniform ones."""
-    flow = transformer if isinstance(transformer, AsymFlow) else latent_to_pixel(transformer, subspace, 16).eval()
+    flow = transformer if isinstance(transformer, AsymFlow) else latent_to_pixel(transformer, subspace, PATCH).eval()
     levels = sigma_grid(STEPS, shift=subspace.scale.item())
-    images = [
-        sample(velocity, part, levels, "euler", denoised_hook=lambda x0, sigma: clamp_to_gamut(x0))
-        for velocity, part in parts(model, flow, noise, text, empty, orthogonal=1.0)
-    ]
+    images = [sample(velocity, part, levels, "euler") for velocity, part in parts(model, flow, noise, text, empty)]
     return oklab_to_rgb(torch.cat(images)).clamp(-1, 1)
 
 
-def parts(model: str, flow: AsymFlow, noise: Tensor, text: Tensor, empty: Tensor, orthogonal: float, size: int = 64):
-    """Guided velocities and the noise for `size` captions at a time, with a bar."""
+def parts(model: str, flow: AsymFlow, noise: Tensor, text: Tensor, empty: Tensor, size: int = 64):
+    """Guided velocities and the noise for `size` captions at a time, with a bar. The same plain guidance for all."""
     for start in trange(0, len(noise), size, desc=f"drawing, {model}", unit="batch", leave=False):
         words = {"encoder_hidden_states": text[start : start + size]}
         nothing = {"encoder_hidden_states": empty.expand_as(words["encoder_hidden_states"])}
-        yield guided(flow, words, nothing, GUIDANCE, orthogonal=orthogonal), noise[start : start + size]
+        yield guided(flow, words, nothing, GUIDANCE), noise[start : start + size]
 
 
 def encoded(vae, images: Tensor) -> Tensor:
@@ -297,7 +313,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> None:
     """Make a folder, if it is not there: under another name until it is whole."""
     if not folder.exists():
         beside = folder.with_name(f"{folder.name}.making")
-        subprocess.run(["rm", "-rf", str(beside)], check=True)
+        shutil.rmtree(beside, ignore_errors=True)
         make(beside)
         beside.rename(folder)
 
@@ -307,12 +323,22 @@ def run(*words) -> None:
         raise InputError(f"asymflow {words[0]} failed")
 
 
-def train(out: Path, settings: dict) -> None:
-    """By train_ddp.py, in a process of its own; where it was stopped, it goes on."""
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "train_ddp.py", "--config", "asymflux2_tiny", "--out", str(out), *words]
-    if subprocess.run(command).returncode:
-        raise InputError(f"the training in {out} failed")
+def train(settings: dict[Path, dict]) -> None:
+    """By train_ddp.py, in a process for each folder, at the same time; where they were stopped, they go on.
+
+    What the first says is seen; what the others say is in FOLDER.log.
+    """
+    processes, threads = {}, max(1, torch.get_num_threads() // len(settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    for out, values in settings.items():
+        words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+        command = [sys.executable, "train_ddp.py", "--config", "asymflux2_tiny", "--out", str(out), *words]
+        with out.with_suffix(".log").open("a") as log:
+            hidden = dict(stdout=log, stderr=log) if processes else {}
+            processes[out] = subprocess.Popen(command, env=environment, **hidden)
+    codes = {out: process.wait() for out, process in processes.items()}
+    if failed := [str(out) for out, code in codes.items() if code]:
+        raise InputError(f"the training in {' and in '.join(failed)} failed")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -333,4 +359,4 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=1000, quick_steps=10))
+    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=5000, quick_steps=10))

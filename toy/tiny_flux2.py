@@ -31,11 +31,12 @@ def make_base(
     text_width: int = 32,
     vae_channels: tuple[int, ...] = (8, 16, 16, 16),
 ) -> Flux2KleinPipeline:
-    """A pipeline with random weights, the same for the same arguments. Latent tokens cover 16 x 16 pixels.
+    """A pipeline with random weights, the same for the same arguments.
 
     captions: the tokenizer is trained on them. latent_channels: of the autoencoder; latent tokens have the dimension
     r = 4 latent_channels. width, heads: of the transformer. depth: its double and single blocks. text_width: of the
-    text encoder; text embeddings are 3 times as wide.
+    text encoder; text embeddings are 3 times as wide. vae_channels: of each resolution of the autoencoder; with four of
+    them, as in the real one, a latent token covers 16 x 16 pixels, with three 8 x 8.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,6 +60,8 @@ def make_base(
             latent_channels=latent_channels,
             norm_num_groups=8,
             layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
             sample_size=64,
         )
         head = width // heads
