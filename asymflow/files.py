@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import secrets
+import socket
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,6 +117,28 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
     ]
     if faults:
         raise InputError(f"{source} does not fit: {'. '.join(faults)}")
+
+
+def hold(path: Path, use: str) -> TextIO:
+    """Lock a file until it is closed, or the process ends, however it ends. InputError if another process holds it.
+
+    use: of the folder, in the error: such as "is being trained in". A POSIX lock: also over NFS, if the server keeps
+    locks (version 4 does). Where no locks are to be had, it is not held, and nothing is said.
+    """
+    lock = path.open("a+")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise InputError(f"{path.parent} {use} by {lock.read().strip() or 'another process'}") from None
+    except (OSError, ImportError):
+        return lock
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def sha256(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from processes import environment_of
 from safetensors.torch import load_file, save_file
 
-from asymflow import Subspace, patchify
+from asymflow import Subspace, files, patchify
 from asymflow.cli import main
 from asymflow.cli import subspace as command
 from asymflow.color import rgb_to_oklab
@@ -597,13 +597,13 @@ def test_a_folder_in_which_another_is_at_work_is_refused(base, photos, tmp_path,
         except InputError as e:
             answers.put(str(e))
 
-    with encoding.hold(out / f".lock{rank}"):
+    with files.hold(out / f".lock{rank}", "is held"):
         before = content(out)
         job = multiprocessing.get_context("fork").Process(target=another)
         job.start()
         job.join(30)
         said = answers.get()
-    assert f"another `data encode` is at work in {out} (process {os.getpid()} on " in said
+    assert f"{out} is being encoded to by process {os.getpid()} on " in said
     assert content(out) == before
     assert encode([photos], base, out, **SETTINGS)["images"] == 12
 

@@ -46,6 +46,7 @@ FORMATS = ("png", "webp")  # without loss: the image is to be what the latent wa
 PARTS = ("vae", "text_encoder", "tokenizer")
 Result = TypeVar("Result")
 LOCK = ".lock"  # with the number of the process that holds it: it is at work
+AT_WORK = "is being encoded to"
 OPTIONS = {  # what must stay the same when the command goes on, and what a user knows it as
     "data": "--data",
     "size": "--size",
@@ -161,13 +162,13 @@ def read_base(base: Path) -> dict:
 
 def base_fingerprint(base: Path) -> dict[str, str]:
     """{vae, text_encoder, tokenizer: sha256 of the names and contents of the files in that folder}."""
-    digests = {}
-    for part in PARTS:
-        digest = hashlib.sha256()
-        for file in sorted(f for f in (base / part).glob("*") if f.is_file() and not f.name.startswith(".")):
-            digest.update(f"{file.name} {files.sha256(file)}\n".encode())
-        digests[part] = digest.hexdigest()
-    return digests
+    return {part: folder_digest(base / part) for part in PARTS}
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of the files in a folder."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    return hashlib.sha256("".join(f"{path.name} {files.sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
 # ---- From images to shards -------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def encode(
     with locks:
         unfit = in_first_process(start, rank, world)
         if rank > 0:
-            locks.enter_context(hold(out / f"{LOCK}{rank}"))
+            locks.enter_context(files.hold(out / f"{LOCK}{rank}", AT_WORK))
         facts = [unfit.get(number, fact) for number, fact in enumerate(facts)]
         plan = plan_shards(facts, len(sizes), per_shard)
         indices = [load_index(shard_path(out, number)) for number in range(len(plan))]
@@ -463,24 +464,12 @@ def unfit_before(out: Path, facts: list[Facts | str]) -> dict[int, str]:
 def hold_all(out: Path) -> TextIO:
     """The lock of the first process, if no process of another call is at work in `out`. Raises InputError."""
     own = out / f"{LOCK}0"
-    locks = {path: hold(path) for path in {own, *out.glob(f"{LOCK}*")}}
+    out.mkdir(parents=True, exist_ok=True)
+    locks = {path: files.hold(path, AT_WORK) for path in {own, *out.glob(f"{LOCK}*")}}
     for path, lock in locks.items():
         if path != own:
             lock.close()
     return locks[own]
-
-
-def hold(path: Path) -> TextIO:
-    from asymflow.training import run  # needs what `asymflow data pack` and the other commands do not
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return run.hold(path)
-    except InputError:
-        raise InputError(
-            f"another `data encode` is at work in {path.parent} ({path.read_text().strip()}): wait until it ends, or "
-            "choose another --out"
-        ) from None
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------

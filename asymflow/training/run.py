@@ -17,7 +17,6 @@ import json
 import os
 import re
 import secrets
-import socket
 from pathlib import Path
 from typing import TextIO
 
@@ -46,7 +45,7 @@ def open_run(out: Path, config: Config) -> TextIO:
     if not path.exists() and out.exists() and (not out.is_dir() or any(p for p in out.iterdir() if p.name[0] != ".")):
         raise InputError(f"{out} is not empty, and not the folder of a run (it has no {CONFIG}): choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    lock = hold(out / LOCK)
+    lock = files.hold(out / LOCK, "is being trained in")
     if path.exists() and (differing := differences(load_config(path), config)):
         raise InputError(
             f"{out} belongs to another configuration ({'; '.join(differing)}): choose another --out, or the same "
@@ -55,28 +54,6 @@ def open_run(out: Path, config: Config) -> TextIO:
     clear_leftovers(out)
     with files.replacing(path) as beside:
         beside.write_text(dump(config))
-    return lock
-
-
-def hold(path: Path) -> TextIO:
-    """Lock a file until the process ends, however it ends. Raises InputError if another process holds it.
-
-    A POSIX lock: also over NFS, if the server keeps locks (version 4 does). Where no locks are to be had, it is not
-    held, and nothing is said.
-    """
-    import fcntl  # not on Windows, where the other functions here are of use
-
-    lock = path.open("a+")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        raise InputError(f"{path.parent} is being trained in by {lock.read().strip() or 'another process'}") from None
-    except OSError:
-        return lock
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
     return lock
 
 

@@ -1,7 +1,6 @@
 """From the command line to a running training: parse, build, resume, run."""
 
 import argparse
-import hashlib
 import os
 import signal
 import sys
@@ -15,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
 from asymflow.backbones.jit import JiT
 from asymflow.cli.common import Parser
 from asymflow.data.datasets import make_dataset
+from asymflow.data.encode import folder_digest
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoded_batches import rare_buckets
 from asymflow.errors import InputError
@@ -215,12 +214,6 @@ def other_encoders(base: Path, dataset: EncodedShards) -> list[str]:
         f"{dataset.path} was encoded with other files of {' and '.join(other)} than those in {base}: unless it is the "
         "same model saved again, encode the images with it"
     ]
-
-
-def folder_digest(folder: Path) -> str:
-    """As in `asymflow.data.encode.base_fingerprint`."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    return hashlib.sha256("".join(f"{path.name} {files.sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
 def get_subspace(
