@@ -50,19 +50,22 @@ def precision(request, transformer):
 
 
 def test_before_training_its_velocity_inside_is_that_of_the_lifted_latent_model(precision):
-    """u = k s u_latent + k (1 - s) x inside of the subspace (method, section 3), at every noise level, down to 0."""
+    """u = k s u_latent + k (1 - s) x inside of the subspace (method, section 3), at every noise level, down to 0.
+
+    The velocity outside, x / sigma, is rounded together with it: in float32, near sigma = 0, to more than 1e-4.
+    """
     transformer, dtype, tolerance = precision
-    subspace, sigma = subspace_of(dtype), torch.tensor([0.0, 1e-3, 0.4, 0.999, 1.0], dtype=dtype)
+    levels = [0.02, 0.1, 0.4, 0.999, 1.0] if dtype == torch.float32 else [0.0, 1e-3, 0.4, 0.999, 1.0]
+    subspace, sigma = subspace_of(dtype), torch.tensor(levels, dtype=dtype)
     latent, pixel = latent_flow(transformer), latent_to_pixel(transformer, subspace).eval()
     x, text = drawn(5, 3, 32, 48, dtype=dtype), drawn(5, 7, 96, dtype=dtype, seed=1)
     u = pixel(x, sigma, encoder_hidden_states=text)
     k, tau = (v.view(-1, 1, 1, 1) for v in calibration(sigma, subspace.scale))
     s, z = subspace.scale.to(dtype), inside(x, subspace)
     of_latents = latent(k * z, tau.flatten(), encoder_hidden_states=text)
-    # Near sigma = 0 the velocity outside is large, and both are rounded as one number.
-    size = u.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)
-    difference = (inside(u, subspace) - k * (s * of_latents + (1 - s) * z)) / size
-    assert difference.abs().max() < tolerance
+    expected = k * (s * of_latents + (1 - s) * z)
+    assert (inside(u, subspace) - expected).abs().max() < tolerance
+    assert expected.abs().amax((1, 2, 3)).min() > 0.5
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
