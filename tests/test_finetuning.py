@@ -463,6 +463,18 @@ def test_another_base_of_the_same_shapes_is_noticed_on_resume(made, runs, tmp_pa
     assert "another latent model" in line
 
 
+def test_a_run_that_was_moved_is_exported_with_its_base(made, runs, tmp_path, capsys):
+    """The base is where the configuration says, or where the user says that it is now."""
+    shutil.copytree(runs / "alone", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(made / "base"), "/elsewhere"))
+    command = ["export", "--run", f"{tmp_path}/run", "--out", f"{tmp_path}/adapter"]
+    assert asymflow(command) == 2
+    assert "/elsewhere is not a folder of FLUX.2 klein" in capsys.readouterr().err
+    assert not asymflow([*command, "--base", f"{made}/base"])
+    assert (tmp_path / "adapter" / "config.json").is_file()
+
+
 def test_an_adapter_needs_its_own_base(made, runs, tmp_path):
     assert not asymflow(["export", "--run", f"{runs}/alone", "--out", f"{tmp_path}/adapter"])
     other = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
