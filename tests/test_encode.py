@@ -215,7 +215,7 @@ def test_what_is_recorded(shards, base):
 def test_shapes_are_data_too_in_bfloat16_and_webp(base, tmp_path, capsys):
     argv = ["--size=32", f"--max-length={LENGTH}", "--format=webp", "--device=cpu", "--data", "shapes:5"]
     assert main(["data", "encode", "--base", str(base), "--out", str(tmp_path / "s"), *argv]) == 0
-    assert "5 images of 1 sizes" in capsys.readouterr().out
+    assert "5 images of one size" in capsys.readouterr().out
     found, shapes = EncodedShards(tmp_path / "s"), Shapes(5, 32)
     samples = {sample.name: sample for sample in found}
     for i in range(5):

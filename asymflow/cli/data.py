@@ -144,5 +144,6 @@ def run_encode(args: argparse.Namespace) -> None:
     if meta["left_out"]:
         print(f"{meta['left_out']} are left out: see {args.out / PROBLEMS} for the reasons", file=sys.stderr)
     filled = sum(count > 0 for count in meta["images_in_bucket"])
-    print(f"{meta['images']:,} images of {filled} sizes are in {args.out}, in shards: {meta['shards']:,}")
+    sizes = "one size" if filled == 1 else f"{filled} sizes"
+    print(f"{meta['images']:,} images of {sizes} are in {args.out}, in shards: {meta['shards']:,}")
     print(f"next: asymflow subspace procrustes --shards {shlex.quote(str(args.out))} --out FILE.safetensors")
