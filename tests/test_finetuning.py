@@ -87,6 +87,7 @@ def settings(made, *more):
         "checkpoint.keep_last=9",
         "sample.every=null",
         "optimizer.warmup_steps=2",
+        "loss.sigma_shift=2.0",
         "ema.decays=[0.5]",
         *more,
     ]
