@@ -164,7 +164,7 @@ def wait_for_lines(path, count, logs, seconds=100):
 # ---- Failures and signals --------------------------------------------------------------------------------------------
 def launch(launcher, out, patch=""):
     driver = out.parent / "driver.py"
-    driver.write_text(DRIVER.format(paths=[str(TESTS), str(TESTS.parent)], patch=patch))
+    driver.write_text(DRIVER.format(paths=[str(TESTS), str(TESTS.parent), str(ROOT)], patch=patch))
     environment = environment_of(2)
     port = environment["MASTER_PORT"]
     command = {
