@@ -31,6 +31,19 @@ TINY = [  # a model that takes milliseconds a step
     "optimizer.warmup_steps=2",
 ]
 
+# Several trainings in one start of two processes: importing torch and DeepSpeed takes longer than the steps.
+MANY = """
+import json, sys
+from asymflow.training.start import main
+import torch.distributed as dist
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    if code:
+        sys.exit(code)
+destroy()
+"""
+
 
 def words(out, *settings):
     """The arguments of train_ddp.py for a run in `out`, with the settings `a.b=c` on top of TINY."""

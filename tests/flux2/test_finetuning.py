@@ -12,9 +12,8 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image
-from processes import Launched, finish, start
+from processes import MANY, Launched, finish, metrics, start, tensors
 from safetensors.torch import load_file, save_file
-from test_training_distributed import MANY, metrics, tensors
 
 from asymflow import InputError, Subspace
 from asymflow.adapters import FULL, load_adapter

@@ -4,23 +4,11 @@ import json
 
 import pytest
 import torch
-from processes import TINY, train
+from processes import MANY, TINY, finish, metrics, start, tensors, train
 
 from asymflow.training import checkpoint
 
 STAGES = (0, 1, 2, 3)
-# Several trainings in one start of two processes: importing torch and DeepSpeed takes longer than the steps.
-MANY = """
-import json, sys
-from asymflow.training.start import main
-import torch.distributed as dist
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for arguments in json.loads(sys.argv[1]):
-    code = main(arguments)
-    if code:
-        sys.exit(code)
-destroy()
-"""
 
 
 def arguments(out, *settings):
@@ -39,23 +27,12 @@ def stage_runs(folder, stage):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Eight steps in each stage on two ranks, straight and resumed; and on one rank at stage 1."""
-    from processes import finish, start
-
     folder = tmp_path_factory.mktemp("runs")
     todo = [words for stage in STAGES for words in stage_runs(folder, stage)]
     codes, written = finish(start(2, json.dumps(todo), code=MANY), timeout=400)
     assert codes == [0, 0], written
     train(1, folder / "alone", "train.steps=8", "checkpoint.every=4", "deepspeed.zero_optimization.stage=1")
     return folder
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(run, step=8):
-    reader = checkpoint.Reader(checkpoint.folder_of(run / "checkpoints", step))
-    return {(kind, name): value for kind in reader.kinds() for name, value in reader.full(kind).items()}
 
 
 def test_every_stage_and_number_of_ranks_gives_the_same_curve(runs):
@@ -75,7 +52,7 @@ def test_a_resumed_training_has_the_same_bits(runs, stage):
     straight, resumed = runs / f"stage{stage}", runs / f"resumed{stage}"
     keys = ("step", "loss", "grad_norm", "lr")
     assert [[m[k] for k in keys] for m in metrics(straight)] == [[m[k] for k in keys] for m in metrics(resumed)]
-    a, b = tensors(straight), tensors(resumed)
+    a, b = tensors(straight, 8), tensors(resumed, 8)
     assert a.keys() == b.keys()
     assert {kind for kind, _ in a} == {
         "weights",
@@ -103,7 +80,7 @@ def test_the_pieces_of_all_ranks_make_up_each_parameter_once(runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_stages_agree_on_weights_and_averages(runs, stage):
-    alone, other = tensors(runs / "alone"), tensors(runs / f"stage{stage}")
+    alone, other = tensors(runs / "alone", 8), tensors(runs / f"stage{stage}", 8)
     for (kind, name), value in alone.items():
         if not kind.startswith("exp"):
             assert torch.allclose(value, other[kind, name], rtol=0, atol=2e-4), (kind, name)
