@@ -48,10 +48,10 @@ def problems(draw, dtype=torch.float64, rank=None, scale=SCALES, smallest_sigma=
 def rounding(subspace, sigma, *vectors, dtype=None):
     """A bound on the error of recovery from vectors of these norms.
 
-    As in tests/nano/test_parameterization.py: with the machine epsilon e, thin products and a handful of sums cost less
-    than 4 (dim + rank + 2) (rank + 1) e times the norms; the complement's share is divided by sigma, as is what a basis that
-    is off by `skew` = |A^T A - 1| does. With a scale, norms are multiplied by s or 1 / s on the way, and s itself is
-    rounded: a factor (s + 2 + 1 / s) >= (s + 1) max(1, 1 / s).
+    As in tests/nano/test_parameterization.py: with the machine epsilon e, thin products and a handful of sums cost
+    less than 4 (dim + rank + 2) (rank + 1) e times the norms; the complement's share is divided by sigma, as is what
+    a basis that is off by `skew` = |A^T A - 1| does. With a scale, norms are multiplied by s or 1 / s on the way, and
+    s itself is rounded: a factor (s + 2 + 1 / s) >= (s + 1) max(1, 1 / s).
     """
     exact, s = subspace.basis.double(), subspace.scale
     skew = (exact.mT @ exact - torch.eye(subspace.rank, **DOUBLE)).norm()
