@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from asymflow.data.batches import end_with_parent
 from asymflow.training import checkpoint
@@ -31,19 +31,6 @@ TINY = [  # a model that takes milliseconds a step
     "optimizer.warmup_steps=2",
 ]
 
-# Several trainings in one start of two processes: importing torch and DeepSpeed takes longer than the steps.
-MANY = """
-import json, sys
-from asymflow.training.start import main
-import torch.distributed as dist
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for arguments in json.loads(sys.argv[1]):
-    code = main(arguments)
-    if code:
-        sys.exit(code)
-destroy()
-"""
-
 
 def words(out, *settings):
     """The arguments of train_ddp.py for a run in `out`, with the settings `a.b=c` on top of TINY."""
@@ -59,40 +46,14 @@ def environment_of(world):
     return {**common, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(world, *arguments, code=None, **environment):
-    """Start `world` processes of train_ddp.py with these arguments, or of Python with `code`; return them."""
-    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "train_ddp.py")]), *map(str, arguments)]
-    common = environment_of(world)
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(world)
-    ]
+def train(world, *trainings, patch=None, timeout=600):
+    """Run these trainings, each the arguments of train_ddp.py, one after the other. Fails unless all exit with 0.
 
-
-def finish(workers, timeout=180):
-    """Wait for all, and return their exit codes and what rank 0, rank 1, ... wrote to stdout and stderr."""
-    try:
-        written = [worker.communicate(timeout=timeout) for worker in workers]
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-    return [worker.returncode for worker in workers], written
-
-
-def train(world, out, *settings, config="shapes_tiny", timeout=180, **environment):
-    """Train, with the settings `a.b=c` on top of TINY, and return what rank 0 wrote. Fails unless all exit with 0."""
-    words = [word for setting in [*TINY, *settings] for word in ("--set", setting)]
-    codes, written = finish(start(world, "--config", config, "--out", out, *words, **environment), timeout)
-    assert codes == [0] * world, written
-    return written[0]
+    Returns what the processes wrote to stderr, as `Launched.said`.
+    """
+    launched = Launched(world, trainings=trainings, patch=patch)
+    assert launched.wait(timeout) == [0] * world, launched.said()
+    return launched.said()
 
 
 # ---- What is left of a run -------------------------------------------------------------------------------------------
@@ -114,22 +75,30 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-# ---- The same without importing torch and DeepSpeed each time: forked from a process that has ------------------------
+# ---- Processes, forked from one that has imported torch and DeepSpeed, which takes longer than a training ------------
 class Launched:
-    """`world` ranks of train_ddp.py. patch: called in each before it begins; arguments: instead of those of `words`."""
+    """`world` ranks of train_ddp.py, with the arguments of `words`, or these, or with those of several trainings.
+
+    Several are run one after the other; the first that does not exit with 0 is the last. patch: called in each rank
+    before it begins.
+    """
 
     server = None
 
-    def __init__(self, world, out=None, *settings, patch=None, arguments=None):
+    def __init__(self, world, out=None, *settings, patch=None, arguments=None, trainings=None):
         if Launched.server is None:
             Launched.server = multiprocessing.get_context("forkserver")
-            Launched.server.set_forkserver_preload(["deepspeed", "asymflow.training.start"])
+            Launched.server.set_forkserver_preload(["preloaded"])
         self.folder = Path(tempfile.mkdtemp())
-        common, argv = environment_of(world), words(out, *settings) if arguments is None else list(arguments)
+        common = environment_of(world)
+        if trainings is None:
+            trainings = [words(out, *settings) if arguments is None else arguments]
         self.ranks = []
         for rank in range(world):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = Launched.server.Process(target=one_rank, args=(argv, environment, self.folder / str(rank), patch))
+            process = Launched.server.Process(
+                target=one_rank, args=(trainings, environment, self.folder / str(rank), patch)
+            )
             process.start()
             self.ranks.append(process)
 
@@ -165,7 +134,7 @@ class Launched:
         return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
 
 
-def one_rank(argv, environment, log, patch):
+def one_rank(trainings, environment, log, patch):
     os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()  # a pytest that is killed leaves no training behind
     for stream, name in ((1, "out"), (2, "err")):
@@ -175,4 +144,9 @@ def one_rank(argv, environment, log, patch):
 
     if patch:
         patch()
-    sys.exit(main(argv))
+    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the next training uses it, too
+    for argv in trainings[:-1]:
+        if code := main(list(map(str, argv))):
+            sys.exit(code)
+    dist.destroy_process_group = destroy
+    sys.exit(main(list(map(str, trainings[-1]))))

@@ -44,7 +44,8 @@ class Training:
         self.micro, self.accumulation = batch_sizes(config, self.world)
         self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
         self.dataset, self.objective = dataset, objective
-        self.peak = peak_flops(device) if objective.flops else None
+        self.peak = peak_flops(device)
+        self.flops = objective.flops() if self.peak else None  # counted only where it is of use: that takes seconds
         self.term_weights = torch.tensor(objective.weights, device=device)
         flow = objective.model(flow)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
@@ -264,15 +265,15 @@ class Training:
         none.
         """
         if self.rank == 0:
-            if self.peak:
-                record["mfu"] = self.objective.flops * record["images_per_second"] / (self.peak * self.world)
+            if self.flops:
+                record["mfu"] = self.flops * record["images_per_second"] / (self.peak * self.world)
             self.journals[0].add(record)
             bar.update()
             loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
             shown = {"loss": loss, "images/s": f"{record['images_per_second']:.1f}"}
             if self.problems.known:
                 shown["unreadable"] = len(self.problems.known)
-            if self.peak:
+            if self.flops:
                 shown["MFU"] = f"{record['mfu']:.1%}"
             bar.set_postfix(shown, refresh=False)
             values = {name: value for name, value in record.items() if name != "step" and value is not None}

@@ -40,8 +40,9 @@ class Objective(Protocol):
     """Of the loss, as they are called in the metrics."""
     weights: tuple[float, ...]
     """Of the terms, in what is minimized."""
-    flops: int | None
-    """Of a training step on one image, without what is computed twice to save memory; None: not counted."""
+
+    def flops(self) -> int | None:
+        """Of a training step on one image, without what is computed twice to save memory; None: not counted."""
 
     def model(self, flow: AsymFlow) -> nn.Module:
         """What the engine trains: an AsymFlow, perhaps with more to say while it is trained."""
@@ -62,12 +63,14 @@ class ClassConditional:
     """Flow matching of images of classes, with REPA if there is an encoder."""
 
     def __init__(self, config: Config, flow: AsymFlow, encoder: Encoder | None = None):
-        self.config, self.encoder = config, encoder
+        self.config, self.flow, self.encoder = config, flow, encoder
         self.terms = ("loss", "repa") if encoder else ("loss",)
         self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
-        shape = (flow.channels, config.model.image_size, config.model.image_size)
-        # Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU.
-        self.flops = flops(flow, shape, training=True, recomputed=False)
+
+    def flops(self) -> int:
+        """Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU."""
+        size = self.config.model.image_size
+        return flops(self.flow, (self.flow.channels, size, size), training=True, recomputed=False)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         if not self.encoder:
@@ -107,12 +110,13 @@ def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[i
 class LatentToPixel:
     """The finetuning of `Finetuned`: variance-reduced or plain, with a perceptual term if there is `perceptual`."""
 
-    flops = None
-
     def __init__(self, config: Config, dataset, device: torch.device, perceptual: Perceptual | None = None):
         self.config, self.dataset, self.device, self.perceptual = config, dataset, device, perceptual
         self.terms = ("loss", "perceptual") if perceptual else ("loss",)
         self.weights = (config.loss.weight, *([config.loss.perceptual.weight] if perceptual else []))
+
+    def flops(self) -> None:
+        return None
 
     def model(self, flow: AsymFlow) -> nn.Module:
         return flow

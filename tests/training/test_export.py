@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from processes import train
+from processes import train, words
 
 from asymflow import AsymFlow
 from asymflow.cli import main
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("export") / "run"
     widths = "ema.sigma_rel=[0.05, 0.10, 0.0125, 0.2886]"
-    train(1, out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=5", widths)
+    train(1, words(out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=5", widths))
     return out
 
 

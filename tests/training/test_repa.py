@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from processes import TINY, finish, metrics, same_bits, start, tensors
+from processes import Launched, metrics, same_bits, tensors, train, words
 from safetensors.torch import load_file, save_file
 
 from asymflow import AsymFlow
@@ -199,47 +199,27 @@ def test_without_transformers_it_is_said_what_to_install(folder, monkeypatch):
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-MANY = """
-import json, sys
-from asymflow.training.start import main
-import torch.distributed as dist
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for expected, arguments in json.loads(sys.argv[1]):
-    assert main(arguments) == expected, arguments
-destroy()
-"""
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, folder):
     """Trainings of 8 steps: on one rank, also accumulated and interrupted; on two at ZeRO stages 0 and 3."""
-    out = tmp_path_factory.mktemp("repa")
+    out, stage = tmp_path_factory.mktemp("repa"), "deepspeed.zero_optimization.stage={}".format
 
-    def words(name, *settings, repa=f"loss.repa={{model: {folder}, after: 1, hidden: 16}}", steps=8):
+    def arguments(name, *settings, repa=f"loss.repa={{model: {folder}, after: 1, hidden: 16}}", steps=8):
         common = (repa, "checkpoint.every=4", "checkpoint.keep_last=9", "optimizer.lr=4e-3", "ema.snapshot_every=4")
-        settings = (*TINY, *common, f"train.steps={steps}", "sample.every=4", "sample.steps=2", *settings)
-        flat = [word for setting in settings for word in ("--set", setting)]
-        return ["--config", "shapes_tiny", "--out", str(out / name), *flat]
+        return words(out / name, *common, f"train.steps={steps}", "sample.every=4", "sample.steps=2", *settings)
 
-    stage = "deepspeed.zero_optimization.stage={}".format
-    alone = [
-        [0, words("alone")],
-        [0, words("accumulated", "train.micro_batch_size=4")],
-        [0, words("resumed", steps=4)],
-        [0, words("resumed")],
-        [0, words("without", repa="loss.repa=null")],
-        [0, words("faint", "loss.repa.weight=1e-20")],
-        [2, words("wrong", repa="loss.repa={model: nowhere, after: 1}")],
-    ]
-    pair = [[0, words(f"stage{n}", stage(n), "train.micro_batch_size=2")] for n in (0, 3)]
-    pair += [[0, words("resumed3", stage(3), "train.micro_batch_size=2", steps=4)]]
-    pair += [[0, words("resumed3", stage(3), "train.micro_batch_size=2")]]
-    together = [start(1, json.dumps(alone), code=MANY), start(2, json.dumps(pair), code=MANY)]
-    for workers in together:
-        codes, written = finish(workers)
-        assert not any(codes), written
-        if workers is together[0]:
-            (out / "said").write_text(written[0][1])
+    train(
+        1,
+        arguments("alone"),
+        arguments("accumulated", "train.micro_batch_size=4"),
+        arguments("resumed", steps=4),
+        arguments("resumed"),
+        arguments("without", repa="loss.repa=null"),
+        arguments("faint", "loss.repa.weight=1e-20"),
+    )
+    pair = [arguments(f"stage{n}", stage(n), "train.micro_batch_size=2") for n in (0, 3)]
+    resumed = [arguments("resumed3", stage(3), "train.micro_batch_size=2", steps=steps) for steps in (4, 8)]
+    train(2, *pair, *resumed)
     return out
 
 
@@ -295,9 +275,11 @@ def test_what_is_exported_is_a_plain_model_without_the_projector(runs, tmp_path,
     assert b"projector" not in weights
 
 
-def test_a_wrong_folder_ends_the_training_before_it_begins(runs):
-    assert "error: loss.repa.model: nowhere is not a folder" in (runs / "said").read_text()
-    assert not (runs / "wrong").exists()
+def test_a_wrong_folder_ends_the_training_before_it_begins(tmp_path):
+    launched = Launched(1, tmp_path / "run", "loss.repa={model: nowhere, after: 1}")
+    assert launched.wait() == [2]
+    assert launched.said() == ["train_ddp.py: error: loss.repa.model: nowhere is not a folder"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_configuration_needs_only_the_folder():

@@ -1,26 +1,19 @@
 """Training in real processes: every ZeRO stage gives the same curve, and an interruption leaves no trace in it."""
 
-import json
-
 import pytest
 import torch
-from processes import MANY, TINY, finish, metrics, start, tensors, train
+from processes import metrics, tensors, train, words
 
 from asymflow.training import checkpoint
 
 STAGES = (0, 1, 2, 3)
 
 
-def arguments(out, *settings):
-    words = [word for setting in [*TINY, *settings] for word in ("--set", setting)]
-    return ["--config", "shapes_tiny", "--out", str(out), *words]
-
-
 def stage_runs(folder, stage):
     common = [f"deepspeed.zero_optimization.stage={stage}", "checkpoint.every=4", "checkpoint.keep_last=9"]
-    straight = arguments(folder / f"stage{stage}", "train.steps=8", *common)
-    first = arguments(folder / f"resumed{stage}", "train.steps=4", *common)
-    rest = arguments(folder / f"resumed{stage}", "train.steps=8", *common)
+    straight = words(folder / f"stage{stage}", "train.steps=8", *common)
+    first = words(folder / f"resumed{stage}", "train.steps=4", *common)
+    rest = words(folder / f"resumed{stage}", "train.steps=8", *common)
     return [straight, first, rest]
 
 
@@ -28,10 +21,8 @@ def stage_runs(folder, stage):
 def runs(tmp_path_factory):
     """Eight steps in each stage on two ranks, straight and resumed; and on one rank at stage 1."""
     folder = tmp_path_factory.mktemp("runs")
-    todo = [words for stage in STAGES for words in stage_runs(folder, stage)]
-    codes, written = finish(start(2, json.dumps(todo), code=MANY), timeout=400)
-    assert codes == [0, 0], written
-    train(1, folder / "alone", "train.steps=8", "checkpoint.every=4", "deepspeed.zero_optimization.stage=1")
+    train(2, *(arguments for stage in STAGES for arguments in stage_runs(folder, stage)))
+    train(1, words(folder / "alone", "train.steps=8", "checkpoint.every=4", "deepspeed.zero_optimization.stage=1"))
     return folder
 
 

@@ -4,10 +4,11 @@ import csv
 import importlib.util
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from processes import TINY, Launched, finish, metrics, same_bits, start, tensors, words
+from processes import TINY, Launched, metrics, same_bits, tensors, train, words
 
 from asymflow import cost
 from asymflow.subspace import Subspace
@@ -16,20 +17,6 @@ from asymflow.training.config.reading import load_config
 from asymflow.training.run import SUBSPACE
 from asymflow.training.start import make_flow
 
-# Many trainings in one start of the processes: importing torch and DeepSpeed takes longer than the steps.
-MANY = """
-import functools, json, sys
-import torch, torch.distributed as dist
-from asymflow.training.start import main
-todo, backend = json.loads(sys.argv[1]), sys.argv[2]
-if backend:
-    torch.compile = functools.partial(torch.compile, backend=backend)
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for arguments in todo:
-    if code := main(arguments):
-        sys.exit(code)
-destroy()
-"""
 STEPS, BETWEEN = 3, 1
 BF16 = ("deepspeed.bf16.enabled=true", "train.precision=bf16")
 DROPOUT = ("model.dropout=0.2", "model.options.depth=4")
@@ -64,12 +51,7 @@ RECOMPUTED = {  # with dropout, whose draws have to be the same again
 
 def arguments(out, *settings, resume="auto"):
     common = f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep_last=9"
-    return ["--config", "shapes_tiny", *words(out, *common, *settings), "--resume", str(resume)]
-
-
-def run_all(todo, backend="", world=2):
-    codes, written = finish(start(world, json.dumps(todo), backend, code=MANY), timeout=500)
-    assert codes == [0] * world, written
+    return [*words(out, *common, *settings), "--resume", str(resume)]
 
 
 def middle(run):
@@ -86,7 +68,7 @@ def runs(tmp_path_factory):
         todo.append(arguments(folder / f"{name}-resumed", *cases[name], resume=middle(folder / name)))
     todo.append(arguments(folder / "from2to3", *HALF["half3"], resume=middle(folder / "half2")))
     todo.append(arguments(folder / "from3to0", *HALF["half0"], resume=middle(folder / "half3")))
-    run_all(todo)
+    train(2, *todo)
     return folder
 
 
@@ -171,13 +153,17 @@ def test_averages_are_of_the_float32_weights(runs, name):
 
 
 # ---- Compiled --------------------------------------------------------------------------------------------------------
+def without_the_compiler():
+    torch.compile = partial(torch.compile, backend="aot_eager")
+
+
 def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
     """All of torch.compile but for the compiler: graphs of forward and backward, whose kernels are those of torch."""
     settings = {"three": stage(3), "saving": [*stage(3), "model.checkpoint_every=2"]}
     compiled = ["train.compile=true", f"sample.every={STEPS}", "sample.num=6", "sample.steps=2"]
     todo = [arguments(tmp_path / name, *compiled, *words) for name, words in settings.items()]
     resumed = arguments(tmp_path / "resumed", *compiled, *settings["three"], resume=middle(tmp_path / "three"))
-    run_all([*todo, resumed], "aot_eager")
+    train(2, *todo, resumed, patch=without_the_compiler)
     for name in settings:
         compare(tmp_path / name, runs / "plain", rel=1e-4)
         assert tensors(tmp_path / name, STEPS).keys() == tensors(runs / "plain", STEPS).keys()
@@ -190,7 +176,7 @@ def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
 def test_compiled_by_the_compiler(runs, tmp_path):
     small = ["model.options.depth=1", "model.options.in_context_start=0"]
     todo = [arguments(tmp_path / f"compiled-{c}", *stage(1), *small, f"train.compile={c}") for c in ("true", "false")]
-    run_all(todo, world=1)
+    train(1, *todo)
     compare(tmp_path / "compiled-true", tmp_path / "compiled-false", rel=1e-4)
 
 
@@ -199,7 +185,7 @@ def test_monitors_write_below_the_run_once_a_step(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
     monitors = "deepspeed.tensorboard.enabled=true", "deepspeed.csv_monitor.enabled=true"
-    run_all([arguments(run, *stage(1), *monitors, f"train.steps={steps}") for steps in (BETWEEN, STEPS)])
+    train(2, *(arguments(run, *stage(1), *monitors, f"train.steps={steps}") for steps in (BETWEEN, STEPS)))
     steps = [m["step"] for m in metrics(run)]
     for name in ("loss", "lr", "grad_norm"):
         heading, *rows = csv.reader((run / "csv_monitor" / f"train_{name}.csv").open())

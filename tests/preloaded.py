@@ -1,0 +1,8 @@
+"""What trainings import: imported once, by the process that all of them are forked from."""
+
+import contextlib
+
+import asymflow.training.start  # noqa: F401
+
+with contextlib.suppress(ImportError):  # torch.compile, which takes seconds. Not in every version of DeepSpeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
