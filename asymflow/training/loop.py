@@ -281,14 +281,15 @@ class Training:
     @torch.no_grad()
     def draw(self) -> None:
         """A grid of samples of the first average, from the same noise and classes every time."""
-        c = self.config
-        each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
-        indices = range(self.rank * each, (self.rank + 1) * each)
+        count = self.config.sample.num
+        each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
+        mine = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
-            images = gathered(self.objective.draw(flow, indices))
+            parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]
+        images = gathered(torch.cat(parts))
         if self.rank == 0:
             with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
-                image_grid(images[: c.sample.num].cpu()).save(beside)
+                image_grid(images[:count].cpu()).save(beside)
 
     @contextmanager
     def model_to_show(self) -> Iterator[AsymFlow]:
