@@ -202,7 +202,7 @@ def gradient_moments(model: Finetuned, objective: LatentToPixel, batches: Encode
     """Of the gradient of a micro-batch, over the first `draws` of them, for the weights that are trained."""
     total, squares = 0.0, 0.0
     for k in trange(draws, desc="gradients", unit="batch", leave=False):
-        losses = objective.losses(model.train(), batches[k], None)[:, 0]
+        losses = objective.losses(model.train(), batches[k])[:, 0]
         gradients = torch.autograd.grad(losses.mean(), trained(model))
         gradient = torch.cat([g.flatten() for g in gradients]).double()
         total, squares = total + gradient, squares + gradient.square().sum().item()

@@ -111,18 +111,21 @@ class Training:
         lr = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
-        seen: list[tuple[Batch, Tensor]] = []
-        batches = (next(stream).to(self.device) for _ in range(self.accumulation))
-        for batch, features in self.objective.prepared(batches):
-            losses = self.objective.losses(self.engine, batch, features)
-            self.engine.backward((losses * self.term_weights).sum(1).mean())
-            seen.append((batch, losses.detach()))
-            if len(seen) < self.accumulation:
+        samples, problems, losses = [], [], []  # of a micro-batch nothing else is kept: there may be many
+        for part in range(1, self.accumulation + 1):
+            batch = next(stream).to(self.device)
+            terms = self.objective.losses(self.engine, batch)
+            self.engine.backward((terms * self.term_weights).sum(1).mean())
+            samples += batch.samples
+            problems += batch.problems
+            losses.append(terms.detach())
+            if part < self.accumulation:
                 self.engine.step()  # which only accumulates
-        loss = torch.cat([losses for _, losses in seen]).sum(0) / self.config.train.global_batch_size
+        losses = torch.cat(losses)
+        loss = losses.sum(0) / self.config.train.global_batch_size
         dist.all_reduce(loss)
         if skip := not loss.isfinite().all():
-            self.discard(seen)
+            self.discard(samples, losses)
             norm = None
         else:
             norm = norm_before_step(self.engine)
@@ -141,16 +144,11 @@ class Training:
             "lr": lr,
             "images_per_second": self.config.train.global_batch_size / seconds,
         }
-        return record, [problem for batch, _ in seen for problem in batch.problems]
+        return record, problems
 
-    def discard(self, seen: list[tuple[Batch, Tensor]]) -> None:
+    def discard(self, samples: list[int], losses: Tensor) -> None:
         """Answer a loss that is not finite: leave the weights as they are, or stop if that was allowed often enough."""
-        mine = [
-            sample
-            for batch, losses in seen
-            for sample, value in zip(batch.samples, losses, strict=True)
-            if not value.isfinite().all()
-        ]
+        mine = [samples[i] for i in (~losses.isfinite().all(1)).nonzero()]
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
         where = "; ".join(
@@ -282,14 +280,15 @@ class Training:
     @torch.no_grad()
     def draw(self) -> None:
         """A grid of samples of the first average, from the same noise and classes every time."""
-        c = self.config
-        each = -(-c.sample.num // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
-        indices = range(self.rank * each, (self.rank + 1) * each)
+        count = self.config.sample.num
+        each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
+        mine = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
-            images = gathered(self.objective.draw(flow, indices))
+            parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]
+        images = gathered(torch.cat(parts))
         if self.rank == 0:
             with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
-                image_grid(images[: c.sample.num].cpu()).save(beside)
+                image_grid(images[:count].cpu()).save(beside)
 
     @contextmanager
     def model_to_show(self) -> Iterator[AsymFlow]:

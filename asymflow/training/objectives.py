@@ -4,12 +4,11 @@ An objective knows the terms of the loss, the batches that they need, and how it
 nothing of the model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
@@ -21,7 +20,6 @@ from asymflow.model import AsymFlow
 from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
 from asymflow.sampling import dynamic_shift, generate, guided, image_noise, sample, sigma_grid, time_shift
-from asymflow.training.config.derived import batch_sizes
 from asymflow.training.config.reading import Config
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
 from asymflow.training.repa import Aligned, Encoder, misalignment
@@ -49,10 +47,7 @@ class Objective(Protocol):
 
     def batches(self, dataset, rank: int, world: int) -> Batches: ...
 
-    def prepared(self, batches: Iterator[Batch]) -> Iterable[tuple[Batch, Tensor | None]]:
-        """The micro-batches of a step, each with what is computed of all of them at once."""
-
-    def losses(self, model: nn.Module, batch: Batch, features: Tensor | None) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The terms of the loss of each image of a micro-batch, not yet weighted: (B, terms)."""
 
     def draw(self, flow: AsymFlow, indices: range) -> Tensor:
@@ -80,19 +75,12 @@ class ClassConditional:
     def batches(self, dataset, rank: int, world: int) -> Batches:
         return Batches(dataset, self.config, rank, world)
 
-    def prepared(self, batches: Iterator[Batch]) -> Iterable[tuple[Batch, Tensor | None]]:
-        """With what the tokens are aligned with: see repa.py."""
-        if not self.encoder:
-            return ((batch, None) for batch in batches)
-        batches = list(batches)
-        features = self.encoder(torch.cat([batch.x0 for batch in batches]))
-        return zip(batches, features.split(batch_sizes(self.config, dist.get_world_size())[0]), strict=True)
-
-    def losses(self, model: nn.Module, batch: Batch, features: Tensor | None) -> Tensor:
-        sigma = sigma_of(batch, self.config)
-        output = model(noisy(batch.x0, batch.eps, sigma), sigma, labels=batch.labels)
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        x0, sigma = batch.x0, sigma_of(batch, self.config)
+        features = self.encoder(x0) if self.encoder else None
+        output = model(noisy(x0, batch.eps, sigma), sigma, labels=batch.labels)
         velocity, *projected = (output,) if features is None else output
-        terms = [flow_matching_loss(velocity, batch.x0, batch.eps, sigma, self.config.loss.sigma_floor)]
+        terms = [flow_matching_loss(velocity, x0, batch.eps, sigma, self.config.loss.sigma_floor)]
         terms += [misalignment(tokens, features) for tokens in projected]
         return torch.stack(terms, dim=1)
 
@@ -124,10 +112,7 @@ class LatentToPixel:
     def batches(self, dataset, rank: int, world: int) -> Batches:
         return EncodedBatches(dataset, self.config, rank, world)
 
-    def prepared(self, batches: Iterator[EncodedBatch]) -> Iterable[tuple[EncodedBatch, None]]:
-        return ((batch, None) for batch in batches)
-
-    def losses(self, model: nn.Module, batch: EncodedBatch, features: None) -> Tensor:
+    def losses(self, model: nn.Module, batch: EncodedBatch) -> Tensor:
         """See variance.py."""
         c, flow = self.config.loss, getattr(model, "module", model)
         x0, sigma, text = batch.x0, sigma_of(batch, self.config), batch.prompts

@@ -5,9 +5,8 @@ of the clean one, and the cosine between the two becomes part of the loss:
 
     repa = mean over the tokens of -cos(projector(token), feature)        loss = flow matching + weight * repa
 
-The features depend on the images alone, on no weight that is trained. So they are computed without gradients, once for
-all that a rank has of a step and before its micro-batches are: accumulation shares them, and the size of a micro-batch,
-which the memory of the trained model dictates, does not matter to DINOv2.
+The features depend on the images alone, on no weight that is trained: they are computed without gradients, for each
+micro-batch anew, so that the memory they take does not grow with the number of micro-batches in a step.
 """
 
 import json

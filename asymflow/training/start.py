@@ -75,13 +75,16 @@ def main(argv: list[str] | None = None) -> int:
             return lifeline.fail(text, code)
         show(text)
         return code
-    if rank == 0:
-        ending = f"{stopped_by}: stopped and saved" if stopped_by else "done"
-        print(f"{ending} at step {training.step} of {training.config.train.steps}: {args.out}")
-        if stopped_by:
-            print("the same command continues")
-    dist.destroy_process_group()
-    return 0
+    else:
+        if rank == 0:
+            ending = f"{stopped_by}: stopped and saved" if stopped_by else "done"
+            print(f"{ending} at step {training.step} of {training.config.train.steps}: {args.out}")
+            if stopped_by:
+                print("the same command continues")
+        return 0
+    finally:  # after a failure, only a process that is alone comes here
+        if dist.is_initialized():  # threads of a group that is left open may abort the process as it exits
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """How the processes of a training find each other, agree, and end: what a launcher says, and what goes wrong early."""
 
+import multiprocessing.util
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Launched, metrics, same_bits, words
+from processes import Launched, finish, metrics, same_bits, start, words
 from test_survival import one_line, this_rank
 
 from asymflow import files
@@ -210,6 +211,31 @@ def test_a_rank_that_dies_in_the_end_ends_the_others(tmp_path, rank):
     assert (codes[rank], codes[1 - rank]) == (7, 1)
     (said,) = launched.said()
     assert said.startswith(f"train_ddp.py: error: rank {rank} died without a word")
+
+
+def fails_to_build(args, device):
+    raise InputError("no")
+
+
+def says_whether_there_is_a_group():
+    """When the process ends, after `main`."""
+    replace("build", fails_to_build)
+    multiprocessing.util.Finalize(None, lambda: print("a group:", dist.is_initialized(), flush=True), exitpriority=1)
+
+
+def test_a_process_that_is_alone_leaves_no_group_behind_when_it_fails(tmp_path):
+    launched = Launched(1, tmp_path / "run", patch=says_whether_there_is_a_group)
+    one_line(launched, "train_ddp.py: error: no")
+    assert launched.said("out") == ["a group: False"]
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_always_ends_with_its_exit_code(tmp_path):
+    """A group that is left open makes one in twenty end with 134: "terminate called without an active exception"."""
+    for _ in range(10):
+        codes, written = finish(start(1, *words(tmp_path / "run", "subspace.file=nowhere")))
+        assert codes == [2], written
+        assert len([line for line in written[0][1].splitlines() if "error" in line]) == 1
 
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class Sample(Section):
     """Images drawn while it trains, always from the same noise."""
 
     every: Count | None = Field(None, description="steps between grids; null: none")
-    num: Count = Field(16, description="images in the grid")
+    num: Count = Field(16, description="images in the grid; each rank draws its share in micro-batches")
     steps: Count = Field(50, description="of the sampler")
     method: Literal["heun", "euler"] = Field("heun", description="heun evaluates the model twice a step")
     guidance: float = Field(2.3, description="scale of classifier-free guidance; 1: none")
