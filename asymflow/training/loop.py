@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.cost import peak_flops
-from asymflow.data.batches import Batch
+from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
@@ -61,7 +61,7 @@ class Training:
         """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
         c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
-        stream = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
+        stream = on_device(self.objective.batches(self.dataset, self.rank, self.world).run(first, last), self.device)
         bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
         with Signals() as self.signals, bar:
             if self.step == 0 and c.sample.every:
@@ -111,7 +111,7 @@ class Training:
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
         seen: list[tuple[Batch, Tensor]] = []
-        batches = (next(stream).to(self.device) for _ in range(self.accumulation))
+        batches = (next(stream) for _ in range(self.accumulation))
         for batch, features in self.objective.prepared(batches):
             losses = self.objective.losses(self.engine, batch, features)
             self.engine.backward((losses * self.term_weights).sum(1).mean())

@@ -8,7 +8,10 @@ import pickle
 import re
 import signal
 import tarfile
+import weakref
 from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from asymflow.data.batches import ATTEMPTS, Batches, read
+from asymflow.data.batches import ATTEMPTS, Batch, Batches, on_device, read
 from asymflow.data.datasets import make_dataset
 from asymflow.data.folder import ImageFolder
 from asymflow.data.images import UnreadableError, adm_crop
@@ -184,6 +187,118 @@ def test_a_batch_moves_with_all_it_has():
     assert {moved.x0.device.type, moved.eps.device.type, moved.labels.device.type, moved.normal.device.type} == {"meta"}
     assert (moved.samples, moved.problems) == (batch.samples, batch.problems)
     assert batch.problems
+
+
+# ---- To the GPU ------------------------------------------------------------------------------------------------------
+class Stream:
+    """A stream of a GPU that does nothing, but knows of each of its operations what is sure to be over before it."""
+
+    current = None
+
+    def __init__(self, device=None):
+        self.over, self.before = frozenset(), {}
+
+    def run(self, operation):
+        self.before.setdefault(operation, self.over)
+        self.over |= {operation}
+
+    def wait_stream(self, other):
+        self.over |= other.over
+
+    def record_event(self):
+        return self.over
+
+    def wait_event(self, event):
+        self.over |= event
+
+    def synchronize(self):
+        pass
+
+
+class OnGPU(torch.Tensor):
+    def copy_(self, source, non_blocking=False):
+        assert non_blocking
+        Stream.current.run(f"copy {int(source.flatten()[0])}")
+        return super().copy_(source)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of `Stream`s: the one that computes, the one that copies, and (weakly) the tensors there."""
+    streams_made, tensors = [], weakref.WeakSet()
+
+    @contextmanager
+    def on(stream):
+        before, Stream.current = Stream.current, stream
+        yield
+        Stream.current = before
+
+    def empty_like(tensor, device):
+        assert Stream.current is compute  # which the memory belongs to
+        made = torch.empty(tensor.shape, dtype=tensor.dtype).as_subclass(OnGPU)
+        tensors.add(made)
+        return made
+
+    def make(device):
+        streams_made.append(Stream())
+        return streams_made[-1]
+
+    compute = Stream.current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    return SimpleNamespace(compute=compute, made=streams_made, tensors=tensors, device=torch.device("cuda"))
+
+
+def numbered(count, log, fault=None):
+    """Batches whose tensors all hold their number; then perhaps a fault."""
+    for k in range(count):
+        log.append(f"made {k}")
+        yield Batch(*(torch.full((2,), k) for _ in range(4)), samples=[k], problems=[])
+    if fault:
+        raise fault
+
+
+def test_a_gpu_copies_the_next_batch_while_it_computes_with_this_one(gpu):
+    log, count, most = [], 6, 0
+    for k, batch in enumerate(on_device(numbered(count, log), gpu.device)):
+        gpu.compute.run(f"compute {k}")
+        log.append(f"got {k}")
+        assert batch.pixels.tolist() == batch.normal.tolist() == [k, k]
+        assert batch.samples == [k]
+        most = max(most, len(gpu.tensors))
+    (copies,) = gpu.made
+    assert most == 2 * 4  # tensors: those of this batch, and of the next
+    for k in range(count):
+        assert f"copy {k}" in gpu.compute.before[f"compute {k}"]
+        assert f"copy {k + 1}" not in gpu.compute.before[f"compute {k}"]
+        assert f"compute {k - 1}" not in copies.before[f"copy {k}"]  # they run side by side
+        assert k < 2 or f"compute {k - 2}" in copies.before[f"copy {k}"]  # whose memory it may be
+    assert log == ["made 0", *(what for k in range(5) for what in (f"made {k + 1}", f"got {k}")), "got 5"]
+
+
+def test_what_goes_wrong_comes_in_its_turn_and_what_is_not_used_is_waited_for(gpu):
+    stream = on_device(numbered(2, [], InputError("the third")), gpu.device)
+    assert [next(stream).samples, next(stream).samples] == [[0], [1]]
+    with pytest.raises(InputError, match="the third"):
+        next(stream)
+    assert list(on_device(numbered(0, []), gpu.device)) == []
+    assert [batch.samples for batch in on_device(numbered(1, []), gpu.device)] == [[0]]
+    stream = on_device(numbered(3, []), gpu.device)
+    next(stream)
+    assert "copy 1" in gpu.made[-1].over
+    gpu.compute.over = frozenset()
+    stream.close()
+    assert "copy 1" in gpu.compute.over  # before others get its memory
+
+
+def test_on_a_cpu_nothing_is_made_ahead():
+    log = []
+    stream = on_device(numbered(3, log), torch.device("cpu"))
+    for k in range(3):
+        assert next(stream).samples == [k]
+        assert log == [f"made {i}" for i in range(k + 1)]
 
 
 # ---- Shapes ----------------------------------------------------------------------------------------------------------
