@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import tarfile
 import weakref
@@ -491,6 +492,74 @@ def test_the_index_beside_a_shard_is_used_only_for_that_shard(shards, monkeypatc
     assert torch.equal(TarShards(shards, 8)[3].image, as_tensor(pixels(5)))
     index_path(shards / "00.tar").write_bytes(b"damaged")
     assert len(TarShards(shards, 8)) == 4
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """After `unread()`, no header of a tar file can be read."""
+    return lambda: monkeypatch.setattr("asymflow.data.shards.tar_entries", None)
+
+
+def test_headers_are_read_once_and_again_when_a_shard_has_changed(shards, unread):
+    check_shards(TarShards(shards, 8))
+    os.utime(shards / "01.tar", ns=(0, 0))  # as if it had been copied
+    check_shards(TarShards(shards, 8))
+    for label in (5, 6):
+        write_tar(shards / "01.tar", [("3.png", png(pixels(3))), ("3.cls", b"%d" % label)])
+        with (shards / "01.tar").open("ab") as tar:
+            tar.write(bytes(1 << 17))  # more than a fingerprint sees: only the time tells one from the other
+        assert TarShards(shards, 8).num_classes == label + 1
+    unread()
+    assert TarShards(shards, 8).num_classes == 7
+
+
+def test_where_nothing_can_be_written_the_index_is_in_the_cache(shards, unread, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shard in shards.glob("*.tar"):
+        index_path(shard).mkdir()  # in the way, also for root
+    check_shards(TarShards(shards, 8))
+    assert len(list(tmp_path.glob("cache/asymflow/indices/*.index.npz"))) == 2
+    assert not list(shards.glob(".*"))
+    with monkeypatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(shards / "00.tar"))  # no folder, and nothing can be made in it
+        assert capsys.readouterr().err == ""
+        check_shards(TarShards(shards, 8))
+        said = capsys.readouterr().err
+        assert said.startswith("the index of 2 shards could not be kept, so the next start reads their headers again")
+        assert (said.count("\n"), f"{shards / '00.tar'} (" in said) == (1, True)
+    unread()
+    check_shards(TarShards(shards, 8))
+
+
+@pytest.mark.parametrize("lie", [
+    {"image": np.array([[0, 1 << 40], [0, 1], [0, 1]])},
+    {"image": np.array([[-5, 3], [0, 1], [0, 1]])},
+    {"label": np.array([1, 2])},
+    {"name": None},
+    {"modified": np.array(0)},
+    {"fingerprint": np.array("0 0")},
+])  # fmt: skip
+def test_an_index_that_cannot_be_of_its_shard_is_made_anew(shards, lie, unread):
+    TarShards(shards, 8)
+    index = {**np.load(index_path(shards / "00.tar")), **lie}
+    np.savez(index_path(shards / "00.tar"), **{column: value for column, value in index.items() if value is not None})
+    check_shards(TarShards(shards, 8))
+    unread()
+    check_shards(TarShards(shards, 8))
+
+
+@pytest.mark.parametrize("make", [TarShards, ImageFolder])
+def test_a_machine_with_other_files_is_found(make, folder, shards):
+    made = pickle.loads(pickle.dumps(make({TarShards: shards, ImageFolder: folder}[make], 8)))
+    made.check()
+    changes = {
+        TarShards: [lambda: write_tar(shards / "01.tar", [("5.png", png(pixels(5)))]), (shards / "01.tar").unlink],
+        ImageFolder: [(folder / "d").mkdir, lambda: shutil.rmtree(folder)],
+    }
+    for change in changes[make]:
+        change()
+        with pytest.raises(InputError, match=r"01\.tar is (another|missing)|has other classes here|is not a folder"):
+            made.check()
 
 
 def test_only_images_of_another_size_are_cropped(tmp_path):
