@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ ATTEMPTS = 100  # images in a row that may be unreadable
 # use what a fork breaks: the GPU, the process group, the threads of torch. Python 3.14 would start a server for them,
 # which dies of the SIGTERM that a scheduler sends to all processes, and they with it. (macOS cannot fork safely.)
 START = "fork" if sys.platform == "linux" else None
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,10 +49,10 @@ class Batch:
         return self.pixels.float().div_(127.5).sub_(1)
 
     def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> "Batch":
-        """For DataLoader: from pinned memory, `to` a GPU runs beside the computation."""
+        """Called by DataLoader: only from pinned memory can `on_device` copy while the GPU computes."""
         return self.each(Tensor.pin_memory)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -104,6 +107,58 @@ class Batches(torch.utils.data.Dataset):
             yield outcome
 
 
+# ---- To the GPU ------------------------------------------------------------------------------------------------------
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, on `device`. A GPU copies the next one while it computes with the one that was handed over.
+
+    So there are two batches on a GPU, and for a moment a third: the one that the caller lets go of when it asks for the
+    next. What `batches` raises is raised in its turn, after the batches before it.
+
+    The copies run on a stream of their own. Their memory is allocated on the stream that computes, and the two streams
+    wait for each other, so the allocator needs no `record_stream`, whose memory is not given back in time by a CPU that
+    runs ahead of the GPU: see the warning in torch's documentation of it.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    compute, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def begin(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        copies.synchronize()  # at most one batch ahead of the GPU: else pinned memory would pile up
+
+        def copy(tensor: Tensor) -> Tensor:
+            there = torch.empty_like(tensor, device=device)
+            copies.wait_stream(compute)  # which may still use this memory, for the batch before
+            with torch.cuda.stream(copies):
+                return there.copy_(tensor, non_blocking=True)
+
+        return batch.each(copy), copies.record_event()
+
+    def finish(begun: tuple[Batch, torch.cuda.Event]) -> Batch:
+        compute.wait_event(begun[1])
+        return begun[0]
+
+    try:
+        yield from map(finish, one_ahead(map(begin, batches)))
+    finally:
+        compute.wait_stream(copies)  # if the last one is never handed over, its memory is free for others only then
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items. Each is asked for before the one before it is handed over; an error is raised in its turn."""
+    waiting, end = deque(), None
+    while end is None:
+        try:
+            waiting.append(next(items))
+        except Exception as e:
+            end = e
+        if len(waiting) == 2 or (waiting and end):
+            yield waiting.popleft()
+    if not isinstance(end, StopIteration):
+        raise end
+
+
+# ---- In worker processes ---------------------------------------------------------------------------------------------
 def handed_over(loader: DataLoader) -> Iterator:
     """What it gives. A worker that dies is a RuntimeError, also if it dies as it hands something over."""
     try:

@@ -11,7 +11,8 @@ from asymflow.training.config.reading import Config
 def make_dataset(config: Config) -> Shapes | ImageFolder | TarShards | EncodedShards:
     """Random access by index: `len(dataset)`, `dataset.num_classes`, `dataset.label(i)` and `dataset[i]`, a `Sample`.
 
-    For finetuning, `EncodedShards`.
+    For finetuning, `EncodedShards`. To list files takes its time, so one process does it and sends the others what it
+    made, by pickle; there, `dataset.check()` raises InputError if these files are not the same.
 
     `dataset[i]` raises UnreadableError, an InputError, if that image is damaged. Raises InputError if there are no
     images, or more classes than the model has.

@@ -37,7 +37,7 @@ from asymflow import files
 from asymflow.data import pack
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import Drawing, Photo, find_captioned
-from asymflow.data.encoded import EMPTY_PROMPT, FORMAT, shard_path
+from asymflow.data.encoded import COLUMNS, EMPTY_PROMPT, FORMAT, shard_path
 from asymflow.data.images import UnreadableError, in_order, to_tensor
 from asymflow.data.shards import META, fingerprint, load_index, read_meta, save_index
 from asymflow.errors import InputError
@@ -264,7 +264,7 @@ def encode(
             locks.enter_context(files.hold(out / f"{LOCK}{rank}", AT_WORK))
         facts = [unfit.get(number, fact) for number, fact in enumerate(facts)]
         plan = plan_shards(facts, len(sizes), per_shard)
-        indices = [load_index(shard_path(out, number)) for number in range(len(plan))]
+        indices = [load_index(shard_path(out, number), COLUMNS) for number in range(len(plan))]
         read_before = (index["problems"].tolist() for index in indices if index is not None)
         problems = [*unfit.values(), *itertools.chain.from_iterable(read_before)]
         todo = [number for number in range(rank, len(plan), world) if indices[number] is None]
@@ -379,7 +379,7 @@ def write_shard(shard: Path, samples: Iterator[Sample], bucket: int, image_forma
 
 def finish(out: Path, count: int, unfit: list[str], allow_bad: float) -> dict | None:
     """If all shards are there, write the meta.json that says so. The last process finds them all, whichever it is."""
-    indices = [load_index(shard_path(out, number)) for number in range(count)]
+    indices = [load_index(shard_path(out, number), COLUMNS) for number in range(count)]
     if any(index is None for index in indices):
         return None
     problems = unfit + [problem for index in indices for problem in index["problems"].tolist()]

@@ -23,10 +23,11 @@ from torch import Tensor
 from asymflow import files
 from asymflow.data.folder import to_uint8
 from asymflow.data.images import Entry, UnreadableError
-from asymflow.data.shards import load_index, read_meta
+from asymflow.data.shards import check_shards, load_index, read_meta
 from asymflow.errors import InputError
 
 FORMAT = "asymflow encoded shards 1"
+COLUMNS = {"number", "span", "bucket", "problems"}  # of the index of a shard
 EMPTY_PROMPT = "empty_prompt.safetensors"
 HEAD = 512  # bytes, in which the header of the tensors is
 KINDS = ("image", "facts", "tensors")  # of the files of a sample, in the order in which they are in the shard
@@ -64,12 +65,13 @@ class EncodedShards:
             raise InputError(f"{path} is not finished: run its `asymflow data encode` again, it goes on where it was")
         self.buckets = [tuple(size) for size in self.meta["buckets"]]
         self.shards = [str(shard_path(self.path, number)) for number in range(self.meta["shards"])]
-        indices = [load_index(shard) for shard in self.shards]
+        indices = [load_index(shard, COLUMNS) for shard in self.shards]
         if gone := [shard for shard, index in zip(self.shards, indices, strict=True) if index is None]:
             raise InputError(
                 f"{path}: of {len(indices)} shards {len(gone)} are missing or damaged, the first {gone[0]} (or its "
                 "index): run the `asymflow data encode` that made them again, or copy them again"
             )
+        self.fingerprints = [str(index["fingerprint"]) for index in indices]
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
@@ -81,6 +83,10 @@ class EncodedShards:
 
     def __len__(self) -> int:
         return len(self.bucket)
+
+    def check(self) -> None:
+        """Raises InputError if this machine, where another process made this object, does not have the same shards."""
+        check_shards(self.shards, self.fingerprints)
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Raises UnreadableError, naming sample and shard, if it is damaged."""

@@ -47,6 +47,16 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.names)
 
+    def check(self) -> None:
+        """Raises InputError if this machine, where another process made this object, does not have the same classes.
+
+        Whether all images are there is not looked at: one that is not is an UnreadableError when its turn comes.
+        """
+        if class_names(self.path) != self.classes:
+            raise InputError(
+                f"{self.path} has other classes here than where the data was listed: give all machines the same images"
+            )
+
     def label(self, index: int) -> int:
         return int(self.labels[index])
 

@@ -18,6 +18,7 @@ from asymflow.data.images import UnreadableError, in_order
 from asymflow.data.shards import FORMAT, META, Index, fingerprint, load_index, make_index, read_meta, save_index
 from asymflow.errors import InputError
 
+COLUMNS = {"label", "problems"}  # of the index of a shard that was made here
 PROBLEMS = "problems.log"  # "name: reason" of each image that could not be read
 FORMATS = {  # of the images, with the options of Pillow. On 256 x 256 photographs, WebP is read faster than PNG
     "png": {},
@@ -53,7 +54,7 @@ def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, th
         with tqdm(total=len(folder), desc="packing", unit="image", leave=False) as bar:
             for number in range(settings["shards"]):
                 members, shard = order[number * per_shard : (number + 1) * per_shard], out / f"{number:05d}.tar"
-                index = load_index(shard)
+                index = load_index(shard, COLUMNS)
                 if index is None:
                     encoded = in_order(partial(encode, folder, image_format), members, threads)
                     index = write_shard(shard, encoded, problems, allowed=len(folder) // 100, bar=bar)

@@ -3,22 +3,28 @@
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.folder import to_uint8
-from asymflow.data.images import IMAGES, Entry, adm_crop, read_image, samples, tar_entries
+from asymflow.data.images import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 
 INDEX = ".index.npz"  # instead of .tar: where the samples of a shard lie
+COLUMNS = {"name", "label", "image", "caption"}
+THREADS = 8  # read headers: on a network, each of them is waited for
 META, FORMAT = "meta.json", "asymflow shards 1"  # in a folder of shards made by `asymflow data pack`
 
 Index = dict[str, np.ndarray]
 """One row for each sample. name: of the image in the shard. label: its class. image, caption: (offset, size) of the
-bytes; a size of -1 means that there is none."""
+bytes; a size of -1 means that there is none. Besides: fingerprint, of the shard; modified, when it last was, unless the
+index was made with it."""
 
 
 class TarShards:
@@ -27,12 +33,16 @@ class TarShards:
     Each is read from where it lies, as if it were a file. It is cropped to size x size by `adm_crop`, which leaves one
     that has that size as it is. Raises InputError if there is no image, or one has no class or is there twice, or if
     the shards are of `asymflow data pack` and not all there, or smaller than `size`.
+
+    Which bytes are whose is read from the headers once, and kept in an index beside each shard, or in the cache of the
+    user where nothing can be written there.
     """
 
     def __init__(self, path: str | Path, size: int):
         self.path, self.size = str(path), size
         self.shards = shard_paths(Path(path), size)
-        indices = [load_index(shard) or read_index(shard) for shard in self.shards]
+        indices = find_indices(self.shards)
+        self.fingerprints = [str(index["fingerprint"]) for index in indices]
         counts = [len(index["label"]) for index in indices]
         if not sum(counts):
             raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
@@ -45,6 +55,10 @@ class TarShards:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def check(self) -> None:
+        """Raises InputError if this machine, where another process made this object, does not have the same shards."""
+        check_shards(self.shards, self.fingerprints)
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -109,24 +123,81 @@ def make_index(rows: list[tuple[str, int, int, int, int, int]]) -> Index:
     return {"name": name, "label": numbers[:, 0], "image": numbers[:, 1:3], "caption": numbers[:, 3:5]}
 
 
-# ---- The index beside a shard: reading all headers of a million images takes minutes ---------------------------------
+# ---- Indices that are kept: reading all headers of a million images takes minutes -----------------------------------
+def find_indices(shards: Sequence[str]) -> list[Index]:
+    """The index of each shard: the one that was kept, or one that is made of its headers, and kept for the next time.
+
+    Says so, in one line of stderr, if some cannot be kept. Raises InputError as `read_index`.
+    """
+    kept = lambda shard: (load_index(shard, COLUMNS, path) for path in places(shard))
+    indices = [next(filter(None, kept(shard)), None) for shard in shards]
+    missing, unkept = [number for number, index in enumerate(indices) if index is None], []
+    made = in_order(index_anew, [shards[number] for number in missing], THREADS)
+    bar = tqdm(made, "reading the headers of shards", len(missing), unit="shard", delay=2, leave=False)
+    for number, index in zip(missing, bar, strict=True):
+        indices[number] = index
+        if reason := keep_index(shards[number], index):
+            unkept.append(f"{shards[number]} ({reason})")
+    if unkept:
+        print(
+            f"the index of {len(unkept)} shards could not be kept, so the next start reads their headers again; the "
+            f"first: {unkept[0]}",
+            file=sys.stderr,
+        )
+    return indices
+
+
+def index_anew(shard: str) -> Index:
+    modified = os.stat(shard).st_mtime_ns  # noqa: PTH116 (before it is read: what changes meanwhile is seen next time)
+    return {**read_index(shard), "modified": np.array(modified), "fingerprint": np.array(fingerprint(shard))}
+
+
+def keep_index(shard: str, index: Index) -> str | None:
+    """In the first of its places that can be written to. Returns what is wrong with the last, if none can."""
+    for path in places(shard):
+        try:
+            save_index(shard, index, str(index["fingerprint"]), path)
+            return None
+        except OSError as e:
+            reason = str(e)
+    return reason
+
+
 def index_path(shard: str | Path) -> Path:
     return Path(str(shard).removesuffix(".tar") + INDEX)
 
 
-def save_index(shard: str | Path, index: Index, fingerprint: str) -> None:
-    with files.replacing(index_path(shard)) as beside:
-        np.savez(beside, **index, fingerprint=fingerprint)
+def places(shard: str) -> list[Path]:
+    """Where the index of a shard may be kept: beside it, and in the user's cache, if there is a home to have it in."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (may stay "~")
+    name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:32] + INDEX
+    return [index_path(shard)] + ([cache / "asymflow" / "indices" / name] if cache.is_absolute() else [])
 
 
-def load_index(shard: str | Path) -> Index | None:
-    """The index beside a shard, if both are there and belong together."""
+def save_index(shard: str | Path, index: Index, fingerprint: str, path: Path | None = None) -> None:
+    """Beside the shard, or as `path`."""
+    with files.replacing(path or index_path(shard)) as beside:
+        np.savez(beside, **{**index, "fingerprint": fingerprint})
+
+
+def load_index(shard: str | Path, columns: Collection[str], path: Path | None = None) -> Index | None:
+    """The index beside a shard, or at `path`; None unless it has these columns, and is of the shard as it is now."""
     try:
-        with np.load(index_path(shard), allow_pickle=False) as arrays:
+        with np.load(path or index_path(shard), allow_pickle=False) as arrays:
             index = dict(arrays)
-        return index if index["fingerprint"] == fingerprint(shard) else None
+        now = os.stat(shard)  # noqa: PTH116
+        same = index["fingerprint"] == fingerprint(shard) and index.get("modified", now.st_mtime_ns) == now.st_mtime_ns
+        return index if same and index.keys() >= set(columns) and sound(index, now.st_size) else None
     except Exception:  # damage shows in many ways; then the headers are read
         return None
+
+
+def sound(index: Index, size: int) -> bool:
+    """Whether the columns of an index are of one length, and all that they point to lies within a shard of `size`."""
+    rows = {len(index[column]) for column in (*COLUMNS, "number", "span") if column in index}
+    spans = np.concatenate([index[column].reshape(-1, 2) for column in ("image", "caption", "span") if column in index])
+    spans = spans[spans[:, 1] != -1]
+    return bool(len(rows) == 1 and (spans >= 0).all() and (spans[:, 0] <= size - spans[:, 1]).all())
 
 
 def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
@@ -135,3 +206,11 @@ def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - end))
         return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def check_shards(shards: Sequence[str], fingerprints: Sequence[str]) -> None:
+    """InputError, naming the first, if a shard is missing or has another fingerprint."""
+    for shard, known in zip(shards, fingerprints, strict=True):
+        if not os.path.isfile(shard) or fingerprint(shard) != known:  # noqa: PTH113
+            here = "another file here than" if os.path.exists(shard) else "missing here, but not"  # noqa: PTH110
+            raise InputError(f"{shard} is {here} where the data was listed: give all machines the same shards")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.cost import peak_flops
-from asymflow.data.batches import Batch
+from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
@@ -62,7 +62,7 @@ class Training:
         """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
         c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
-        stream = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
+        stream = on_device(self.objective.batches(self.dataset, self.rank, self.world).run(first, last), self.device)
         bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
         with Signals() as self.signals, bar:
             if self.step == 0 and c.sample.every:
@@ -113,7 +113,7 @@ class Training:
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
         samples, problems, losses = [], [], []  # of a micro-batch nothing else is kept: there may be many
         for part in range(1, self.accumulation + 1):
-            batch = next(stream).to(self.device)
+            batch = next(stream)
             terms = self.objective.losses(self.engine, batch)
             self.engine.backward((terms * self.term_weights).sum(1).mean())
             samples += batch.samples

@@ -118,11 +118,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
             there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
             raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
     each(lambda: deepspeed_config(config, dist.get_world_size()))
-    dataset = each(lambda: make_dataset(config))
-    lengths = together(lambda: len(dataset))
-    for other, length in enumerate(lengths):
-        if length != lengths[0]:  # then each would have an order of its own
-            raise AgreedError(f"rank {other} finds {length} images, rank 0 {lengths[0]}: give all the same data")
+    dataset = on_first(lambda: make_dataset(config))
+    each(lambda: rank and dataset.check())  # each machine may have a copy of its own
     if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of a machine, for all of them
         each(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = each(lambda: make_objective(config, dataset, device))

@@ -6,9 +6,13 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import tarfile
+import weakref
 from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from asymflow.data.batches import ATTEMPTS, Batches, read
+from asymflow.data.batches import ATTEMPTS, Batch, Batches, on_device, read
 from asymflow.data.datasets import make_dataset
 from asymflow.data.folder import ImageFolder
 from asymflow.data.images import UnreadableError, adm_crop
@@ -184,6 +188,118 @@ def test_a_batch_moves_with_all_it_has():
     assert {moved.x0.device.type, moved.eps.device.type, moved.labels.device.type, moved.normal.device.type} == {"meta"}
     assert (moved.samples, moved.problems) == (batch.samples, batch.problems)
     assert batch.problems
+
+
+# ---- To the GPU ------------------------------------------------------------------------------------------------------
+class Stream:
+    """A stream of a GPU that does nothing, but knows of each of its operations what is sure to be over before it."""
+
+    current = None
+
+    def __init__(self, device=None):
+        self.over, self.before = frozenset(), {}
+
+    def run(self, operation):
+        self.before.setdefault(operation, self.over)
+        self.over |= {operation}
+
+    def wait_stream(self, other):
+        self.over |= other.over
+
+    def record_event(self):
+        return self.over
+
+    def wait_event(self, event):
+        self.over |= event
+
+    def synchronize(self):
+        pass
+
+
+class OnGPU(torch.Tensor):
+    def copy_(self, source, non_blocking=False):
+        assert non_blocking
+        Stream.current.run(f"copy {int(source.flatten()[0])}")
+        return super().copy_(source)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of `Stream`s: the one that computes, the one that copies, and (weakly) the tensors there."""
+    streams_made, tensors = [], weakref.WeakSet()
+
+    @contextmanager
+    def on(stream):
+        before, Stream.current = Stream.current, stream
+        yield
+        Stream.current = before
+
+    def empty_like(tensor, device):
+        assert Stream.current is compute  # which the memory belongs to
+        made = torch.empty(tensor.shape, dtype=tensor.dtype).as_subclass(OnGPU)
+        tensors.add(made)
+        return made
+
+    def make(device):
+        streams_made.append(Stream())
+        return streams_made[-1]
+
+    compute = Stream.current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    return SimpleNamespace(compute=compute, made=streams_made, tensors=tensors, device=torch.device("cuda"))
+
+
+def numbered(count, log, fault=None):
+    """Batches whose tensors all hold their number; then perhaps a fault."""
+    for k in range(count):
+        log.append(f"made {k}")
+        yield Batch(*(torch.full((2,), k) for _ in range(4)), samples=[k], problems=[])
+    if fault:
+        raise fault
+
+
+def test_a_gpu_copies_the_next_batch_while_it_computes_with_this_one(gpu):
+    log, count, most = [], 6, 0
+    for k, batch in enumerate(on_device(numbered(count, log), gpu.device)):
+        gpu.compute.run(f"compute {k}")
+        log.append(f"got {k}")
+        assert batch.pixels.tolist() == batch.normal.tolist() == [k, k]
+        assert batch.samples == [k]
+        most = max(most, len(gpu.tensors))
+    (copies,) = gpu.made
+    assert most == 2 * 4  # tensors: those of this batch, and of the next
+    for k in range(count):
+        assert f"copy {k}" in gpu.compute.before[f"compute {k}"]
+        assert f"copy {k + 1}" not in gpu.compute.before[f"compute {k}"]
+        assert f"compute {k - 1}" not in copies.before[f"copy {k}"]  # they run side by side
+        assert k < 2 or f"compute {k - 2}" in copies.before[f"copy {k}"]  # whose memory it may be
+    assert log == ["made 0", *(what for k in range(5) for what in (f"made {k + 1}", f"got {k}")), "got 5"]
+
+
+def test_what_goes_wrong_comes_in_its_turn_and_what_is_not_used_is_waited_for(gpu):
+    stream = on_device(numbered(2, [], InputError("the third")), gpu.device)
+    assert [next(stream).samples, next(stream).samples] == [[0], [1]]
+    with pytest.raises(InputError, match="the third"):
+        next(stream)
+    assert list(on_device(numbered(0, []), gpu.device)) == []
+    assert [batch.samples for batch in on_device(numbered(1, []), gpu.device)] == [[0]]
+    stream = on_device(numbered(3, []), gpu.device)
+    next(stream)
+    assert "copy 1" in gpu.made[-1].over
+    gpu.compute.over = frozenset()
+    stream.close()
+    assert "copy 1" in gpu.compute.over  # before others get its memory
+
+
+def test_on_a_cpu_nothing_is_made_ahead():
+    log = []
+    stream = on_device(numbered(3, log), torch.device("cpu"))
+    for k in range(3):
+        assert next(stream).samples == [k]
+        assert log == [f"made {i}" for i in range(k + 1)]
 
 
 # ---- Shapes ----------------------------------------------------------------------------------------------------------
@@ -376,6 +492,74 @@ def test_the_index_beside_a_shard_is_used_only_for_that_shard(shards, monkeypatc
     assert torch.equal(TarShards(shards, 8)[3].image, as_tensor(pixels(5)))
     index_path(shards / "00.tar").write_bytes(b"damaged")
     assert len(TarShards(shards, 8)) == 4
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """After `unread()`, no header of a tar file can be read."""
+    return lambda: monkeypatch.setattr("asymflow.data.shards.tar_entries", None)
+
+
+def test_headers_are_read_once_and_again_when_a_shard_has_changed(shards, unread):
+    check_shards(TarShards(shards, 8))
+    os.utime(shards / "01.tar", ns=(0, 0))  # as if it had been copied
+    check_shards(TarShards(shards, 8))
+    for label in (5, 6):
+        write_tar(shards / "01.tar", [("3.png", png(pixels(3))), ("3.cls", b"%d" % label)])
+        with (shards / "01.tar").open("ab") as tar:
+            tar.write(bytes(1 << 17))  # more than a fingerprint sees: only the time tells one from the other
+        assert TarShards(shards, 8).num_classes == label + 1
+    unread()
+    assert TarShards(shards, 8).num_classes == 7
+
+
+def test_where_nothing_can_be_written_the_index_is_in_the_cache(shards, unread, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shard in shards.glob("*.tar"):
+        index_path(shard).mkdir()  # in the way, also for root
+    check_shards(TarShards(shards, 8))
+    assert len(list(tmp_path.glob("cache/asymflow/indices/*.index.npz"))) == 2
+    assert not list(shards.glob(".*"))
+    with monkeypatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(shards / "00.tar"))  # no folder, and nothing can be made in it
+        assert capsys.readouterr().err == ""
+        check_shards(TarShards(shards, 8))
+        said = capsys.readouterr().err
+        assert said.startswith("the index of 2 shards could not be kept, so the next start reads their headers again")
+        assert (said.count("\n"), f"{shards / '00.tar'} (" in said) == (1, True)
+    unread()
+    check_shards(TarShards(shards, 8))
+
+
+@pytest.mark.parametrize("lie", [
+    {"image": np.array([[0, 1 << 40], [0, 1], [0, 1]])},
+    {"image": np.array([[-5, 3], [0, 1], [0, 1]])},
+    {"label": np.array([1, 2])},
+    {"name": None},
+    {"modified": np.array(0)},
+    {"fingerprint": np.array("0 0")},
+])  # fmt: skip
+def test_an_index_that_cannot_be_of_its_shard_is_made_anew(shards, lie, unread):
+    TarShards(shards, 8)
+    index = {**np.load(index_path(shards / "00.tar")), **lie}
+    np.savez(index_path(shards / "00.tar"), **{column: value for column, value in index.items() if value is not None})
+    check_shards(TarShards(shards, 8))
+    unread()
+    check_shards(TarShards(shards, 8))
+
+
+@pytest.mark.parametrize("make", [TarShards, ImageFolder])
+def test_a_machine_with_other_files_is_found(make, folder, shards):
+    made = pickle.loads(pickle.dumps(make({TarShards: shards, ImageFolder: folder}[make], 8)))
+    made.check()
+    changes = {
+        TarShards: [lambda: write_tar(shards / "01.tar", [("5.png", png(pixels(5)))]), (shards / "01.tar").unlink],
+        ImageFolder: [(folder / "d").mkdir, lambda: shutil.rmtree(folder)],
+    }
+    for change in changes[make]:
+        change()
+        with pytest.raises(InputError, match=r"01\.tar is (another|missing)|has other classes here|is not a folder"):
+            made.check()
 
 
 def test_only_images_of_another_size_are_cropped(tmp_path):

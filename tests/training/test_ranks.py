@@ -2,6 +2,8 @@
 
 import multiprocessing.util
 import os
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -11,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Launched, finish, metrics, same_bits, start, words
+from processes import ROOT, Launched, environment_of, metrics, same_bits, words
+from test_data import pixels, png, write_tar
 from test_survival import one_line, this_rank
 
 from asymflow import files
@@ -177,17 +180,24 @@ def test_what_is_done_together(tmp_path):
     one_line(Launched(2, tmp_path / "run", patch=partial(replace, "build", agreements)), "all is as it should be")
 
 
-def other_images(rank, count):
-    """One rank has this number of images."""
-    from asymflow.data.shapes import Shapes
+def own_folders(folders):
+    """Each rank is in a folder of its own, as if on a machine of its own. Only rank 0 can read the headers of tars."""
+    from asymflow.data import shards
 
-    if this_rank() == rank:
-        Shapes.__len__ = lambda self: count
+    os.chdir(folders / str(this_rank()))
+    if this_rank() > 0:
+        shards.tar_entries = None
 
 
-def test_ranks_with_other_data_do_not_begin(tmp_path):
-    launched = Launched(2, tmp_path / "run", patch=partial(other_images, 1, 255))
-    one_line(launched, "error: rank 1 finds 255 images, rank 0 256")
+def test_one_rank_reads_the_headers_and_none_begins_with_other_shards(tmp_path):
+    for rank in range(2):
+        write_tar(tmp_path / f"{rank}/0.tar", [("0.png", png(pixels(0))), ("0.cls", b"0")])
+        write_tar(tmp_path / f"{rank}/1.tar", [("1.png", png(pixels(rank))), ("1.cls", b"1")])
+    settings = ("data.kind=webdataset", "data.path=.", "train.global_batch_size=2")
+    launched = Launched(2, tmp_path / "run", *settings, patch=partial(own_folders, tmp_path))
+    one_line(launched, "error: rank 1: 1.tar is another file here than where the data was listed: give all machines")
+    assert [path.name for path in sorted(tmp_path.rglob("*.npz"))] == ["0.index.npz", "1.index.npz"]
+    assert all(path.parent.name == "0" for path in tmp_path.rglob("*.npz"))
     assert not (tmp_path / "run").exists()
 
 
@@ -232,10 +242,11 @@ def test_a_process_that_is_alone_leaves_no_group_behind_when_it_fails(tmp_path):
 @pytest.mark.slow
 def test_a_start_that_fails_always_ends_with_its_exit_code(tmp_path):
     """A group that is left open makes one in twenty end with 134: "terminate called without an active exception"."""
+    command = [sys.executable, str(ROOT / "train_ddp.py"), *words(tmp_path / "run", "subspace.file=nowhere")]
     for _ in range(10):
-        codes, written = finish(start(1, *words(tmp_path / "run", "subspace.file=nowhere")))
-        assert codes == [2], written
-        assert len([line for line in written[0][1].splitlines() if "error" in line]) == 1
+        ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment_of(1)})
+        assert ended.returncode == 2, ended.stderr
+        assert len([line for line in ended.stderr.splitlines() if "error" in line]) == 1
 
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------

@@ -529,8 +529,8 @@ def test_what_cannot_begin_is_said_once(tmp_path):
     one_line(Launched(2, arguments=[*words(out), "--resume", "never"]), "checkpoints up to step 2", "--out")
     config = partial(fault_on, 1, "load_config", InputError("run.yaml cannot be read"))
     one_line(Launched(2, tmp_path / "new", patch=config), "error: rank 1: run.yaml cannot be read")
-    data = partial(fault_on, 1, "make_dataset", PermissionError(errno.EACCES, "Permission denied", "/data"))
-    one_line(Launched(2, tmp_path / "new", patch=data), "error: rank 1: [Errno 13] Permission denied: '/data'")
+    data = partial(fault_on, 0, "make_dataset", PermissionError(errno.EACCES, "Permission denied", "/data"))
+    one_line(Launched(2, tmp_path / "new", patch=data), "error: [Errno 13] Permission denied: '/data'")
     assert everything(out) == there
     assert everything(other) == ["thesis.txt"]
     assert not (tmp_path / "new").exists()
