@@ -108,7 +108,7 @@ class AsymFlow(
             )
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
-        sigma = sigma.to(x_sigma.device)
+        sigma = sigma.to(x_sigma.device, non_blocking=sigma.device.type == "cpu")  # else the CPU waits for the GPU
         if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
             raise InputError(
                 f"sigma must be one noise level for each of the {len(x_sigma)} images, but its shape is "

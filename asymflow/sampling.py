@@ -1,7 +1,8 @@
 """From noise to images: integrate dx/dsigma = u(x, sigma) from sigma = 1 down to 0, guided or not.
 
 A `Velocity` is any function of x (B, ...) and sigma (B,), such as `guided(...)`, or
-`lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model.
+`lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model. They give it sigma on the
+CPU, whatever the device of x: what depends on its value is decided without waiting for the GPU.
 """
 
 import math
@@ -66,8 +67,8 @@ def sample(
     sigmas: any strictly decreasing levels within [0, 1], see `sigma_grid`.
     method: "euler" (order 1) or "heun" (order 2, two evaluations a step). A step that ends at sigma = 0 is Euler's
         always: the velocity is never evaluated there.
-    denoised_hook: gets the denoised image x0 = x - sigma u of every evaluation, and sigma (B,), and returns the one to
-        steer towards, such as one clamped to displayable colours.
+    denoised_hook: gets the denoised image x0 = x - sigma u of every evaluation, and sigma (B,) on its device, and
+        returns the one to steer towards, such as one clamped to displayable colours.
     Raises InputError if the grid or the method is not as described.
     """
     levels = checked_levels(sigmas)
@@ -76,12 +77,11 @@ def sample(
     x = x.to(at_least_float32(x))
 
     def steered(x: Tensor, sigma: float) -> Tensor:
-        level = x.new_full(x.shape[:1], sigma)
-        u = velocity(x, level).to(x.dtype)
+        u = velocity(x, torch.full(x.shape[:1], sigma, dtype=x.dtype)).to(x.dtype)
         if denoised_hook is None:
             return u
         x0 = x - sigma * u
-        return u + (x0 - denoised_hook(x0, level)) / sigma
+        return u + (x0 - denoised_hook(x0, x.new_full(x.shape[:1], sigma))) / sigma
 
     for sigma, target in tqdm(list(pairwise(levels)), desc="sampling", unit="step", leave=False, disable=not progress):
         u = steered(x, sigma)
@@ -116,9 +116,9 @@ def guided(
     """Classifier-free guidance: `u = u_cond + (scale - 1) (u_cond - u_uncond)` for sigma within `interval`.
 
     flow: called as `flow(x, sigma, **conditions)`. conditions, unconditional: the same names; tensors have one entry
-        for each image, also those in lists; anything else must be the same in both. Where guidance acts, both are
-        evaluated in one call; outside of the interval (its ends belong to it), and at scale 1, the unconditional one is
-        not computed at all.
+        for each image, also those in lists; anything else must be the same in both. Both are evaluated in one call,
+        and the unconditional one only for images whose sigma is within the interval (its ends belong to it), and not
+        at all at scale 1. Of a sigma on a GPU, it is evaluated for all images: to look at sigma would be to wait.
     orthogonal: in [0, 1], how much of the part of the guidance that is parallel to the denoised image x0 = x - sigma u
         to take away, image by image: that part only raises the contrast (arXiv 2605.12964, uses 1).
     Raises InputError if the names, the interval or `orthogonal` are not as described.
@@ -132,18 +132,50 @@ def guided(
         raise InputError(f"orthogonal must be within [0, 1], but it is {orthogonal}")
     both = {name: stacked(name, value, unconditional[name]) for name, value in conditions.items()}
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        # In the precision of sigma, so that 0.88 is within [0, 0.88] in float32 too.
-        ends = torch.tensor([low, high], dtype=sigma.dtype).tolist()
-        if scale == 1 or not ends[0] <= sigma[0].item() <= ends[1]:
-            return flow(x, sigma, **conditions)
-        u, u_uncond = flow(torch.cat([x, x]), torch.cat([sigma, sigma]), **both).chunk(2)
+    def pushed(u: Tensor, u_uncond: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         guidance = u - u_uncond
         if orthogonal:
-            guidance = guidance - orthogonal * parallel(guidance, x - expanded(sigma, x) * u)
+            guidance = guidance - orthogonal * parallel(guidance, x - expanded(on_device_of(x, sigma), x) * u)
         return u + (scale - 1) * guidance
 
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        if scale == 1:
+            return flow(x, sigma, **conditions)
+        # In the precision of sigma, so that 0.88 is within [0, 0.88] in float32 too.
+        ends = torch.tensor([low, high], dtype=sigma.dtype).tolist()
+        inside = (sigma >= ends[0]) & (sigma <= ends[1])
+        if not on_host(inside):
+            u, u_uncond = flow(torch.cat([x, x]), torch.cat([sigma, sigma]), **both).chunk(2)
+            return torch.where(expanded(inside, x), pushed(u, u_uncond, x, sigma), u)
+        rows = inside.nonzero().squeeze(1)
+        if not len(rows):
+            return flow(x, sigma, **conditions)
+        needed = torch.cat([torch.arange(len(x)), len(x) + rows])
+        some, levels = entries(x, rows), sigma[rows]
+        u, u_uncond = flow(
+            torch.cat([x, some]),
+            torch.cat([sigma, levels]),
+            **{name: entries(value, needed) for name, value in both.items()},
+        ).split([len(x), len(rows)])
+        return u.index_copy(0, on_device_of(x, rows), pushed(entries(u, rows), u_uncond, some, levels))
+
     return velocity
+
+
+def on_host(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def on_device_of(x: Tensor, values: Tensor) -> Tensor:
+    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them."""
+    return values.to(x.device, non_blocking=on_host(values))
+
+
+def entries(values: object, rows: Tensor) -> object:
+    """Those of the `rows` of a tensor (B, ...), also of tensors in lists; anything else as it is."""
+    if isinstance(values, list):
+        return [entries(value, rows) for value in values]
+    return values[on_device_of(values, rows)] if isinstance(values, Tensor) else values
 
 
 def stacked(name: str, condition: object, unconditional: object) -> object:

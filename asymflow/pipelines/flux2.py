@@ -178,6 +178,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         grid = sigma_grid(num_inference_steps, dynamic_shift(height, width)) if sigmas is None else [*sigmas, 0.0]
         timesteps = set_levels(self.scheduler, checked_levels(grid), device)
         self._num_timesteps = len(timesteps)
+        levels = torch.as_tensor(self.scheduler.sigmas).tolist()
 
         def encode(prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
             embeds, _ = self.encode_prompt(prompt, device, num_images_per_prompt, embeds, max_sequence_length)
@@ -204,8 +205,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                sigma = self.scheduler.sigmas[step].item()  # not t / 1000: UniPC rounds it to a whole number
-                level = x.new_full((count,), sigma)
+                sigma = levels[step]  # not t / 1000: UniPC rounds it to a whole number
                 both = {"condition_images": references, "joint_attention_kwargs": self.attention_kwargs}
                 velocity = guided(
                     flow,
@@ -215,7 +215,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
                     orthogonal=orthogonal_guidance,
                 )
                 with self.transformer.cache_context("guided"):
-                    u = velocity(x, level)
+                    u = velocity(x, torch.full((count,), sigma, dtype=x.dtype))
                 if clamp_denoised:
                     x0 = x - sigma * u
                     u = u + (x0 - clamp_to_gamut(x0)) / sigma

@@ -246,6 +246,54 @@ def test_orthogonal_guidance_is_finite_for_a_black_image():
     assert torch.equal(parallel(torch.ones(1, 3), torch.zeros(1, 3)), torch.zeros(1, 3))
 
 
+LEVELS = st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]), min_size=1, max_size=5)
+
+
+@given(LEVELS, st.sampled_from([0.0, 1.0]), SEEDS)
+def test_each_image_of_a_batch_is_guided_by_its_own_noise_level(flow, levels, orthogonal, seed):
+    """As if each were alone; and of a batch, the unconditional pass is that of the images within the interval."""
+    n = len(levels)
+    x, sigma, labels = normal(n, 3, 16, 16, seed=seed), torch.tensor(levels, dtype=torch.float64), torch.arange(n)
+    sizes = []
+
+    def counted(x, sigma, lists, **conditions):
+        sizes.append(len(x))
+        assert len(lists[0]) == len(x)
+        return flow(x, sigma, **conditions)
+
+    def velocity(rows):
+        conditions = [{"labels": of[rows], "lists": [of[rows]]} for of in (labels, torch.full_like(labels, 10))]
+        return guided(counted, *conditions, 2.5, (0.3, 0.7), orthogonal)(x[rows], sigma[rows])
+
+    together = velocity(torch.arange(n))
+    assert sizes == [n + sum(0.3 <= level <= 0.7 for level in levels)]
+    alone = torch.cat([velocity(torch.tensor([i])) for i in range(n)])
+    assert torch.allclose(together, alone, rtol=1e-9, atol=1e-9 * alone.abs().max().item())
+
+
+def test_the_values_of_a_gpu_are_not_waited_for():
+    """The device meta has no values at all: what looks at one fails. A sampler counts as if it had."""
+    sizes = []
+    model = lambda x, sigma, c: sizes.append(len(x)) or x * c[:, None]
+    conditions = [{"c": torch.ones(3, device="meta")} for _ in range(2)]
+    velocity = guided(model, *conditions, 2.0, (0.2, 0.6), orthogonal=1.0)
+    x = torch.ones(3, 4, device="meta")
+    sample(velocity, x, sigma_grid(10), "euler", denoised_hook=lambda x0, sigma: x0 * sigma[:, None])
+    assert sizes == [6 if 0.2 <= i / 10 <= 0.6 else 3 for i in range(10, 0, -1)]
+    assert velocity(x, torch.tensor([0.9, 0.5, 0.1])).shape == x.shape
+    assert velocity(x, torch.ones(3, device="meta")).shape == x.shape  # a sampler of somebody else
+    assert sizes[-2:] == [4, 6]
+
+
+def test_a_sigma_whose_values_are_out_of_sight_is_as_good(flow, monkeypatch):
+    """The way of a sigma on a GPU, walked on the CPU."""
+    x, labels, sigma = normal(3, 3, 16, 16), torch.tensor([1, 2, 3]), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    velocity = guided(flow, {"labels": labels}, {"labels": torch.full_like(labels, 10)}, 2.5, (0.3, 0.7))
+    seen = velocity(x, sigma)
+    monkeypatch.setattr("asymflow.sampling.on_host", lambda values: False)
+    assert torch.allclose(velocity(x, sigma), seen, rtol=1e-9, atol=1e-9 * seen.abs().max().item())
+
+
 def test_conditions_that_are_not_tensors_are_passed_on_as_they_are():
     seen = []
     model = lambda x, sigma, c, mode: seen.append((len(c), mode)) or x
