@@ -9,7 +9,10 @@ The same command again continues where it stopped. See README.md, and asymflow/c
 
 import sys
 
-from asymflow.training.start import main
+from asymflow.packages import importing
+
+with importing(__name__):
+    from asymflow.training.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,37 +1,41 @@
 """Asymmetric flow models (arXiv 2605.12964) for any backbone: the parameterization, subspaces, models and samplers."""
 
-try:
-    import huggingface_hub  # noqa: F401
-    import safetensors  # noqa: F401
-except ImportError as e:
-    raise ImportError(f'asymflow needs {e.name}: pip install -e ".[library]"') from None
+from importlib import import_module
 
-from asymflow.errors import InputError
-from asymflow.fitting import auto_rank, fit_pca, fit_procrustes
-from asymflow.model import AsymFlow
-from asymflow.parameterization import asymmetric_velocity, calibration, recover_velocity
-from asymflow.patches import patchify, unpatchify
-from asymflow.published import load_published
-from asymflow.sampling import generate, guided, image_noise, sample, sigma_grid, time_shift
-from asymflow.subspace import Subspace
+from asymflow import packages
 
-__all__ = [
-    "AsymFlow",
-    "InputError",
-    "Subspace",
-    "asymmetric_velocity",
-    "auto_rank",
-    "calibration",
-    "fit_pca",
-    "fit_procrustes",
-    "generate",
-    "guided",
-    "image_noise",
-    "load_published",
-    "patchify",
-    "recover_velocity",
-    "sample",
-    "sigma_grid",
-    "time_shift",
-    "unpatchify",
-]
+MODULES = {  # of each name here; imported when it is first used, so that `asymflow --help` does not wait for torch
+    "AsymFlow": "model",
+    "InputError": "errors",
+    "Subspace": "subspace",
+    "asymmetric_velocity": "parameterization",
+    "auto_rank": "fitting",
+    "calibration": "parameterization",
+    "fit_pca": "fitting",
+    "fit_procrustes": "fitting",
+    "generate": "sampling",
+    "guided": "sampling",
+    "image_noise": "sampling",
+    "load_published": "published",
+    "patchify": "patches",
+    "recover_velocity": "parameterization",
+    "sample": "sampling",
+    "sigma_grid": "sampling",
+    "time_shift": "sampling",
+    "unpatchify": "patches",
+}
+__all__ = [*MODULES]
+
+
+def __getattr__(name: str):
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(packages.advice(e) or str(e), name=e.name) from None
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})

@@ -4,15 +4,18 @@ import argparse
 import time
 from collections.abc import Callable
 
-import torch
+from asymflow.packages import importing
 
-from asymflow.backbones.jit import JiT
-from asymflow.cli.common import Parser, at_least, default_device, usable_device
-from asymflow.errors import InputError
-from asymflow.model import AsymFlow
-from asymflow.parameterization import recover_velocity
-from asymflow.patches import patchify
-from asymflow.subspace import Subspace
+with importing(__name__):
+    import torch
+
+    from asymflow.backbones.jit import JiT
+    from asymflow.cli.common import Parser, at_least, default_device, usable_device
+    from asymflow.errors import InputError
+    from asymflow.model import AsymFlow
+    from asymflow.parameterization import recover_velocity
+    from asymflow.patches import patchify
+    from asymflow.subspace import Subspace
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,16 +9,19 @@ import json
 import time
 from collections.abc import Callable
 
-import torch
-from diffusers import Flux2Transformer2DModel
-from torch import Tensor
+from asymflow.packages import importing
 
-from asymflow import cost
-from asymflow import cost_flux2 as counted
-from asymflow.cli.common import Parser, at_least, default_device, image_size, usable_device
-from asymflow.errors import InputError
-from asymflow.sampling import guided
-from asymflow.subspace import Subspace
+with importing(__name__):
+    import torch
+    from diffusers import Flux2Transformer2DModel
+    from torch import Tensor
+
+    from asymflow import cost
+    from asymflow import cost_flux2 as counted
+    from asymflow.cli.common import Parser, at_least, default_device, image_size, usable_device
+    from asymflow.errors import InputError
+    from asymflow.sampling import guided
+    from asymflow.subspace import Subspace
 
 TINY = dict(
     in_channels=16,

@@ -24,35 +24,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm import trange
+from asymflow.packages import importing
 
-from asymflow.adapters import load_adapter
-from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
-from asymflow.cli import main as asymflow
-from asymflow.color import oklab_to_rgb
-from asymflow.data.encode import decode_latents, encode_image, encode_prompts
-from asymflow.data.encoded import EncodedShards
-from asymflow.data.encoded_batches import EncodedBatches
-from asymflow.data.images import to_image
-from asymflow.data.oracle import detail, score
-from asymflow.data.sample import Sample
-from asymflow.data.shapes import Shapes
-from asymflow.errors import InputError
-from asymflow.model import AsymFlow
-from asymflow.patches import patchify, unpatchify
-from asymflow.pictures import image_grid
-from asymflow.sampling import guided, image_noise, sample, sigma_grid
-from asymflow.subspace import Subspace
-from asymflow.training.config.reading import load_config
-from asymflow.training.finetuning import Finetuned, make_finetuned, trained
-from asymflow.training.loss import flow_matching_loss, noise_level, noisy
-from asymflow.training.objectives import LatentToPixel
-from toy.common import main
-from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
+with importing(__name__):
+    import torch
+    from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+    from matplotlib.figure import Figure
+    from torch import Tensor
+    from tqdm import trange
+
+    from asymflow.adapters import load_adapter
+    from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+    from asymflow.cli import main as asymflow
+    from asymflow.color import oklab_to_rgb
+    from asymflow.data.encode import decode_latents, encode_image, encode_prompts
+    from asymflow.data.encoded import EncodedShards
+    from asymflow.data.encoded_batches import EncodedBatches
+    from asymflow.data.images import to_image
+    from asymflow.data.oracle import detail, score
+    from asymflow.data.sample import Sample
+    from asymflow.data.shapes import Shapes
+    from asymflow.errors import InputError
+    from asymflow.model import AsymFlow
+    from asymflow.patches import patchify, unpatchify
+    from asymflow.pictures import image_grid
+    from asymflow.sampling import guided, image_noise, sample, sigma_grid
+    from asymflow.subspace import Subspace
+    from asymflow.training.config.reading import load_config
+    from asymflow.training.finetuning import Finetuned, make_finetuned, trained
+    from asymflow.training.loss import flow_matching_loss, noise_level, noisy
+    from asymflow.training.objectives import LatentToPixel
+    from toy.common import main
+    from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
 SIZE, PATCH = 32, 8  # pixels; 4 x 4 tokens of D = 192
 VALIDATION = 2**32 + 1  # seed of scenes that no training draws

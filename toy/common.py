@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from asymflow import packages
 from nano_asymflow import MLP, Flow, integrate, keep_earlier, parse, random_stream, train
 
 
@@ -46,6 +47,11 @@ def main(
         picture, file = (keep_earlier(args.out / f"{name}.{kind}") for kind in ("png", "json"))
         figure.savefig(picture, dpi=110)
         file.write_text(json.dumps({"experiment": name, **settings, **results, "seconds": seconds}, indent=2) + "\n")
+    except ModuleNotFoundError as e:
+        if (text := packages.advice(e)) is None:
+            raise
+        print(f"toy.{name}: error: {text}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as e:  # a RuntimeError: mostly, not enough memory
         print(f"toy.{name}: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -58,11 +58,9 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def experiment(args) -> tuple[Figure, dict]:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.svm import SVC
-    except ImportError:
-        raise ValueError("this experiment needs scikit-learn: pip install scikit-learn") from None
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=random_stream(args.seed, "split"))
     images, labels = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)[order], digits.target[order]

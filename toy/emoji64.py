@@ -20,20 +20,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm import tqdm
+from asymflow.packages import importing, need
 
-from asymflow import AsymFlow
-from asymflow.classifier import Classifier
-from asymflow.data.shards import TarShards
-from asymflow.errors import InputError
-from asymflow.evaluation import frechet_distance, statistics
-from asymflow.pictures import image_grid
-from asymflow.sampling import generate
+with importing(__name__):
+    need("deepspeed", "torch_fidelity")  # of the trainings and their evaluation, an hour later
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from matplotlib.figure import Figure
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from asymflow import AsymFlow
+    from asymflow.classifier import Classifier
+    from asymflow.data.shards import TarShards
+    from asymflow.errors import InputError
+    from asymflow.evaluation import frechet_distance, statistics
+    from asymflow.pictures import image_grid
+    from asymflow.sampling import generate
 
 SIZE, CLASSES, KEPT = 64, 9, 381  # pixels; classes; images kept from the classifier
 NAMES = {"0": "x0-prediction", "full": "u-prediction"}
@@ -189,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             f"the classifier is right about {accuracy:.1%} of {KEPT} images; floor {results['floor']:.3f}", flush=True
         )
         runs = [train(args, rank, seed, judge) for seed in seeds for rank in ranks]
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"toy.emoji64: error: {e}", file=sys.stderr)
         return 2
     table = []

@@ -15,12 +15,15 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
+from asymflow.packages import importing
 
-from asymflow import files
-from asymflow.cli.common import new_file
-from asymflow.errors import InputError
+with importing(__name__):
+    from PIL import Image
+    from tqdm import tqdm
+
+    from asymflow import files
+    from asymflow.cli.common import new_file
+    from asymflow.errors import InputError
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 

@@ -17,13 +17,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
-from matplotlib.figure import Figure
-from torch import Tensor
+from asymflow.packages import importing
 
-from asymflow.data.oracle import PARTS, blurred, detail, score
-from asymflow.data.shapes import Scene, make_scene, render
-from toy.common import main
+with importing(__name__):
+    import torch
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from asymflow.data.oracle import PARTS, blurred, detail, score
+    from asymflow.data.shapes import Scene, make_scene, render
+    from toy.common import main
 
 SIZE = 64  # pixels, of the pictures with noise and with blur
 SIZES = (24, 32, 48, 64, 96, 128)

@@ -5,13 +5,24 @@ import platform
 import signal
 import sys
 import threading
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-from asymflow.cli import data, export, import_, info, sample, subspace
+from asymflow import packages
 from asymflow.cli.common import Parser
 from asymflow.errors import InputError
+
+COMMANDS = {  # of each module, with what the list of commands says; a module is imported for its own commands only
+    "subspace": {"subspace": "fit the subspace of the noise, or look at one"},
+    "sample": {"sample": "draw images from a model"},
+    "import_": {"import": "make a folder of a published model"},
+    "info": {"info": "what a model is, and what it costs"},
+    "data": {"data": "prepare images for training"},
+    "export": {
+        "export": "make a model of a checkpoint of a training run",
+        "ema": "make an average of any length after training",
+    },
+}
 
 EXAMPLES = """\
 examples:
@@ -24,26 +35,34 @@ asymflow COMMAND --help says more about one of them, with examples."""
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), None)
+    program = f"asymflow {command}" if command else "asymflow"
     try:
+        parser = make_parser(command)
+        args = parser.parse_args(argv)
+        if args.version:
+            print(versions())
+            return 0
+        if command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end)
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `asymflow info DIR | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as e:
-        return complain(args, e)
+        return complain(program, e)
     except ModuleNotFoundError as e:
-        return complain(args, f'{e.name} is needed, and not installed: pip install -e ".[train]"')
+        if (text := packages.advice(e)) is None:
+            raise
+        return complain(program, text)
     except OSError as e:
-        return complain(args, f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
+        return complain(program, f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
     except KeyboardInterrupt:
-        print(f"\nasymflow {args.command}: interrupted", file=sys.stderr)
+        print(f"\n{program}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -53,25 +72,32 @@ def end(number: int, frame) -> None:
     raise SystemExit(128 + number)
 
 
-def make_parser() -> Parser:
+def make_parser(command: str | None = None) -> Parser:
+    """Takes the options of one command. Of all others it knows no more than what they are for."""
     parser = Parser(
         prog="asymflow",
         description="Asymmetric flow models: subspaces, checkpoints and samples.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--version", action="version", version=versions(), help="show versions and exit")
+    parser.add_argument("--version", action="store_true", help="show versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (subspace, sample, import_, info, data, export):
-        module.add_command(commands)
+    for module, about in COMMANDS.items():
+        if command in about:
+            import_module(f"{__name__}.{module}").add_command(commands)
+        else:
+            for name, text in about.items():
+                commands.add_parser(name, help=text)
     return parser
 
 
-def complain(args, message: object) -> int:
-    print(f"asymflow {args.command}: error: {message}", file=sys.stderr)
+def complain(program: str, message: object) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
     return 2
 
 
 def versions() -> str:
+    import torch  # takes seconds
+
     try:
         own = version("asymflow")
     except PackageNotFoundError:

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from asymflow.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,8 +81,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str) -> "torch.device":
     """The device of that name, if tensors can be made on it. Raises InputError."""
+    import torch
+
     try:
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as e:
@@ -90,6 +94,8 @@ def usable_device(name: str) -> torch.device:
 
 
 def default_device() -> str:
+    import torch  # takes seconds, and is of no use to `asymflow --help`
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

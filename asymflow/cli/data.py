@@ -53,7 +53,7 @@ IMAGE_FORMAT = "png and webp keep the pixels, and webp is read faster; jpg, at q
 
 
 def add_command(commands) -> None:
-    group = commands.add_parser("data", help="prepare images for training", description=GROUP)
+    group = commands.add_parser("data", description=GROUP)
     actions = group.add_subparsers(dest="action", metavar="ACTION", required=True)
     p = actions.add_parser("pack", help="make shards of cropped images", description=PACK)
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with one folder for each class")

@@ -34,7 +34,6 @@ The average is put together from the snapshots of the run (ema.snapshot_every in
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "export",
-        help="make a model of a checkpoint of a training run",
         description="Make a folder for from_pretrained of a checkpoint of a training run.",
         epilog=EXAMPLES["export"],
     )
@@ -46,7 +45,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(run=run_export)
     p = commands.add_parser(
         "ema",
-        help="make an average of any length after training",
         description="Make a model of the moving average of any length, after training.",
         epilog=EXAMPLES["ema"],
     )

@@ -27,7 +27,7 @@ examples:
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("import", help="make a folder of a published model", description=TEXT, epilog=EXAMPLES)
+    p = commands.add_parser("import", description=TEXT, epilog=EXAMPLES)
     p.add_argument("file", type=Path, metavar="FILE", help="the published file")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or FILE.safetensors")
     p.add_argument("--weights", choices=SETS, help="which ones, if the file has several (default: ema1)")

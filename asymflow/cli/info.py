@@ -48,7 +48,7 @@ LABEL = 15  # characters of the first column
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("info", help="what a model is, and what it costs", description=TEXT, epilog=EXAMPLES)
+    p = commands.add_parser("info", description=TEXT, epilog=EXAMPLES)
     p.add_argument("model", metavar="MODEL", help="folder, published file, a name; or config")
     p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
     p.add_argument(

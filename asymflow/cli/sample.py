@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
+from asymflow import files, packages
 from asymflow.cli.common import default_device, image_size, this_process, usable_device
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
@@ -40,7 +39,6 @@ of processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes i
 where it stopped. The defaults for --model are the paper's for ImageNet, those for --base are its for FLUX.2 klein."""
 RECORD = "samples.json"
 GRID_AT_MOST = 64
-NEEDED = ("diffusers", "transformers", "peft", "accelerate")  # with --base
 DEFAULTS = {
     "--model": dict(
         num=16,
@@ -61,7 +59,6 @@ DEFAULTS = {
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "sample",
-        help="draw images from a model",
         description="Draw images of classes or of prompts: PNG files, a grid of the first ones, a JSON record.",
         epilog=EXAMPLES,
     )
@@ -130,8 +127,7 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
     if args.base is None:
         run_classes(args)
     else:
-        if missing := [package for package in NEEDED if find_spec(package) is None]:
-            raise InputError(f'{", ".join(missing)} needed, and not installed: pip install -e ".[flux2]"')
+        packages.need("diffusers", "transformers", "peft", "accelerate")
         from asymflow.cli.sample_text import run_prompts
 
         run_prompts(args)

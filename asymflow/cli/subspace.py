@@ -56,7 +56,7 @@ implementation. With --out, draw it as well."""
 
 
 def add_command(commands) -> None:
-    group = commands.add_parser("subspace", help="fit the subspace of the noise, or look at one", description=GROUP)
+    group = commands.add_parser("subspace", description=GROUP)
     actions = group.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     pca = actions.add_parser("pca", help="fit to images, to train from scratch", description=PCA)

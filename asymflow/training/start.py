@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from asymflow import packages
 from asymflow.backbones.jit import JiT
 from asymflow.cli.common import Parser
 from asymflow.data.datasets import make_dataset
@@ -101,8 +102,8 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(e, RuntimeError) and str(e).startswith("DataLoader worker"):
         hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
         return f"train_ddp.py: error: {by}{' '.join(str(e).split())} ({hint})", 1
-    if isinstance(e, ModuleNotFoundError):
-        return f'train_ddp.py: error: {by}{e.name} is needed, and not installed: pip install -e ".[flux2]"', 2
+    if isinstance(e, ModuleNotFoundError) and (text := packages.advice(e)):
+        return f"train_ddp.py: error: {by}{text}", 2
     if isinstance(e, InputError | OSError):
         return f"train_ddp.py: error: {by}{e}", 2 if isinstance(e, InputError) else 1
     return f"{''.join(traceback.format_exception(e))}train_ddp.py: error: {by}{type(e).__name__}: {e}", 1

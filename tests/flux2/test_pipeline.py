@@ -528,5 +528,5 @@ def test_too_little_memory_is_one_line(base, adapter, tmp_path, capsys, monkeypa
 
 
 def test_the_command_line_starts_without_diffusers():
-    code = "import sys, asymflow.cli; assert not {'diffusers', 'transformers', 'peft'} & sys.modules.keys()"
+    code = "import sys, asymflow.cli.sample; assert not {'diffusers', 'transformers', 'peft'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
