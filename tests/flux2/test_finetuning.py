@@ -338,7 +338,7 @@ def test_latents_and_images_of_a_batch_belong_together(made):
             sample = known[tuple(latent.flatten().tolist())]
             assert torch.equal(pixels, sample.image)
             dropped.append(torch.equal(prompt, data.empty_prompt))
-            assert dropped[-1] or torch.equal(prompt, sample.prompt)
+            assert torch.equal(prompt, data.empty_prompt if dropped[-1] else sample.prompt)
     assert np.mean(dropped) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(dropped)) ** 0.5)
 
 

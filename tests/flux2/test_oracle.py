@@ -187,7 +187,7 @@ def test_what_is_not_of_this_world_is_not_named():
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([24, 37, 64]), st.sampled_from(["noise", "blocks", "wild", "bytes"]))
-def test_any_image_has_a_reading_and_always_the_same(seed, size, kind):
+def test_rubbish_has_a_reading_always_the_same_but_no_caption(seed, size, kind):
     g = torch.Generator().manual_seed(seed)
     image = torch.randn(3, size, size, generator=g)
     if kind == "blocks":
@@ -198,11 +198,19 @@ def test_any_image_has_a_reading_and_always_the_same(seed, size, kind):
         image = (100 * image + 200).clamp(0, 255).to(torch.uint8)
     reading, fit = read_scene(image), fit_scene(image)
     assert len(reading.shown) == 9
-    assert reading.caption is None or parse_caption(reading.caption) == reading
+    assert reading.caption is None
     assert 0 <= fit.residual <= 255
-    assert math.isnan(fit.sharpness) or 0 < fit.sharpness <= 1
     assert read_scene(image) == reading
     assert fit_scene(image).residual == fit.residual
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 999), st.sampled_from([24, 37, 64]), st.sampled_from([0, 10, 20]))
+def test_of_a_recognized_scene_the_caption_says_all_and_edges_are_no_sharper_than_ideal(index, size, deviation):
+    image = noisy(render(make_scene(SEED, index), size), deviation, index)
+    reading = read_scene(image)
+    assert parse_caption(reading.caption) == reading
+    assert 0 < fit_scene(image).sharpness <= 1
 
 
 @pytest.mark.parametrize(

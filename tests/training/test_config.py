@@ -215,11 +215,11 @@ def test_the_network_is_what_is_set_and_published_otherwise():
 
 def test_every_key_says_what_it_is():
     for key, field in known_keys(Config).items():
-        assert field.description or is_section(field.annotation), key
+        assert field.annotation.__doc__ if is_section(field.annotation) else field.description, key
 
 
 def is_section(kind) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel) and bool(kind.__doc__)
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def test_info_lists_all_keys_with_their_defaults_as_a_file_would_have_them(capsys, tmp_path, monkeypatch):
@@ -670,7 +670,7 @@ def test_what_deepspeed_gets_is_what_was_given_and_batch_sizes(overrides):
     assert options["train_micro_batch_size_per_gpu"] == micro
     assert options["gradient_accumulation_steps"] == accumulation
     assert "optimizer" not in options
-    assert options["steps_per_print"] > 1e9 or "steps_per_print" in c.deepspeed
+    assert (options["steps_per_print"] > 1e9) == ("steps_per_print" not in c.deepspeed)
     assert not options["zero_force_ds_cpu_optimizer"]
     assert bf16_weights(c) == ("deepspeed.bf16.enabled=true" in overrides)
     options["zero_optimization"]["stage"] = 99  # the caller's own
@@ -743,9 +743,8 @@ def test_batch_sizes_multiply_to_the_batch_or_are_refused(total, micro, world):
         with pytest.raises(InputError, match=f"global_batch_size {total} is not divisible by {world} ranks"):
             batch_sizes(c, world)
     else:
-        found, accumulation = batch_sizes(c, world)
-        assert found * accumulation * world == total
-        assert found == micro or (micro is None and accumulation == 1)
+        at_once = micro or total // world
+        assert batch_sizes(c, world) == (at_once, total // (world * at_once))
 
 
 def test_batch_sizes_that_depend_on_the_ranks_must_agree_too():
@@ -1022,7 +1021,7 @@ def test_a_thousand_broken_files_are_valid_or_answered_in_one_line(folder):
         if c is None:
             assert len(message.splitlines()) == 1
             assert len(message.encode()) < 600  # and it can be printed
-            assert "broken.yaml" in message or "asymflow/configs/" in message
+            assert "broken.yaml" in message
         else:
             assert all(math.isfinite(x) for x in (c.optimizer.lr, *c.ema.decays, c.loss.sigma_mean))
             assert load_text(folder, dump(c)) == c
