@@ -1,4 +1,4 @@
-"""The claim itself, at the default settings: minutes of training, so it runs only with `-m evidence`."""
+"""The claim itself, at the default settings: minutes of training, so it runs only with `-m slow`."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 from nano_asymflow import main
 
 
-@pytest.mark.evidence
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2], ids="seed{}".format)
 def test_asymmetric_prediction_reaches_the_sample_floor_and_the_others_do_not(seed, tmp_path):
     """Sliced Wasserstein distances. Fresh data is at the floor; x0-prediction at least half as far again as asym.
