@@ -24,6 +24,7 @@ from test_survival import ENDLESS, lines, whole_steps
 
 from asymflow import AsymFlow
 
+pytestmark = pytest.mark.slow  # launchers start Python several times for each training
 TESTS = Path(__file__).parent
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 DRIVER = """

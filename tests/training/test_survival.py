@@ -215,6 +215,7 @@ def one_line(launched, *parts, code=2):
 
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_killed_twenty_times_and_none_the_worse(tmp_path):
     every, steps = 4, 90
     settings = [
@@ -308,6 +309,7 @@ def test_an_echo_of_a_signal_after_saving_is_harmless():
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
     launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(saving_takes, 30))
     wait_for_steps(tmp_path / "run", 2, launched)
@@ -444,6 +446,7 @@ def test_images_of_which_none_can_be_read(tmp_path):
         one_line(later, "[Errno 116] Stale file handle: '/data'", code=1)
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -491,6 +494,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_one_that_is_read_only(small_disk):
     out, settings = small_disk / "run", ("checkpoint.every=2", "ema.snapshot_every=null")
     assert Launched(2, out, "train.steps=2", *settings).wait() == [0, 0]
@@ -626,6 +630,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     assert [m["step"] for m in metrics(out)] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder(tmp_path):
     out = tmp_path / "run"
     first = Launched(2, out, *ENDLESS, "data.workers=1")
@@ -672,6 +677,7 @@ def in_session(number):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "failed", "stopped", "done"])
 def test_nothing_is_left_running(tmp_path, how):
     """Each rank is the leader of a session, to which its workers belong."""
@@ -704,6 +710,7 @@ def test_a_worker_that_dies_is_no_riddle(tmp_path):
     one_line(launched, "rank 1: DataLoader worker (pid", "(is there enough memory", code=1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_those_that_would_wait_forever(tmp_path):
     launched = Launched(
         3, tmp_path / "run", "train.global_batch_size=9", *ENDLESS, patch=partial(dies_while_others_wait, 2, 3)
