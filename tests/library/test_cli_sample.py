@@ -291,6 +291,7 @@ def test_the_grid_shows_the_first_images_of_the_folder(model, tmp_path):
     assert np.array_equal(pixels(out / "grid.png"), before)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_as_the_help_says(model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command += [

@@ -482,6 +482,7 @@ def test_what_several_processes_have_read_is_added_up(monkeypatch):
     assert command.added_up(tallies[1], 3) == total
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(run, tmp_path):
     data = write_images(tmp_path / "images", n=201)
     (data / "050a.png").write_bytes(b"no image")
