@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -129,30 +130,43 @@ def set_learning_rate(engine, lr: float) -> None:
             group["lr"] = lr * group["multiplier"]
 
 
-def gradient_norm(engine) -> float | None:
-    """The norm of the gradient of the last step. DeepSpeed computes it in all stages but 0: see `norm_before_step`."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
+    """Take the accumulated step, unless a number in `sums` or in its gradient is not finite: then nothing changes.
+
+    sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
+    finite. Both are read at once, just before Adam: a step waits for the GPU here and nowhere else.
+    """
+    optimizer, norm, seen = base_optimizer(engine), norm_at_stage_0(engine), []
+    adam = optimizer.step
+
+    def guarded(*args, **options) -> None:  # called once for each group that DeepSpeed has
+        if not seen:
+            known = last_norm(engine) if norm is None else norm
+            seen.extend(torch.cat([sums, known.to(sums).view(1)]).tolist())
+        if all(map(math.isfinite, seen)) and seen[-1] >= 0:
+            adam(*args, **options)
+
+    optimizer.step = guarded
+    try:
+        engine.step()
+    finally:
+        del optimizer.step
+    *values, found = seen or [*sums.tolist(), math.inf]  # a gradient that is not finite DeepSpeed may discard itself
+    return values, found if found >= 0 else math.inf
 
 
-def norm_before_step(engine) -> float | None:
-    """At stage 0, where every rank has the whole gradient until it steps."""
+def last_norm(engine) -> Tensor:
+    """Of the gradient of the step that DeepSpeed is taking, at stages 1 to 3."""
+    return torch.as_tensor(engine.optimizer._global_grad_norm)
+
+
+def norm_at_stage_0(engine) -> Tensor | None:
+    """The norm of the gradient before the step: there every rank has all of it, and DeepSpeed does not compute it."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # also of bfloat16
-    return torch.stack(norms).norm().item() if norms else None
-
-
-@contextmanager
-def idle(engine) -> Iterator[None]:
-    """Within it `engine.step()` discards the gradients and changes nothing else."""
-    optimizer = base_optimizer(engine)
-    optimizer.step = lambda *args, **options: None
-    try:
-        yield
-    finally:
-        del optimizer.step
+    return torch.stack(norms).norm()
 
 
 # ---- Other weights ---------------------------------------------------------------------------------------------------

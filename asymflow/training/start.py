@@ -281,7 +281,7 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     """By PCA of images that are drawn at random, each rank its share. Called by all ranks; raises InputError."""
     count, patch = min(config.subspace.images, len(dataset)), network(config.model)["patch_size"]
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0)
+    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0 or None)
     tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
     options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
     return fit_pca(tokens, config.subspace.rank, **options)
