@@ -1,6 +1,9 @@
 """What is used of DeepSpeed beyond its documented interface: all of it is here, and may change with any release."""
 
+import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ def remarks() -> list[str]:
     """One, if the installed release is none of those that the tests were run with."""
     import deepspeed
 
-    release = lambda version: tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    release = lambda version: [int(number) for number in re.findall(r"\d+", version)[:3]]
     if release(OLDEST) <= release(deepspeed.__version__) <= release(NEWEST):
         return []
     return [f"DeepSpeed {deepspeed.__version__} is untested here: tested are {OLDEST} to {NEWEST}"]
@@ -29,6 +32,21 @@ def compile_no_communication() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def take_monitor(engine) -> None:
+    """The loop writes to it, not the engine, which counts anew from every start."""
+    if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
+        csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
+    engine.monitor.enabled = False
+
+
+# ---- The configuration -----------------------------------------------------------------------------------------------
+def read_config(options: dict) -> None:
+    """Raises what DeepSpeed raises of a configuration that it cannot use."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: not before it is needed
+
+    DeepSpeedConfig(copy.deepcopy(options))
 
 
 def config_models() -> list[type]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from asymflow.backbones.jit import Block
 from asymflow.errors import InputError
+from asymflow.training import deepspeed_internals as internals
 from asymflow.training import shards
 from asymflow.training.config.derived import bf16_weights, deepspeed_config
 from asymflow.training.config.reading import Config
@@ -38,9 +39,7 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed  # takes seconds: not before it is needed
 
-    # On CPUs it would compile an extension first: that needs a compiler, and a process killed meanwhile leaves a lock
-    # behind that all later ones wait for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    internals.compile_no_communication()
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
     together(lambda: prepare_monitors(options, out))
@@ -52,15 +51,13 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
-    base_optimizer(engine).state.clear()
+    internals.base_optimizer(engine).state.clear()
     if originals:  # DeepSpeed has made its own from weights that it had rounded before
         with torch.no_grad():
             for f in (f for f in shards.held_fragments(engine) if f.name in originals):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
-        shards.spread_weights(engine)
-    if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
-        csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
-    engine.monitor.enabled = False  # for the engine, which counts anew from every start; the loop writes to it
+        internals.spread_weights(engine)
+    internals.take_monitor(engine)
     return engine
 
 
@@ -119,15 +116,9 @@ def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
-def base_optimizer(engine) -> torch.optim.Optimizer:
-    """torch's AdamW, inside of DeepSpeed's optimizer or alone."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
 def set_learning_rate(engine, lr: float) -> None:
-    for optimizer in (engine.optimizer, base_optimizer(engine)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["multiplier"]
+    for group in internals.param_groups(engine):
+        group["lr"] = lr * group["multiplier"]
 
 
 def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
@@ -136,12 +127,12 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
     sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
     finite. Both are read at once, just before Adam: a step waits for the GPU here and nowhere else.
     """
-    optimizer, norm, seen = base_optimizer(engine), norm_at_stage_0(engine), []
+    optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
     adam = optimizer.step
 
     def guarded(*args, **options) -> None:  # called once for each group that DeepSpeed has
         if not seen:
-            known = last_norm(engine) if norm is None else norm
+            known = internals.last_norm(engine) if norm is None else norm
             seen.extend(torch.cat([sums, known.to(sums).view(1)]).tolist())
         if all(map(math.isfinite, seen)) and seen[-1] >= 0:
             adam(*args, **options)
@@ -153,11 +144,6 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
         del optimizer.step
     *values, found = seen or [*sums.tolist(), math.inf]  # a gradient that is not finite DeepSpeed may discard itself
     return values, found if found >= 0 else math.inf
-
-
-def last_norm(engine) -> Tensor:
-    """Of the gradient of the step that DeepSpeed is taking, at stages 1 to 3."""
-    return torch.as_tensor(engine.optimizer._global_grad_norm)
 
 
 def norm_at_stage_0(engine) -> Tensor | None:
@@ -181,7 +167,7 @@ def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
     finally:
         for f, weight in zip(held, kept, strict=True):
             f.weight.copy_(weight)
-        shards.spread_weights(engine)
+        internals.spread_weights(engine)
 
 
 @torch.no_grad()
@@ -195,4 +181,4 @@ def load_weights(engine, owned: dict[str, tuple[int, Tensor]]) -> None:
             f.weight.zero_()
             f.weight[start : start + len(values)] = values
             dist.all_reduce(f.weight)
-    shards.spread_weights(engine)
+    internals.spread_weights(engine)

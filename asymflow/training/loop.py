@@ -19,6 +19,7 @@ from asymflow.data.batches import Batch
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
+from asymflow.training import deepspeed_internals as internals
 from asymflow.training.checkpoint import Piece
 from asymflow.training.config.derived import batch_sizes, bf16_weights
 from asymflow.training.config.reading import Config
@@ -252,7 +253,7 @@ class Training:
             for moment, values in f.moments.items():
                 values.copy_(reader.read(moment, f.name, f.start, len(values)))
             f.state["step"].fill_(self.step - self.skipped)
-        shards.spread_weights(self.engine)
+        internals.spread_weights(self.engine)
         for profile, values in self.averages.values.items():
             for f, value in zip(self.averages.fragments, values, strict=True):
                 value.copy_(reader.read(checkpoint.average_kind(profile.name), f.name, f.start, len(value)))

@@ -25,7 +25,7 @@ from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
-from asymflow.training import run, streams
+from asymflow.training import deepspeed_internals, run, streams
 from asymflow.training.config.derived import deepspeed_config, network
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, load_config
@@ -138,6 +138,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
+    remarks += deepspeed_internals.remarks()
     if config.finetune:
         remarks += rare_buckets(dataset, config.train.global_batch_size)
         remarks += only_first(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
