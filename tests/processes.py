@@ -31,6 +31,8 @@ TINY = [  # a model that takes milliseconds a step
     "optimizer.warmup_steps=2",
 ]
 
+SPEED = ("images_per_second", "waiting", "mfu")  # of the metrics
+
 
 def words(out, *settings):
     """The arguments of train_ddp.py for a run in `out`, with the settings `a.b=c` on top of TINY."""
@@ -60,9 +62,7 @@ def train(world, *trainings, patch=None, timeout=600):
 def metrics(run):
     """All of each step but how fast it was."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in entry.items() if name not in ("images_per_second", "mfu")} for entry in entries
-    ]
+    return [{name: value for name, value in entry.items() if name not in SPEED} for entry in entries]
 
 
 def tensors(run, step):
@@ -127,10 +127,10 @@ class Launched:
         return [process.exitcode for process in self.ranks]
 
     def said(self, stream="err"):
-        """What all ranks wrote to stderr, or stdout ("out"), without progress bars and warnings of libraries."""
+        """What all ranks wrote to stderr, or stdout ("out"), without progress and warnings of libraries."""
         text = "\n".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.ranks)))
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-        lines = [line for line in lines if not re.match(r"training:|.*: +\d+%\|", line)]  # bars
+        lines = [line for line in lines if not re.match(r"step \d+ of \d+: |.*: +\d+%\|", line)]
         return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
 
 

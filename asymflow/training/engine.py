@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from asymflow.backbones.jit import Block
 from asymflow.errors import InputError
+from asymflow.training import deepspeed_internals as internals
 from asymflow.training import shards
 from asymflow.training.config.derived import bf16_weights, deepspeed_config
 from asymflow.training.config.reading import Config
@@ -37,9 +39,7 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed  # takes seconds: not before it is needed
 
-    # On CPUs it would compile an extension first: that needs a compiler, and a process killed meanwhile leaves a lock
-    # behind that all later ones wait for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    internals.compile_no_communication()
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
     together(lambda: prepare_monitors(options, out))
@@ -51,15 +51,13 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
-    base_optimizer(engine).state.clear()
+    internals.base_optimizer(engine).state.clear()
     if originals:  # DeepSpeed has made its own from weights that it had rounded before
         with torch.no_grad():
             for f in (f for f in shards.held_fragments(engine) if f.name in originals):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
-        shards.spread_weights(engine)
-    if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
-        csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
-    engine.monitor.enabled = False  # for the engine, which counts anew from every start; the loop writes to it
+        internals.spread_weights(engine)
+    internals.take_monitor(engine)
     return engine
 
 
@@ -118,41 +116,43 @@ def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
-def base_optimizer(engine) -> torch.optim.Optimizer:
-    """torch's AdamW, inside of DeepSpeed's optimizer or alone."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
 def set_learning_rate(engine, lr: float) -> None:
-    for optimizer in (engine.optimizer, base_optimizer(engine)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["multiplier"]
+    for group in internals.param_groups(engine):
+        group["lr"] = lr * group["multiplier"]
 
 
-def gradient_norm(engine) -> float | None:
-    """The norm of the gradient of the last step. DeepSpeed computes it in all stages but 0: see `norm_before_step`."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
+    """Take the accumulated step, unless a number in `sums` or in its gradient is not finite: then nothing changes.
+
+    sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
+    finite. Both are read at once, just before Adam: a step waits for the GPU here and nowhere else.
+    """
+    optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
+    adam = optimizer.step
+
+    def guarded(*args, **options) -> None:  # called once for each group that DeepSpeed has
+        if not seen:
+            known = internals.last_norm(engine) if norm is None else norm
+            seen.extend(torch.cat([sums, known.to(sums).view(1)]).tolist())
+        if all(map(math.isfinite, seen)) and seen[-1] >= 0:
+            adam(*args, **options)
+
+    optimizer.step = guarded
+    try:
+        engine.step()
+    finally:
+        del optimizer.step
+    *values, found = seen or [*sums.tolist(), math.inf]  # a gradient that is not finite DeepSpeed may discard itself
+    return values, found if found >= 0 else math.inf
 
 
-def norm_before_step(engine) -> float | None:
-    """At stage 0, where every rank has the whole gradient until it steps."""
+def norm_at_stage_0(engine) -> Tensor | None:
+    """The norm of the gradient before the step: there every rank has all of it, and DeepSpeed does not compute it."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # also of bfloat16
-    return torch.stack(norms).norm().item() if norms else None
-
-
-@contextmanager
-def idle(engine) -> Iterator[None]:
-    """Within it `engine.step()` discards the gradients and changes nothing else."""
-    optimizer = base_optimizer(engine)
-    optimizer.step = lambda *args, **options: None
-    try:
-        yield
-    finally:
-        del optimizer.step
+    return torch.stack(norms).norm()
 
 
 # ---- Other weights ---------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
     finally:
         for f, weight in zip(held, kept, strict=True):
             f.weight.copy_(weight)
-        shards.spread_weights(engine)
+        internals.spread_weights(engine)
 
 
 @torch.no_grad()
@@ -181,4 +181,4 @@ def load_weights(engine, owned: dict[str, tuple[int, Tensor]]) -> None:
             f.weight.zero_()
             f.weight[start : start + len(values)] = values
             dist.all_reduce(f.weight)
-    shards.spread_weights(engine)
+    internals.spread_weights(engine)

@@ -120,7 +120,7 @@ class Evaluation:
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
         size, features = self.config.evaluate.batch_size, []
         starts = range(0, each_rank, size)
-        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=self.rank > 0):
+        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=self.rank > 0 or None):
             if stop():
                 return None
             features.append(self.features(images(mine[start : start + size])))

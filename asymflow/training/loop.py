@@ -19,16 +19,18 @@ from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
+from asymflow.training import deepspeed_internals as internals
 from asymflow.training.checkpoint import Piece
 from asymflow.training.config.derived import batch_sizes, bf16_weights
 from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
-from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
+from asymflow.training.engine import averaged, make_engine, set_learning_rate, step_if_finite
 from asymflow.training.evaluate import Evaluation, gathered
 from asymflow.training.objectives import Objective
 from asymflow.training.problems import Problems
+from asymflow.training.progress import Progress
 from asymflow.training.ranks import AgreedError, on_first
-from asymflow.training.signals import Signals
+from asymflow.training.signals import CAUGHT, Signals
 
 
 class Training:
@@ -63,17 +65,14 @@ class Training:
         c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
         stream = on_device(self.objective.batches(self.dataset, self.rank, self.world).run(first, last), self.device)
-        bar = tqdm(desc="training", unit="step", total=c.train.steps, initial=self.step, disable=self.rank > 0)
-        with Signals() as self.signals, bar:
+        with Signals() as self.signals, Progress(c, self.step, silent=self.rank > 0) as self.progress:
             if self.step == 0 and c.sample.every:
                 self.draw()
             if self.step > 0 and self.due(c.evaluate.every):  # stopped before it was done, or only now asked for
                 self.evaluate()
             stopped_by = self.signalled()
             while self.step < c.train.steps and not stopped_by:
-                record, problems = self.one_step(stream)
-                self.log(record, bar)
-                stopped_by = self.signalled(problems)
+                stopped_by = self.one_step(stream)
                 if self.due(c.ema.snapshot_every):
                     self.snapshot()
                 if stopped_by or self.due(c.checkpoint.every) or self.due(c.evaluate.every):
@@ -85,25 +84,21 @@ class Training:
                     stopped_by = self.signalled()
         return stopped_by if self.step < c.train.steps else None
 
-    def signalled(self, problems: Sequence[str] = ()) -> str | None:
-        """The name of the signal that any rank has got. All ranks ask at the same time, and so stop at the same time.
-
-        problems: images that this rank could not read in this step.
-        """
-        flags = torch.tensor([self.signals.received, len(problems)], device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        number, unreadable = flags.tolist()
-        if unreadable:
-            self.problems.add(self.step, problems)
+    def signalled(self) -> str | None:
+        """The name of the signal that any rank has got, between steps. All ranks ask together, and so stop together."""
+        received = torch.tensor(self.signals.received, device=self.device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        number = received.item()
         return signal.Signals(number).name if number else None
 
     def due(self, every: int | None) -> bool:
         """Whether to do now what is done every so many steps: also after the last step, but not if `every` is null."""
         return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
 
-    def one_step(self, stream: Iterator[Batch]) -> tuple[dict, list[str]]:
-        """Returns what is to be logged, and which images could not be read.
+    def one_step(self, stream: Iterator[Batch]) -> str | None:
+        """Take a step and log it. Returns the name of a signal that any rank had got before it ended.
 
+        A step whose loss or gradient is not finite changes nothing but the averages, which see the same weights again.
         Logged as `loss` is flow matching alone, also with other terms, so trainings compare: but with variance
         reduction its target is another, and the loss less.
         """
@@ -111,9 +106,11 @@ class Training:
         lr = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
-        samples, problems, losses = [], [], []  # of a micro-batch nothing else is kept: there may be many
+        waited, samples, problems, losses = 0.0, [], [], []  # of a micro-batch nothing else is kept: there may be many
         for part in range(1, self.accumulation + 1):
+            asked = time.perf_counter()
             batch = next(stream)
+            waited += time.perf_counter() - asked
             terms = self.objective.losses(self.engine, batch)
             self.engine.backward((terms * self.term_weights).sum(1).mean())
             samples += batch.samples
@@ -122,32 +119,43 @@ class Training:
             if part < self.accumulation:
                 self.engine.step()  # which only accumulates
         losses = torch.cat(losses)
-        loss = losses.sum(0) / self.config.train.global_batch_size
-        dist.all_reduce(loss)
-        if skip := not loss.isfinite().all():
-            self.discard(samples, losses)
-            norm = None
-        else:
-            norm = norm_before_step(self.engine)
-            self.engine.step()
-            norm = gradient_norm(self.engine) if norm is None else norm
-            if not 0 <= norm < math.inf:  # DeepSpeed says -1 of one that is not finite
-                raise AgreedError(f"the gradient of step {self.step + 1} is not finite. {self.last_good()}")
+        flags = [self.signals.received == number for number in CAUGHT]
+        sums = self.summed(losses.sum(0) / self.config.train.global_batch_size, [waited, len(problems), *flags])
+        values, norm = step_if_finite(self.engine, sums)
+        terms, (waited, unreadable, *flags) = values[: losses.shape[1]], values[losses.shape[1] :]
+        finite = all(map(math.isfinite, terms))
+        if not finite or norm == math.inf:
+            self.skip("gradient" if finite else "loss", samples, losses)
         self.step += 1
-        self.averages.update(self.step)  # also if skipped: the weights of that step are those of the one before
-        terms = loss.tolist()  # which waits for the GPU: the step ends here
+        self.averages.update(self.step)
         seconds = time.perf_counter() - started
         record = {
             "step": self.step,
-            **{name: None if skip else value for name, value in zip(self.objective.terms, terms, strict=True)},
-            "grad_norm": norm,
+            **{name: value if finite else None for name, value in zip(self.objective.terms, terms, strict=True)},
+            "grad_norm": norm if finite and norm < math.inf else None,
             "lr": lr,
             "images_per_second": self.config.train.global_batch_size / seconds,
+            "waiting": waited / self.world / seconds,
         }
-        return record, problems
+        self.log(record)
+        if unreadable:
+            self.problems.add(self.step, problems)
+        return next((number.name for number, count in zip(CAUGHT, flags, strict=True) if count), None)
 
-    def discard(self, samples: list[int], losses: Tensor) -> None:
-        """Answer a loss that is not finite: leave the weights as they are, or stop if that was allowed often enough."""
+    def summed(self, terms: Tensor, numbers: Sequence[float]) -> Tensor:
+        """Both in one tensor, summed over the ranks: a step talks to the others here and nowhere else.
+
+        The numbers are filled in on the device: to copy them there would wait for it.
+        """
+        sums = torch.cat([terms.float(), torch.zeros(len(numbers), device=self.device)])
+        for i, number in enumerate(numbers, len(terms)):
+            if number:
+                sums[i] = number
+        dist.all_reduce(sums)
+        return sums
+
+    def skip(self, what: str, samples: list[int], losses: Tensor) -> None:
+        """Answer a loss or gradient that is not finite: say so, or raise if that was allowed often enough."""
         mine = [samples[i] for i in (~losses.isfinite().all(1)).nonzero()]
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
@@ -155,13 +163,11 @@ class Training:
             f"rank {rank}: samples {shortened(samples)}" for rank, samples in enumerate(everyone) if samples
         )
         self.skipped += 1
-        message = f"the loss of step {self.step + 1} is not finite ({where or 'only the sum of all'})"
+        message = f"the {what} of step {self.step + 1} is not finite" + (f" ({where})" if where else "")
         if self.skipped > self.config.train.skip_nonfinite:
             raise AgreedError(f"{message}. {self.last_good()}. Steps skipped before: {self.skipped - 1}")
         if self.rank == 0:
             tqdm.write(f"{message}: skipped, {self.skipped} of {self.config.train.skip_nonfinite}", file=sys.stderr)
-        with idle(self.engine):
-            self.engine.step()
 
     def last_good(self) -> str:
         saved = checkpoint.steps(self.out / run.CHECKPOINTS)
@@ -248,34 +254,30 @@ class Training:
             for moment, values in f.moments.items():
                 values.copy_(reader.read(moment, f.name, f.start, len(values)))
             f.state["step"].fill_(self.step - self.skipped)
-        shards.spread_weights(self.engine)
+        internals.spread_weights(self.engine)
         for profile, values in self.averages.values.items():
             for f, value in zip(self.averages.fragments, values, strict=True):
                 value.copy_(reader.read(checkpoint.average_kind(profile.name), f.name, f.start, len(value)))
         self.how_resumed += on_first(lambda: run.abandon_snapshots(self.out, self.step), "later snapshots stay")
 
     # ---- What is shown -----------------------------------------------------------------------------------------------
-    def log(self, record: dict, bar: tqdm) -> None:
-        """To the journal, the bar and DeepSpeed's monitors.
+    def log(self, record: dict) -> None:
+        """To the journal, to stderr and to DeepSpeed's monitors.
 
         With the MFU (Chowdhery et al. 2022, arXiv 2204.02311) where the GPU's peak is known: the part of the peaks of
         all ranks that the model needs, in bfloat16, without what is computed twice to save memory. On CPUs there is
         none.
         """
-        if self.rank == 0:
-            if self.flops:
-                record["mfu"] = self.flops * record["images_per_second"] / (self.peak * self.world)
-            self.journals[0].add(record)
-            bar.update()
-            loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
-            shown = {"loss": loss, "images/s": f"{record['images_per_second']:.1f}"}
-            if self.problems.known:
-                shown["unreadable"] = len(self.problems.known)
-            if self.flops:
-                shown["MFU"] = f"{record['mfu']:.1%}"
-            bar.set_postfix(shown, refresh=False)
-            values = {name: value for name, value in record.items() if name != "step" and value is not None}
-            self.engine.monitor.write_events([(f"train/{name}", value, self.step) for name, value in values.items()])
+        if self.rank > 0:
+            return
+        if self.flops:
+            record["mfu"] = self.flops * record["images_per_second"] / (self.peak * self.world)
+        if self.device.type == "cuda":
+            record["gpu_memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.journals[0].add(record)
+        self.progress.add(record, len(self.problems.known))
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        self.engine.monitor.write_events([(f"train/{name}", value, self.step) for name, value in values.items()])
 
     @torch.no_grad()
     def draw(self) -> None:

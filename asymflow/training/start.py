@@ -26,7 +26,7 @@ from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
-from asymflow.training import run, streams
+from asymflow.training import deepspeed_internals, run, streams
 from asymflow.training.config.derived import deepspeed_config, network
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, load_config
@@ -136,6 +136,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
+    remarks += deepspeed_internals.remarks()
     if config.finetune:
         remarks += rare_buckets(dataset, config.train.global_batch_size)
         remarks += only_first(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
@@ -279,7 +280,7 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     """By PCA of images that are drawn at random, each rank its share. Called by all ranks; raises InputError."""
     count, patch = min(config.subspace.images, len(dataset)), network(config.model)["patch_size"]
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0)
+    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0 or None)
     tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
     options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
     return fit_pca(tokens, config.subspace.rank, **options)

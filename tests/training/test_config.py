@@ -631,6 +631,13 @@ def test_overrides_that_cannot_be(override, expected):
             ["deepspeed.zero_optimization.offload_optimizer={device: cpu, super_offload: true}"],
             "super_offload is refused",
         ),
+        (
+            [
+                "deepspeed.zero_optimization.stage=3",
+                "deepspeed.zero_optimization.offload_optimizer={device: cpu, ratio: 0.5}",
+            ],
+            "ratio must be 1",
+        ),
         (["deepspeed.zero_optimization.zenflow.topk_ratio=0.1"], "zenflow is refused"),
         (["deepspeed.zero_optimization.compute_grad_norm=false"], "compute_grad_norm cannot be false"),
         (

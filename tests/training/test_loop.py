@@ -1,6 +1,12 @@
 """Single steps of a training in this process: what they keep, wait for and say."""
 
+import io
+import json
+import math
 import os
+import re
+import sys
+import time
 import weakref
 
 import numpy as np
@@ -8,12 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from processes import environment_of, words
+from processes import environment_of, metrics, same_bits, tensors, words
 from test_repa import save_dinov2
 
 from asymflow.data.batches import Batches
 from asymflow.pictures import image_grid
+from asymflow.training.loop import Training
+from asymflow.training.objectives import ClassConditional
 from asymflow.training.ranks import join, meet, take_place
+from asymflow.training.shards import held_fragments
 from asymflow.training.start import build, parse
 
 
@@ -32,7 +41,120 @@ def device():
 @pytest.fixture
 def training(device, tmp_path):
     """Makes a Training, with the settings `a.b=c` on top of TINY."""
-    return lambda *settings: build(parse(words(tmp_path / "run", "data.workers=0", *settings)), device)
+
+    def make(*settings, out="run", resume="auto"):
+        return build(parse([*words(tmp_path / out, "data.workers=0", *settings), "--resume", str(resume)]), device)
+
+    return make
+
+
+def stage(number, bf16=False):
+    half = ["train.precision=bf16", "deepspeed.bf16.enabled=true"] if bf16 else []
+    return [f"deepspeed.zero_optimization.stage={number}", *half]
+
+
+# ---- Not finite ------------------------------------------------------------------------------------------------------
+def bad_gradients(patch, factors):
+    """The gradient of these samples is multiplied by something that is not finite; their loss stays."""
+    losses = ClassConditional.losses
+
+    def replaced(self, model, batch):
+        value = losses(self, model, batch)
+        for sample in factors.keys() & set(batch.samples):
+            value.register_hook(lambda gradient, factor=factors[sample]: gradient * factor)
+        return value
+
+    patch.setattr(ClassConditional, "losses", replaced)
+
+
+def without_steps(patch, first, count):
+    """The data of these steps is never seen."""
+    get = Batches.__getitem__
+    later = lambda self, k: k + count * self.accumulation * (k >= first * self.accumulation)
+    patch.setattr(Batches, "__getitem__", lambda self, k: get(self, later(self, k)))
+
+
+def counts_of_adam(one):
+    return {int(f.state["step"]) for f in held_fragments(one.engine)}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("number", range(4))
+def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monkeypatch, capfd, number, bf16):
+    """Weights and moments are those of a training that never saw the data of steps 3 and 4; so is the way on."""
+    settings = [
+        *stage(number, bf16),
+        "checkpoint={every: 1, keep_last: 9}",
+        "train.micro_batch_size=4",
+        "train.skip_nonfinite=2",
+        "deepspeed.gradient_clipping=0.1",
+    ]
+    with monkeypatch.context() as patch:
+        bad_gradients(patch, {8 * 2 + 1: math.nan, 8 * 3 + 5: math.inf})
+        skipping = training(*settings, "train.steps=6", out="skipping")
+        skipping.fit()
+        fourth = tmp_path / "skipping" / "checkpoints" / "00000004"
+        resumed = training(*settings, "train.steps=6", out="resumed", resume=fourth)
+        assert counts_of_adam(resumed) == {2}
+        resumed.fit()
+    without_steps(monkeypatch, 2, 2)
+    without = training(*settings, "train.steps=4", out="without")
+    without.fit()
+    assert counts_of_adam(skipping) == counts_of_adam(resumed) == counts_of_adam(without) == {4}
+    said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
+    assert said == [f"the gradient of step {n} is not finite: skipped, {n - 2} of 2" for n in (3, 4)]
+
+    states, expected = {n: tensors(tmp_path / "skipping", n) for n in (2, 3, 4, 6)}, tensors(tmp_path / "without", 4)
+    for key in (key for key in expected if not key[0].startswith("ema")):
+        assert torch.equal(states[2][key], states[3][key]), key
+        assert torch.equal(states[2][key], states[4][key]), key
+        assert torch.equal(states[6][key], expected[key]), key
+    assert same_bits(states[6], tensors(tmp_path / "resumed", 6))
+    for (kind, name), value in states[3].items():  # the averages go on, with the weights as they are
+        if kind == "ema-0.5":
+            assert torch.equal(value, torch.lerp(states[2][kind, name], states[2]["weights", name], 0.5))
+    taken = metrics(tmp_path / "skipping")
+    assert [m["grad_norm"] for m in taken[2:4]] == [None, None]
+    assert all(math.isfinite(m["loss"]) for m in taken)
+    numbers = lambda entries: [(m["loss"], m["grad_norm"]) for m in entries]
+    assert numbers(taken[:2] + taken[4:]) == numbers(metrics(tmp_path / "without"))
+    assert numbers(taken[4:]) == numbers(metrics(tmp_path / "resumed"))
+
+
+# ---- Waiting ---------------------------------------------------------------------------------------------------------
+WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_step_waits_once_and_talks_to_the_others_once(training, monkeypatch, number):
+    """Beside what DeepSpeed does. To copy a number to the device by `torch.tensor` would be to wait for it, too."""
+    calls, steps, one_step = [], [], Training.one_step
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def replaced(*args, **options):
+            if sys._getframe(1).f_globals["__name__"].startswith("asymflow."):
+                calls.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, replaced)
+
+    for owner, names in ((torch.Tensor, WAITS), (dist, COLLECTIVES), (torch, ["tensor", "as_tensor", "equal"])):
+        for name in names:
+            counted(owner, name)
+
+    def replaced(self, stream):
+        calls.clear()
+        value = one_step(self, stream)
+        steps.append(sorted(calls))
+        return value
+
+    monkeypatch.setattr(Training, "one_step", replaced)
+    settings = [*stage(number), "train.steps=3", "checkpoint.every=3", "train.micro_batch_size=2"]
+    training(*settings).fit()
+    assert steps == [["all_reduce", "tolist"]] * 3
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
@@ -76,3 +198,40 @@ def test_a_grid_is_drawn_in_micro_batches(training, tmp_path):
     drawn = Image.open(tmp_path / "run" / "samples" / "00000000.png")
     difference = np.asarray(drawn).astype(int) - np.asarray(whole).astype(int)
     assert abs(difference).max() <= 1
+
+
+# ---- Saying ----------------------------------------------------------------------------------------------------------
+LINE = r"step (\d+) of 6: loss (\S+), gradient norm (\S+), (\S+) images/s, (\d+)% waiting for data, (\S+) left"
+
+
+def test_a_log_file_has_a_line_for_the_first_the_last_and_every_nth_step(training, tmp_path, capfd):
+    """With the mean of the loss since the line before."""
+    settings = ["train.steps=6", "checkpoint.every=6", "sample={every: 3, num: 2, steps: 1}"]
+    training(*settings, "train.log_every=2").fit()
+    said = capfd.readouterr().err.splitlines()
+    lines = [re.fullmatch(LINE, line).groups() for line in said if line.startswith("step ")]
+    assert not any("%|" in line for line in said)
+    losses = [m["loss"] for m in metrics(tmp_path / "run")]
+    assert [int(step) for step, *_ in lines] == [1, 2, 4, 6]
+    expected = [losses[0], losses[1], sum(losses[2:4]) / 2, sum(losses[4:6]) / 2]
+    assert [float(loss) for _, loss, *_ in lines] == pytest.approx(expected, abs=1e-4)
+    assert lines[-1][-1] == "00:00"
+
+
+def test_a_terminal_has_a_bar_and_no_lines(training, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    one = training("train.steps=3", "train.log_every=1", "checkpoint.every=3")
+    monkeypatch.setattr(sys, "stderr", shown)
+    one.fit()
+    assert "training: 100%" in shown.getvalue()
+    assert "step 1 of 3" not in shown.getvalue()
+
+
+def test_the_share_of_a_step_that_was_spent_waiting_for_data(training, tmp_path, monkeypatch):
+    get = Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, k: time.sleep(3 * (k == 1)) or get(self, k))
+    training("train.steps=2", "checkpoint.every=2").fit()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seconds = 8 / lines[1]["images_per_second"]
+    assert 3 <= lines[1]["waiting"] * seconds <= seconds

@@ -1,10 +1,15 @@
 """Training in real processes: every ZeRO stage gives the same curve, and an interruption leaves no trace in it."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from processes import metrics, tensors, train, words
 
-from asymflow.training import checkpoint
+import asymflow
+from asymflow.training import checkpoint, deepspeed_internals
 
 STAGES = (0, 1, 2, 3)
 
@@ -75,3 +80,40 @@ def test_the_stages_agree_on_weights_and_averages(runs, stage):
     for (kind, name), value in alone.items():
         if not kind.startswith("exp"):
             assert torch.allclose(value, other[kind, name], rtol=0, atol=2e-4), (kind, name)
+
+
+# ---- DeepSpeed's releases --------------------------------------------------------------------------------------------
+DOCUMENTED = {"initialize", "init_distributed", "utils"}
+INSIDES = (  # of DeepSpeed's optimizers and of the parameters that it has changed
+    r"engine\.(optimizer|_)|\bds_(tensor|numel|shape|process_group)|_hp_mapping|grad_position|_groups_flat|fp(16|32)_groups|"
+    r"single_partition_of|update_lp_params|persistent_parameters|_global_grad_norm|__compatible_ops__|DeepSpeedConfigModel"
+)
+
+
+def test_one_module_alone_reaches_into_deepspeed():
+    for path in Path(asymflow.__file__).parent.rglob("*.py"):
+        if path.name == "deepspeed_internals.py":
+            assert re.search(INSIDES, path.read_text())
+            continue
+        assert not re.search(INSIDES, path.read_text()), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("deepspeed"), path
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("deepspeed.") for name in node.names), path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "deepspeed":
+                assert node.attr in DOCUMENTED, path
+
+
+def test_an_untested_release_of_deepspeed_is_remarked_upon_in_one_line(monkeypatch):
+    import deepspeed
+
+    oldest, newest = deepspeed_internals.OLDEST, deepspeed_internals.NEWEST
+    for version in (oldest, newest, f"{newest}+abc123"):
+        monkeypatch.setattr(deepspeed, "__version__", version)
+        assert deepspeed_internals.remarks() == []
+    for version in ("0.18.9", "0.20.0", "1.0.0rc1", "unknown"):
+        monkeypatch.setattr(deepspeed, "__version__", version)
+        assert deepspeed_internals.remarks() == [
+            f"DeepSpeed {version} is untested here: tested are {oldest} to {newest}"
+        ]

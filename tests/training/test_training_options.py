@@ -192,7 +192,8 @@ def test_monitors_write_below_the_run_once_a_step(tmp_path):
         assert heading == ["step", name]
         assert [(int(step), float(value)) for step, value in rows] == [(m["step"], m[name]) for m in metrics(run)]
     events = accumulators.EventAccumulator(str(run / "tensorboard")).Reload()
-    assert sorted(events.Tags()["scalars"]) == [f"train/{n}" for n in ("grad_norm", "images_per_second", "loss", "lr")]
+    names = ("grad_norm", "images_per_second", "loss", "lr", "waiting")
+    assert sorted(events.Tags()["scalars"]) == [f"train/{name}" for name in names]
     assert [event.step for event in events.Scalars("train/loss")] == steps
     assert len(list((run / "tensorboard").iterdir())) == 2  # of rank 0, for each start
     assert not (tmp_path / "DeepSpeedJobName").exists()

@@ -163,6 +163,8 @@ def zero_contradictions(zero: object) -> Iterator[tuple[str, str]]:
             yield f"{key}.{name}", f"needs stage {lowest} or above, but the stage is {stage}"
         elif device == "cpu" and section.get("super_offload"):
             yield f"{key}.{name}.super_offload", "is refused: averages and checkpoints cannot see such weights"
+        elif device == "cpu" and section.get("ratio", 1) != 1:
+            yield f"{key}.{name}.ratio", "must be 1: checkpoints cannot see the moments of what is not offloaded"
     if zero.get("compute_grad_norm") is False:
         yield f"{key}.compute_grad_norm", "cannot be false: it tells whether a step can be taken"
     if zero.get("zenflow") is not None:

@@ -13,6 +13,7 @@ from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
 from asymflow.training.config.sections import Model, Sections, known_keys
 from asymflow.training.config.yaml12 import one_line, shown
+from asymflow.training.deepspeed_internals import config_models, read_config
 
 
 def network(model: Model) -> dict:
@@ -89,13 +90,11 @@ def check_by_deepspeed(given: dict, world: int) -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
-    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: not before it is needed
-
     options = {"train_batch_size": world}
     for name, value in given.items():
         options[name] = value
         try:
-            DeepSpeedConfig(copy.deepcopy(options))
+            read_config(options)
         except ValidationError as e:
             raise InputError(refusal(name, e)) from None
         except Exception as e:  # anything: some of its sections it uses before it checks them
@@ -104,15 +103,13 @@ def check_by_deepspeed(given: dict, world: int) -> None:
 
 def refusal(name: str, error: ValidationError) -> str:
     """The first of what DeepSpeed's models say of the key `name`, in one line."""
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-
     first = error.errors(include_url=False)[0]
     path = ".".join(map(str, first["loc"]))  # within the section, or beginning with it
     section = "deepspeed" if first["loc"][:1] == (name,) else f"deepspeed.{name}"
     key = f"{section}.{path}".removesuffix(".")
     if first["type"] != "extra_forbidden":
         return f"{key} is refused by DeepSpeed: {one_line(first['msg'])}{given_as(first['input'])}"
-    known = next((known_keys(m) for m in DeepSpeedConfigModel.__subclasses__() if m.__name__ == error.title), ())
+    known = next((known_keys(m) for m in config_models() if m.__name__ == error.title), ())
     near = get_close_matches(path, known, 1, 0.5)
     hint = f"did you mean {section}.{near[0]}?" if near else "DeepSpeed has none of that name"
     return f"unknown key {key}: {hint}"

@@ -12,6 +12,7 @@ MAY_CHANGE = (  # without making another training of it
     "train.micro_batch_size",
     "train.compile",
     "train.skip_nonfinite",
+    "train.log_every",
     "model.checkpoint_every",  # of memory and time only
     "data.path",  # data is moved between machines
     "data.workers",

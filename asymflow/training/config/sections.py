@@ -140,7 +140,10 @@ class Train(Section):
     seed: WholeNumber = Field(description="with an image's index, fixes everything random about it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
     compile: bool = Field(False, description="use torch.compile")
-    skip_nonfinite: WholeNumber = Field(0, description="steps with a NaN or infinite loss to skip before giving up")
+    skip_nonfinite: WholeNumber = Field(
+        0, description="steps with a NaN or infinite loss or gradient to skip before giving up"
+    )
+    log_every: Count = Field(50, description="steps between lines on stderr, where that is no terminal")
 
 
 class Optimizer(Section):
