@@ -1,13 +1,14 @@
 """What it costs to finetune a FLUX.2 klein into a pixel model, counted in the real modules, without their numbers.
 
-    step = Step(finetuned(empty_transformer(KLEIN["FLUX.2-klein-9B"])))      # nothing is allocated
+    step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))                 # nothing is allocated
     training_memory(step, gpus=8, stage=2)                                   # bytes on each GPU, by kind
     activations(step, (1024, 1024), batch=1)                                 # and these on top
 
-The count follows what DeepSpeed's bf16 keeps: see `asymflow.cost.training_memory`.
+It is the training of the configuration asymflux2_klein_9b: its model, its loss, LPIPS in bfloat16, and what DeepSpeed
+keeps for its section `deepspeed`.
 """
 
-import copy
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +21,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymflow import cost
-from asymflow.adapters import FULL, add_lora
-from asymflow.backbones.flux2 import check_transformer, latent_flow, latent_to_pixel
+from asymflow.backbones.flux2 import check_transformer
+from asymflow.data.encoded_batches import EncodedBatch
 from asymflow.errors import InputError
-from asymflow.parameterization import calibration
-from asymflow.patches import patchify, unpatchify
 from asymflow.subspace import Subspace
-from asymflow.training.finetuning import Finetuned, own_ends
-from asymflow.training.loss import flow_matching_loss, noisy
+from asymflow.training.config.reading import Config, load_config
+from asymflow.training.finetuning import finetuned
+from asymflow.training.objectives import LatentToPixel
 from asymflow.training.variance import Perceptual
 
+CONFIGURATION = "asymflux2_klein_9b"
+PLACES = ("finetune.base", "finetune.subspace", "data.path")  # which it needs, and which cost nothing
 KLEIN = {  # the base models; 9,078,581,248 and 3,875,544,576 parameters
     "FLUX.2-klein-9B": dict(
         num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False
@@ -49,69 +51,52 @@ def empty_transformer(config: dict) -> Flux2Transformer2DModel:
         return Flux2Transformer2DModel.from_config(config).bfloat16()
 
 
-# ---- The model and its step ------------------------------------------------------------------------------------------
-def finetuned(
-    latent: Flux2Transformer2DModel,
-    subspace: Subspace | None = None,
-    lora_rank: int = LORA_RANK,
-    full: bool = False,
-    checkpointing: bool = True,
-) -> Finetuned:
-    """The model of a training, with the weights as an engine has them: all in the dtype of the transformer.
-
-    subspace: of rank r; by default the first r coordinates, which cost as much as any others. full: no LoRA; everything
-    is trained, and the latent model is a copy. Raises InputError for a transformer that is none of a base model.
-    """
-    check_transformer(latent)
-    channels, dim = latent.config.in_channels, CHANNELS * PATCH**2
-    if channels > dim:
-        raise InputError(f"the transformer has {channels} channels, more than the {dim} of a patch of pixels")
-    reference = latent_flow(copy.deepcopy(latent) if full else own_ends(latent)).requires_grad_(False)
-    flow = latent_to_pixel(latent, subspace or Subspace(torch.eye(dim, channels)), PATCH)
-    transformer = flow.backbone.transformer
-    flow.requires_grad_(full)
-    if not full:
-        with latent.device:
-            add_lora(transformer, lora_rank, LORA_DROPOUT)
-        for name in FULL:
-            getattr(transformer, name).requires_grad_(True)
-    for weight in transformer.parameters():  # peft makes its own in float32
-        weight.data = weight.data.to(latent.dtype)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return Finetuned(flow, reference, base="")
+# ---- The step --------------------------------------------------------------------------------------------------------
+def settings(lora_rank: int | None = LORA_RANK, checkpointing: bool = True, lpips: bool = True) -> dict:
+    """By keys of the configuration. lora_rank: None for no LoRA: everything is trained."""
+    lora = {"finetune.lora.rank": lora_rank} if lora_rank else {"finetune.lora": None}
+    perceptual = {"loss.perceptual.vgg": "random"} if lpips else {"loss.perceptual": None}
+    return {**dict.fromkeys(PLACES, "none"), "finetune.checkpointing": checkpointing, **lora, **perceptual}
 
 
 def random_perceptual(device: str | torch.device) -> Perceptual:
     """LPIPS whose VGG16 is random, which costs as much as any other; on the meta device it is not even drawn."""
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips asks torchvision for VGG16 in a way of the past
-        return Perceptual("random", device)
+        return Perceptual("random", device, torch.bfloat16)
 
 
 class Step(nn.Module):
-    """A training step on noise: forward is its loss, of the pixel model, the latent model and, if given, LPIPS.
+    """A micro-batch of the training, with the weights as the engine has them: forward is its loss.
 
-    The loss is flow matching, without the thin arithmetic by which its variance is reduced.
+    latent: a transformer in bfloat16, which it takes over. subspace: of rank r; by default the first r coordinates,
+    which cost as much as any others. options: of `settings`. perceptual: instead of one that is drawn.
+    Raises InputError for a transformer that is none of a base model.
     """
 
-    def __init__(self, model: Finetuned, perceptual: Perceptual | None = None):
+    def __init__(
+        self,
+        latent: Flux2Transformer2DModel,
+        subspace: Subspace | None = None,
+        perceptual: Perceptual | None = None,
+        **options,
+    ):
         super().__init__()
-        self.model, self.perceptual = model.train(), perceptual
+        check_transformer(latent)
+        channels, dim = latent.config.in_channels, CHANNELS * PATCH**2
+        if channels > dim:
+            raise InputError(f"the transformer has {channels} channels, more than the {dim} of a patch of pixels")
+        overrides = [f"{key}={json.dumps(value)}" for key, value in settings(**options).items()]
+        self.config: Config = load_config(CONFIGURATION, overrides)
+        device, subspace = latent.device, subspace or Subspace(torch.eye(dim, channels), patch_size=PATCH)
+        self.model = finetuned(latent, self.config, subspace, base="").bfloat16().train()
+        perceptual = (perceptual or random_perceptual(device)) if self.config.loss.perceptual else None
+        self.objective = LatentToPixel(self.config, None, device, perceptual)
         self.lpips = perceptual and perceptual.model  # so that its weights are seen to be weights
 
-    def forward(self, x0: Tensor, latents: Tensor, text: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
-        """x0, eps: (B, 3, H, W). latents: (B, r, H/16, W/16). text: (B, L, joint_attention_dim). sigma: (B,)."""
-        model, grid = self.model, tuple(latents.shape[-2:])
-        tau = calibration(sigma, model.subspace.scale)[1]
-        latent_eps = unpatchify(patchify(eps, model.patch_size, model.token_order) @ model.subspace.basis, grid, 1)
-        noisy_latents, x_sigma = noisy(latents, latent_eps, tau.float()), noisy(x0, eps, sigma)
-        velocity, _ = model(x_sigma, sigma, noisy_latents=noisy_latents, tau=tau, encoder_hidden_states=text)
-        loss = flow_matching_loss(velocity, x0, eps, sigma)
-        if self.perceptual:
-            x0_pred = x_sigma - sigma.view(-1, 1, 1, 1) * velocity
-            loss = loss + self.perceptual(x0_pred, x0, torch.ones_like(x0[:, :1]))
-        return loss.mean()
+    def forward(self, batch: EncodedBatch) -> Tensor:
+        losses = self.objective.losses(self.model, batch, None)
+        return (losses * torch.tensor(self.objective.weights, device=losses.device)).sum(1).mean()
 
     @property
     def transformer(self) -> Flux2Transformer2DModel:
@@ -120,20 +105,23 @@ class Step(nn.Module):
 
 def inputs(
     step: Step, size: tuple[int, int], batch: int, text_length: int, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
+) -> EncodedBatch:
     """Noise for `Step`: images of `size`, (height, width)."""
     sides = [length // PATCH for length in size]
     if min(sides) < 1 or [side * PATCH for side in sides] != list(size):
         raise InputError(f"images must be multiples of {PATCH} pixels high and wide, but are {size[0]} x {size[1]}")
-    c = step.transformer.config
-    x0, eps = torch.randn(2, batch, CHANNELS, *size, device=device)
-    return {
-        "x0": x0,
-        "latents": torch.randn(batch, step.model.subspace.rank, *sides, device=device),
-        "text": torch.randn(batch, text_length, c.joint_attention_dim, device=device, dtype=step.transformer.dtype),
-        "sigma": torch.rand(batch, device=device),
-        "eps": eps,
-    }
+    image, c = (batch, CHANNELS, *size), step.transformer.config
+    noise = lambda *shape, **options: torch.randn(*shape, device=device, **options)
+    return EncodedBatch(
+        pixels=torch.randint(256, image, dtype=torch.uint8, device=device),
+        eps=noise(*image),
+        labels=torch.zeros(batch, dtype=torch.long, device=device),
+        normal=noise(batch),
+        samples=list(range(batch)),
+        problems=[],
+        latents=noise(batch, step.model.subspace.rank, *sides),
+        prompts=noise(batch, text_length, c.joint_attention_dim, dtype=step.transformer.dtype),
+    )
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
@@ -150,7 +138,7 @@ def step_flops(step: Step, size: tuple[int, int], text_length: int = TEXT_LENGTH
     """
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step = cost.stand_in(step, "cpu")
-        step(**inputs(step, size, 1, text_length)).backward()
+        step(inputs(step, size, 1, text_length)).backward()
     return counter.get_total_flops()
 
 
@@ -167,7 +155,7 @@ def all_kept(step: Step) -> Iterator[None]:
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 def activations(step: Step, size: tuple[int, int], batch: int = 1, text_length: int = TEXT_LENGTH) -> tuple[int, int]:
     """`(kept, peak)` bytes of a training step, see `asymflow.cost.activation_bytes`: those of the CPU's kernels."""
-    return cost.step_bytes(step, lambda step: step(**inputs(step, size, batch, text_length)))
+    return cost.step_bytes(step, lambda step: step(inputs(step, size, batch, text_length)))
 
 
 def parameters(step: Step) -> dict[str, int]:

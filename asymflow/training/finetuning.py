@@ -69,16 +69,24 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
-    """The model of `config.finetune`, ready for an engine: what is trained in float32, the rest frozen.
+    """The model of `config.finetune`, ready for an engine: see `finetuned`.
 
-    Frozen weights are in bfloat16 if the section deepspeed has bf16 switched on, else in float32. Before the first step
-    its velocity inside of the subspace is that of the latent model, and outside that of x0 = 0, up to the rounding of
-    the lifted projections to the dtype of the weights.
     Raises InputError if the base is no FLUX.2 klein, or does not fit the subspace or the configuration.
     """
+    dtype = torch.bfloat16 if bf16_weights(config) else torch.float32
+    latent = load_transformer(Path(config.finetune.base), dtype)
+    return finetuned(latent, config, subspace, fingerprint(latent))
+
+
+def finetuned(latent: Flux2Transformer2DModel, config: Config, subspace: Subspace, base: str) -> Finetuned:
+    """The model that goes on from `latent`, which it takes over: what is trained in float32, the rest frozen.
+
+    latent: in bfloat16 if the section deepspeed has bf16 switched on, else in float32; the frozen weights stay so.
+    base: its `fingerprint`. Before the first step the velocity inside of the subspace is that of the latent model, and
+    outside that of x0 = 0, up to the rounding of the lifted projections to the dtype of the weights.
+    Raises InputError if it does not fit the subspace or the configuration.
+    """
     c = config.finetune
-    latent = load_transformer(Path(c.base), torch.bfloat16 if bf16_weights(config) else torch.float32)
-    base = fingerprint(latent)
     reference = None
     if config.loss.variance_reduction or config.loss.perceptual:
         reference = latent_flow(own_ends(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
@@ -88,7 +96,8 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
     transformer = flow.backbone.transformer
     if c.lora:
         flow.requires_grad_(False)
-        add_lora(transformer, c.lora.rank, c.lora.dropout, c.lora.targets or LORA_TARGETS)
+        with latent.device:
+            add_lora(transformer, c.lora.rank, c.lora.dropout, c.lora.targets or LORA_TARGETS)
         for name in FULL:
             getattr(transformer, name).requires_grad_(True)
     else:

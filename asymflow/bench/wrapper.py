@@ -1,25 +1,22 @@
-"""What the wrapper costs next to its backbone: `python -m asymflow.bench`, on a CPU or a GPU."""
+"""What the wrapper costs next to its backbone: `python -m asymflow.bench wrapper`, on a CPU or a GPU."""
 
 import argparse
 import time
 from collections.abc import Callable
 
-from asymflow.packages import importing
+import torch
 
-with importing(__name__):
-    import torch
-
-    from asymflow.backbones.jit import JiT
-    from asymflow.cli.common import Parser, at_least, default_device, usable_device
-    from asymflow.errors import InputError
-    from asymflow.model import AsymFlow
-    from asymflow.parameterization import recover_velocity
-    from asymflow.patches import patchify
-    from asymflow.subspace import Subspace
+from asymflow.backbones.jit import JiT
+from asymflow.cli.common import Parser, at_least, default_device, usable_device
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.parameterization import recover_velocity
+from asymflow.patches import patchify
+from asymflow.subspace import Subspace
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="python -m asymflow.bench", description="Time a forward pass with and without the wrapper.")
+    p = Parser(prog="python -m asymflow.bench wrapper", description="Time a forward pass with and without the wrapper.")
     p.add_argument("--model", default="B/16", help="a JiT, SIZE/PATCH")
     p.add_argument("--rank", type=at_least(0), default=8, help="of the subspace")
     p.add_argument("--batch", type=at_least(1), default=4, help="images at a time")
@@ -74,7 +71,3 @@ def medians(timed: dict[str, Callable], repeats: int, device: torch.device) -> d
 
     rounds = [[once(function) for function in timed.values()] for _ in range(repeats + 1)][1:]  # the first warms up
     return {name: sorted(times)[repeats // 2] for name, times in zip(timed, zip(*rounds, strict=True), strict=True)}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,281 @@
+"""Is it right on this GPU? Each check compares with a reference, to a tolerance that it states."""
+
+import torch
+from torch import Tensor
+
+from asymflow import cost
+from asymflow.backbones.jit import JiT
+from asymflow.bench.kit import Check, Kit, WrongError, matmul_precision
+from asymflow.bench.trainings import FailedError
+from asymflow.model import AsymFlow
+from asymflow.parameterization import asymmetric_velocity, recover_velocity
+from asymflow.subspace import Subspace
+
+STEPS, CHECKPOINT = 8, 4
+SAME_SUMS = 1e-4  # relative: float32 sums in another order, which 8 steps of Adam amplify
+
+
+def small(kit: Kit) -> dict:
+    """Settings of a model that takes milliseconds a step."""
+    width, depth, heads = (32, 2, 2) if kit.tiny else (256, 4, 4)
+    sizes = f"width: {width}, depth: {depth}, heads: {heads}, bottleneck: 16"
+    return {
+        "model.size": "tiny/4",
+        "model.image_size": 16 if kit.tiny else 32,
+        "model.options": f"{{{sizes}, in_context_start: 1, in_context_tokens: 2}}",
+        "subspace.images": 64,
+        "data.size": 256,
+        "train.steps": STEPS,
+        "train.global_batch_size": 8 if kit.tiny else 32,
+        "ema.decays": "[0.5, 0.9]",
+        "ema.snapshot_every": None,
+        "sample.every": None,
+        "optimizer.warmup_steps": 2,
+        "checkpoint.every": CHECKPOINT,
+    }
+
+
+def losses(found: dict) -> list[float]:
+    return [step["loss"] for step in found["metrics"]]
+
+
+def furthest(values: list[float], reference: list[float]) -> float:
+    """The largest relative difference."""
+    if len(values) != len(reference):
+        raise WrongError(f"{len(values)} steps were logged, not {len(reference)}")
+    return max(abs(value / expected - 1) for value, expected in zip(values, reference, strict=True))
+
+
+# ---- Recovery --------------------------------------------------------------------------------------------------------
+def recovery(kit: Kit) -> tuple[str, dict]:
+    """Against float64, with every setting for products of float32, and from bfloat16 inputs.
+
+    The bounds are those of tests/library/test_velocity.py: `rounding`, and that no setting makes it more than twice as
+    wrong. The control is the formula with products as the setting has them: on hardware with TF32 it is far worse.
+    """
+    tokens, sigma = (64 if kit.tiny else 16384), 0.01
+    subspace = Subspace.random(768, 8, scale=0.7).to(kit.device)
+    generator = torch.Generator(kit.device).manual_seed(0)
+    x0, eps = torch.randn(2, tokens, 768, generator=generator, device=kit.device)
+    x_sigma, u_a = (1 - sigma) * x0 + sigma * eps, asymmetric_velocity(x0, eps, subspace)
+    bound = rounding(subspace, sigma, u_a, x_sigma)
+    exact = Subspace(subspace.basis.double(), subspace.scale.item()).to(kit.device)
+
+    def errors(recover, u_a: Tensor, x_sigma: Tensor) -> Tensor:
+        expected = recover_velocity(u_a.double(), x_sigma.double(), sigma, exact)
+        return (recover(u_a, x_sigma, sigma, subspace).double() - expected).abs()
+
+    figures, wrong = {"bound": bound.max().item()}, []
+    for setting in ("highest", "high", "medium"):
+        with matmul_precision(setting):
+            found = errors(recover_velocity, u_a, x_sigma)
+            low = errors(recover_velocity, u_a.bfloat16(), x_sigma.bfloat16())
+            figures[setting] = found.max().item()
+            figures[f"{setting}, bfloat16 inputs"] = low.max().item()
+            figures[f"{setting}, control"] = errors(plain_recovery, u_a, x_sigma).max().item()
+        for name, error in ((setting, found), (f"{setting}, bfloat16 inputs", low)):
+            if not (error <= 1.01 * bound).all():  # the inputs that were rounded have norms of their own
+                wrong.append(f"{name}: beyond the bound")
+            if figures[name] > 2 * figures["highest"] and setting != "highest":
+                wrong.append(f"{name}: more than twice that of float32")
+    if kit.cuda:
+        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+        try:
+            figures["allow_tf32"] = errors(recover_velocity, u_a, x_sigma).max().item()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        if figures["allow_tf32"] > 2 * figures["highest"]:
+            wrong.append("allow_tf32: more than twice that of float32")
+    if wrong:
+        raise WrongError("; ".join(wrong), figures)
+    worst = max(value for name, value in figures.items() if name != "bound" and "control" not in name)
+    control = figures["medium, control"]
+    return f"largest error {worst:.1e}, bound {figures['bound']:.1e}; without care it would be {control:.1e}", figures
+
+
+def rounding(subspace: Subspace, sigma: float, *vectors: Tensor) -> Tensor:
+    basis, s = subspace.basis.double(), subspace.scale
+    skew = (basis.mT @ basis - torch.eye(subspace.rank, dtype=torch.float64, device=basis.device)).norm()
+    relative = 4 * (subspace.dim + subspace.rank + 2) * (subspace.rank + 1) * torch.finfo(torch.float32).eps + 2 * skew
+    size = sum(v.double().norm(dim=-1, keepdim=True) for v in vectors)
+    return relative * size * (s + 2 + 1 / s) * (1 + 1 / sigma)
+
+
+def plain_recovery(u_a: Tensor, x_sigma: Tensor, sigma: float, subspace: Subspace) -> Tensor:
+    basis, s = subspace.basis, subspace.scale.float()
+    k = 1 / (s + (1 - s) * sigma)
+    rest = x_sigma + s * u_a
+    outside = (rest - (rest @ basis) @ basis.mT) / sigma
+    return outside + ((k * (s * u_a + (1 - s) * x_sigma) - outside) @ basis) @ basis.mT
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+def autocast(kit: Kit) -> tuple[str, dict]:
+    figures = {}
+    for name, settings, expected in (
+        ("train.precision fp32", {}, {"weights": ["float32"], "linear": ["float32"]}),
+        ("train.precision bf16", {"train.precision": "bf16"}, {"weights": ["float32"], "linear": ["bfloat16"]}),
+        (
+            "deepspeed.bf16",
+            {"train.precision": "bf16", "deepspeed.bf16.enabled": True},
+            {"weights": ["bfloat16"], "linear": ["bfloat16"]},
+        ),
+    ):
+        found = kit.train(name.replace(" ", "-"), small(kit) | settings | {"train.steps": 2}, dtypes=True)
+        figures[name] = found["dtypes"]
+        if found["dtypes"] != expected:
+            raise WrongError(f"{name}: {found['dtypes']}, not {expected}", figures)
+    return "linear layers compute in bfloat16 over float32 weights; with deepspeed.bf16 over bfloat16 ones", figures
+
+
+def zero_stages(kit: Kit) -> tuple[str, dict]:
+    """One curve on one rank, whatever the stage, and with the optimizer on the CPU."""
+    reference, curves = None, {}
+    variants = {f"stage {stage}": {"deepspeed.zero_optimization.stage": stage} for stage in range(4)}
+    variants["stage 2, offload"] = {"deepspeed.zero_optimization": "{stage: 2, offload_optimizer: {device: cpu}}"}
+    variants["stage 2, bf16"] = {
+        "deepspeed.zero_optimization.stage": 2,
+        "train.precision": "bf16",
+        "deepspeed.bf16.enabled": True,
+        "deepspeed.data_types": "{grad_accum_dtype: fp32}",
+    }
+    wrong = []
+    for name, settings in variants.items():
+        found = kit.train(name.replace(", ", "-").replace(" ", ""), small(kit) | settings, deterministic=True)
+        curves[name] = losses(found)
+        reference = reference or curves[name]
+        most = 0.05 if "bf16" in name else SAME_SUMS  # 8 bits of precision: a few parts in a thousand at each layer
+        if (difference := furthest(curves[name], reference)) > most:
+            wrong.append(f"{name} differs by {difference:.1e}, more than {most:g}")
+    if not reference[-1] < reference[0]:
+        wrong.append(f"the loss does not fall: {reference}")
+    if wrong:
+        raise WrongError("; ".join(wrong), {"losses": curves})
+    exact = max(furthest(curve, reference) for name, curve in curves.items() if "bf16" not in name)
+    bf16 = furthest(curves["stage 2, bf16"], reference)
+    return (
+        f"losses of {STEPS} steps agree to {exact:.1e} (at most {SAME_SUMS:g}) for stages 0 to 3 and CPU offload; with "
+        f"bfloat16 weights to {bf16:.1e}",
+        {"losses": curves},
+    )
+
+
+def resume(kit: Kit) -> tuple[str, dict]:
+    """Killed in the seventh step, after a checkpoint at the fourth, against never stopped."""
+    settings = small(kit) | {"data.workers": 2, "train.precision": "bf16"}
+    figures = {}
+    for how, options in (("deterministic algorithms", {"deterministic": True}), ("as it is", {})):
+        names = [f"{how.split()[0]}-{end}" for end in ("straight", "killed")]
+        straight = kit.train(names[0], settings, **options)
+        try:
+            kit.train(names[1], settings, kill_at=7, **options)
+            raise WrongError("the training that was to be killed went on to its end")
+        except FailedError as e:
+            figures[f"{how}: killed"] = str(e)
+        killed = kit.train(names[1], settings, **options)
+        same_losses = without_speed(straight["metrics"]) == without_speed(killed["metrics"])
+        figures[how] = {"losses": same_losses, "weights": same_bits(kit, *names)}
+        if kit.left < 30:
+            break
+    first = figures["deterministic algorithms"]
+    if not all(first.values()):
+        raise WrongError(f"not the same bits after a kill, with torch.use_deterministic_algorithms: {first}", figures)
+    usual = figures.get("as it is")
+    also = "not tried" if usual is None else "yes" if all(usual.values()) else f"no ({usual})"
+    return (
+        "killed and resumed: the same losses and weights to the bit, with torch.use_deterministic_algorithms(True) and "
+        f"CUBLAS_WORKSPACE_CONFIG=:4096:8; without them: {also}",
+        figures,
+    )
+
+
+def without_speed(metrics: list[dict]) -> list[dict]:
+    return [{key: step[key] for key in ("step", "loss", "grad_norm", "lr")} for step in metrics]
+
+
+def same_bits(kit: Kit, *runs: str) -> bool:
+    from asymflow.training import checkpoint
+
+    def tensors(run: str) -> dict[tuple[str, str], Tensor]:
+        reader = checkpoint.Reader(checkpoint.folder_of(kit.work / run / "checkpoints", STEPS))
+        return {(kind, name): value for kind in reader.kinds() for name, value in reader.full(kind).items()}
+
+    one, other = map(tensors, runs)
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def compiled(kit: Kit) -> tuple[str, dict]:
+    kit.on_a_gpu()  # on CPUs the tests do it; it takes a compiler, and long
+    eager = kit.train("eager", small(kit))
+    fast = kit.train("compiled", small(kit) | {"train.compile": True})
+    figures = {"eager": losses(eager), "compiled": losses(fast), "graphs": fast.get("graphs")}
+    most = 1e-3  # fused kernels round elsewhere, in every layer
+    difference = furthest(figures["compiled"], figures["eager"])
+    if difference > most:
+        raise WrongError(f"the losses differ by {difference:.1e}, more than {most:g}", figures)
+    graphs = figures["graphs"]
+    if not graphs or graphs["end"] != graphs["warm"]:
+        raise WrongError(f"something was compiled after the warm-up: {graphs}", figures)
+    shown = f"{graphs['end']} graphs, none later"
+    return f"losses as in eager mode to {difference:.1e} (at most {most:g}); {shown}", figures
+
+
+def memory(kit: Kit) -> tuple[str, dict]:
+    """Of a JiT-B/16 at ZeRO-1 under autocast, in eager mode, beside what `asymflow info` counts."""
+    micro, size = (4, "tiny/16") if kit.tiny else (32, "B/16")
+    settings = shapes() | {"model.size": size, "train.compile": False, "train.steps": 3, "data.workers": 0}
+    settings |= {"train.global_batch_size": micro, "train.micro_batch_size": micro}
+    found = kit.train("memory", settings, config="imagenet256_b16", states=True, unsaved=True)
+    with torch.device("meta"):
+        jit = JiT.from_name(size)
+    flow, averages = AsymFlow(jit, Subspace(torch.eye(jit.dim, 8))), 3  # as the configuration has them
+    side = jit.grid[0] * jit.patch_size
+    total, trained = cost.parameters(flow)
+    counted = cost.training_memory(trained, total - trained, stage=1)
+    counted = {name: counted[name] for name in ("weights", "master_weights", "adam", "ema")}
+    counted["ema"] *= averages
+    kept = {name: found["states"][name] for name in counted}
+    figures = {"counted": counted, "kept": kept, "allocator": found["memory"]}
+    if kept != counted:
+        raise WrongError("weights, originals, moments or averages are not as large as counted", figures)
+    if not kit.cuda:
+        return "states as counted, to the byte; the allocator: not on a CPU", figures
+    states = found["memory"]["before"] - found["memory"]["at_start"]
+    expected = sum(counted.values()) + found["states"]["buffers"]
+    activations = cost.activation_bytes(flow, (3, side, side), micro)[1]
+    peak = found["memory"]["peak"] - found["memory"]["at_start"]
+    most = expected + 4 * trained + activations + 4 * 500_000_000  # gradients, and DeepSpeed's bucket for them
+    figures |= {"states": states, "states_counted": expected, "activations_counted": activations, "peak": peak}
+    figures |= {"peak_counted_without_bucket": most - 4 * 500_000_000}
+    if abs(states - expected) > 0.01 * expected + 2**21:
+        raise WrongError(f"before the first step {states:,} bytes are held, but {expected:,} are counted", figures)
+    if peak > 1.05 * most:
+        raise WrongError(f"at most {peak:,} bytes were held, more than the {most:,} that are counted", figures)
+    return (
+        f"B/16, {micro} images: states {states / 2**30:.3f} GiB, counted {expected / 2**30:.3f}; peak "
+        f"{peak / 2**30:.2f} GiB, counted {(most - 2e9) / 2**30:.2f} and a bucket of 1.86",
+        figures,
+    )
+
+
+def shapes() -> dict:
+    """Settings by which a configuration for ImageNet trains on generated images."""
+    return {
+        "data.kind": "shapes",
+        "data.size": 100_000,
+        "subspace.images": 64,
+        "sample.every": None,
+        "ema.snapshot_every": None,
+        "checkpoint.every": 10**6,
+        "checkpoint.keep_every": None,
+    }
+
+
+CHECKS = [
+    Check("recovery against float64", recovery, 5),
+    Check("autocast inside of the engine", autocast, 30),
+    Check("ZeRO 0 to 3 on one rank", zero_stages, 40),
+    Check("killed and resumed", resume, 60),
+    Check("compiled against eager", compiled, 45),
+    Check("memory as counted", memory, 30),
+]
