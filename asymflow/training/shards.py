@@ -87,7 +87,7 @@ def iterate(engine) -> Iterator[Fragment]:
 def fragment(name: str, shape: torch.Size, start: int, tensor: Tensor, cut: slice, base) -> Fragment:
     state = base.state[tensor]
     if not state:  # as AdamW makes it in its first step
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=tensor.device)
         state |= {moment: torch.zeros_like(tensor) for moment in MOMENTS}
     moments = {moment: state[moment].detach().view(-1)[cut] for moment in MOMENTS}
     return Fragment(name, tuple(shape), start, tensor.detach().view(-1)[cut], moments, state)
