@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> dict:
+    """Train both, and write what came out."""
     until = time.monotonic() + 60 * args.minutes
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     given = dict(setting.split("=", 1) for setting in args.set)
@@ -73,20 +74,24 @@ def compare(args: argparse.Namespace) -> dict:
             print(f"{TRIAL} steps of both took {time.monotonic() - began:.0f} s", flush=True)
             batch = load_config("emoji64").train.global_batch_size
             each = sum(batch / images_per_second(metrics(run)[WARM_UP:]) for run in runs.values())
-            steps = TRIAL + max(0, int((until - time.monotonic() - 2 * RESERVE) / each))
+            steps = TRIAL + max(0, int(0.9 * (until - time.monotonic() - 2 * RESERVE) / each))
         for number, rank in enumerate(RANKS):
             print(f"{NAMES[rank]}: {steps} steps ...", flush=True)
             share = (until - time.monotonic()) / (len(RANKS) - number) + RESERVE
-            train(rank, steps, 10**6 if args.steps else share)
+            try:
+                train(rank, steps, 10**6 if args.steps else share)
+            except FailedError as e:
+                if not metrics(runs[rank]):
+                    raise
+                print(f"it did not get there: {e}", flush=True)
         return report(args, runs, {rank: metrics(run) for rank, run in runs.items()})
 
 
 def report(args: argparse.Namespace, runs: dict[int, Path], logged: dict[int, list[dict]]) -> dict:
-    grids = {}
-    for rank, run in runs.items():
-        newest = max((run / "samples").glob("*.png"))
-        shutil.copyfile(newest, args.out / f"rank-{rank}.png")
-        grids[rank] = np.asarray(Image.open(newest))
+    drawn = {rank: max((run / "samples").glob("*.png")) for rank, run in runs.items()}  # called by their steps
+    for rank, grid in drawn.items():
+        shutil.copyfile(grid, args.out / f"rank-{rank}.png")
+    grids = {rank: np.asarray(Image.open(grid)) for rank, grid in drawn.items()}
     steps = min(map(len, logged.values()))
     losses = {rank: [step["loss"] for step in entries[:steps]] for rank, entries in logged.items()}
     found = {
@@ -96,6 +101,7 @@ def report(args: argparse.Namespace, runs: dict[int, Path], logged: dict[int, li
                 "loss": losses[rank],
                 "loss_of_last_100": float(np.mean(losses[rank][-100:])),
                 "images_per_second": images_per_second(entries[-100:]),
+                "samples": drawn[rank].stem,
             }
             for rank, entries in logged.items()
         },
