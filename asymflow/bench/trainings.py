@@ -72,7 +72,7 @@ class Trainings:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "asymflow.bench.worker", str(writing)],
+                [sys.executable, "-c", f"from asymflow.bench.worker import main; main({writing})"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

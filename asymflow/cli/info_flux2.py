@@ -68,7 +68,7 @@ def describe(args: argparse.Namespace) -> dict:
     rank = None if args.full else args.lora_rank or cost.LORA_RANK
     latent = cost.empty_transformer(config_of(args.model, cost.KLEIN))
     base = sum(p.numel() for p in latent.parameters())
-    step = cost.Step(cost.finetuned(latent, lora_rank=rank, full=args.full), cost.random_perceptual("meta"))
+    step = cost.Step(latent, lora_rank=rank)
     forward = cost.forward_flops(step, size, length)
     memory = {"recomputed": cost.activations(step, size, batch, length)}
     with cost.all_kept(step):

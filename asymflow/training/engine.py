@@ -48,7 +48,8 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
     groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+    options_of_adam = dict(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, **options_of_adam, fused=True)  # a kernel for all; also on CPUs
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
     internals.base_optimizer(engine).state.clear()

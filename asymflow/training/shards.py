@@ -61,7 +61,7 @@ def fragment(place: internals.Place, base: torch.optim.Optimizer) -> Fragment:
     name, shape, start, flat, cut = place
     state = base.state[flat]
     if not state:  # as AdamW makes it in its first step
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=flat.device)
         state |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
     moments = {moment: state[moment].detach().view(-1)[cut] for moment in MOMENTS}
     return Fragment(name, shape, start, flat.detach().view(-1)[cut], moments, state)

@@ -1,12 +1,30 @@
-"""The benchmark runs, says what it measured, and shows what it is there to show."""
+"""The benchmarks run, say what they measured, and report what went wrong without ending for it."""
 
+import io
+import json
 import re
+import tarfile
 
 import pytest
+import torch
+from PIL import Image
 
-from asymflow.bench import main
+from asymflow.bench import emoji64, fast, gpu, kit, right
+from asymflow.bench.__main__ import COMMANDS
+from asymflow.bench.__main__ import main as bench
+from asymflow.bench.wrapper import main
+from asymflow.subspace import Subspace
 
 
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert bench([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert bench(["gpus"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The wrapper -----------------------------------------------------------------------------------------------------
 def test_it_prints_four_times(capsys):
     main(["--model", "tiny/8", "--batch", "1", "--repeats", "3", "--device", "cpu"])
     first, *rows = capsys.readouterr().out.splitlines()
@@ -21,3 +39,108 @@ def test_mistakes_are_answered_in_one_line(capsys):
             main(["--model", "tiny/4", *option])
         assert end.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The checks for a GPU --------------------------------------------------------------------------------------------
+def wrong(kit_):
+    raise kit.WrongError("they differ", {"by": 2})
+
+
+def broken(kit_):
+    return {}["nothing"]
+
+
+def without_package(kit_):
+    kit_.need("json", "no_such_package")
+
+
+def fine(kit_):
+    return "one | two", {"x": torch.tensor(1.0)}
+
+
+def run(monkeypatch, folder, *checks, options=()):
+    monkeypatch.setattr(right, "CHECKS", list(checks))
+    monkeypatch.setattr(fast, "CHECKS", [kit.Check("limits", lambda kit_: ("1", {}), 0, measures=True)])
+    code = gpu.main(["--tiny", "--device", "cpu", "--out", str(folder), *options])
+    found = json.loads((folder / "gpu.json").read_text())
+    return code, {check["name"]: (check["status"], check["summary"]) for check in found["checks"]}
+
+
+def test_each_check_is_by_itself(monkeypatch, tmp_path):
+    """Whatever one of them does, the others run, and what it did is written down."""
+    kinds = {"wrong": wrong, "broken": broken, "missing": without_package, "fine": fine}
+    checks = [kit.Check(name, function, 0) for name, function in kinds.items()]
+    checks += [kit.Check("slow", fine, 10**6), kit.Check("broken measure", broken, 0, measures=True)]
+    code, found = run(monkeypatch, tmp_path, *checks)
+    assert code == 1
+    assert found == {
+        "wrong": ("FAILED", "they differ"),
+        "broken": ("FAILED", "KeyError: 'nothing'"),
+        "missing": ("not run", "not installed: no_such_package"),
+        "fine": ("passed", "one | two"),
+        "slow": ("not run", found["slow"][1]),
+        "broken measure": ("error", "KeyError: 'nothing'"),
+        "limits": ("measured", "1"),
+    }
+    assert "it takes about 1000000" in found["slow"][1]
+    rows = [re.split(r"(?<!\\)\|", line) for line in (tmp_path / "gpu.md").read_text().splitlines() if "|" in line]
+    assert {len(row) for row in rows} == {6}
+    assert len(rows) == 2 + len(found)
+
+
+def test_only_what_is_wrong_makes_the_exit_code(monkeypatch, tmp_path):
+    checks = [kit.Check("fine", fine, 0), kit.Check("measure", broken, 0, measures=True)]
+    assert run(monkeypatch, tmp_path, *checks)[0] == 0
+    code, found = run(monkeypatch, tmp_path, *checks, kit.Check("wrong", wrong, 0), options=["--only", "FINE"])
+    assert code == 0
+    assert found.keys() == {"fine", "limits"}
+
+
+def a_kit(folder):
+    return kit.Kit(torch.device("cpu"), True, folder, None, float("inf"))
+
+
+def test_recovery_is_checked_against_the_exact_one(monkeypatch, tmp_path):
+    assert right.recovery(a_kit(tmp_path))[1]["highest"] > 0
+    monkeypatch.setattr(right, "recover_velocity", lambda *args: 1.01 * right.plain_recovery(*args))
+    monkeypatch.setattr(right, "plain_recovery", lambda u, x, sigma, s: u + Subspace.project(s, x))
+    with pytest.raises(kit.WrongError):
+        right.recovery(a_kit(tmp_path))
+
+
+@pytest.mark.slow
+def test_all_checks_on_a_cpu(tmp_path):
+    """What can be checked on a CPU holds, and what cannot is listed."""
+    assert gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = {check["name"]: check for check in json.loads((tmp_path / "gpu.json").read_text())["checks"]}
+    assert found.keys() == {check.name for check in [*right.CHECKS, *fast.CHECKS]}
+    not_run = {name: check["summary"] for name, check in found.items() if check["status"] == "not run"}
+    assert not_run == {"compiled against eager": "not on a CPU"}
+    assert {check["status"] for check in found.values()} == {"not run", "passed", "measured"}, found
+    assert found["killed and resumed"]["figures"]["as it is"] == {"losses": True, "weights": True}
+    kept = found["finetuning FLUX.2"]["figures"]["kept"]
+    assert kept["measured"]["ema"] == kept["counted"]["ema"]
+
+
+@pytest.mark.slow
+def test_emoji64_leaves_pictures_and_curves(tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        for i in range(64):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(picture, "png")
+            for name, content in (("png", picture.getvalue()), ("cls", b"%d" % (i % 9))):
+                info = tarfile.TarInfo(f"{i:02}.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    settings = [
+        "model.options={width: 32, depth: 2, heads: 2, bottleneck: 16, in_context_start: 1, in_context_tokens: 2}"
+    ]
+    settings += ["data.workers=0", "sample.num=4", "sample.steps=2", "train.precision=fp32"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    options = ["--data", tmp_path / "some.tar", "--out", tmp_path / "out", "--steps", 3, "--device", "cpu"]
+    assert emoji64.main([*map(str, options), *words]) == 0
+    found = json.loads((tmp_path / "out/emoji64.json").read_text())
+    assert found["steps"] == 3
+    assert [len(run["loss"]) for run in found["ranks"].values()] == [3, 3]
+    for name in ("emoji64", "rank-8", "rank-0"):
+        assert Image.open(tmp_path / f"out/{name}.png").size[0] > 64
