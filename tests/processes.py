@@ -19,6 +19,7 @@ from asymflow.data.batches import end_with_parent
 from asymflow.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
+GUARD = 300  # seconds after which a test that waits for something gives up: far more than it ever takes
 TINY = [  # a model that takes milliseconds a step
     "model.size=tiny/8",
     "model.image_size=16",
@@ -76,7 +77,7 @@ def start(world, *arguments, code=None, **environment):
     ]
 
 
-def finish(workers, timeout=180):
+def finish(workers, timeout=GUARD):
     """Wait for all, and return their exit codes and what rank 0, rank 1, ... wrote to stdout and stderr."""
     try:
         written = [worker.communicate(timeout=timeout) for worker in workers]
@@ -87,12 +88,20 @@ def finish(workers, timeout=180):
     return [worker.returncode for worker in workers], written
 
 
-def train(world, out, *settings, config="shapes_tiny", timeout=180, **environment):
+def train(world, out, *settings, config="shapes_tiny", timeout=GUARD, **environment):
     """Train, with the settings `a.b=c` on top of TINY, and return what rank 0 wrote. Fails unless all exit with 0."""
     words = [word for setting in [*TINY, *settings] for word in ("--set", setting)]
     codes, written = finish(start(world, "--config", config, "--out", out, *words, **environment), timeout)
     assert codes == [0] * world, written
     return written[0]
+
+
+def wait_for(event, said=lambda: ""):
+    """Until `event()` is true. said: what to show if it never is."""
+    until = time.monotonic() + GUARD
+    while not event():
+        assert time.monotonic() < until, said()
+        time.sleep(0.02)
 
 
 # ---- What is left of a run -------------------------------------------------------------------------------------------
@@ -147,7 +156,7 @@ class Launched:
         for process in self.ranks:
             process.join()
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=GUARD):
         """Their exit codes."""
         until = time.monotonic() + timeout
         for process in self.ranks:
