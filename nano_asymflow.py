@@ -17,8 +17,7 @@ gives samples. What should the network put out?
   * eps. Noise again, and u = (eps - x_sigma) / (1 - sigma) divides by zero where sampling starts.
 
 Asymmetric flow (Chen et al. 2026, arXiv 2605.12964) takes the best of each: the velocity inside the r-dimensional
-subspace where the data lives, only the data outside of it. Section 1 is the whole method. The rest is what it takes
-to see it work: toy data (2), a network (3), training (4), sampling (5), evidence (6) and a command line (7).
+subspace where the data lives, only the data outside of it. Section 1 is the whole method; the rest shows it at work.
 """
 
 import argparse
@@ -396,5 +395,6 @@ def main(argv: list[str] | None = None, stop: threading.Event | None = None) -> 
 
 if __name__ == "__main__":  # the first Ctrl-C ends the training, a second one everything
     ctrl_c = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: (ctrl_c.set(), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script that runs it in the background has that ignored
+        signal.signal(signal.SIGINT, lambda *_: (ctrl_c.set(), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     sys.exit(main(stop=ctrl_c))

@@ -19,6 +19,7 @@ from asymflow.data.batches import end_with_parent
 from asymflow.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
+GUARD = 300  # seconds after which a test that waits for something gives up: far more than it ever takes
 TINY = [  # a model that takes milliseconds a step
     "model.size=tiny/8",
     "model.image_size=16",
@@ -48,7 +49,7 @@ def environment_of(world):
     return {**common, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(world, *trainings, patch=None, timeout=600):
+def train(world, *trainings, patch=None, timeout=GUARD):
     """Run these trainings, each the arguments of train_ddp.py, one after the other. Fails unless all exit with 0.
 
     Returns what the processes wrote to stderr, as `Launched.said`.
@@ -56,6 +57,14 @@ def train(world, *trainings, patch=None, timeout=600):
     launched = Launched(world, trainings=trainings, patch=patch)
     assert launched.wait(timeout) == [0] * world, launched.said()
     return launched.said()
+
+
+def wait_for(event, said=lambda: ""):
+    """Until `event()` is true. said: what to show if it never is."""
+    until = time.monotonic() + GUARD
+    while not event():
+        assert time.monotonic() < until, said()
+        time.sleep(0.02)
 
 
 # ---- What is left of a run -------------------------------------------------------------------------------------------
@@ -116,7 +125,7 @@ class Launched:
         for process in self.ranks:
             process.join()
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=GUARD):
         """Their exit codes."""
         until = time.monotonic() + timeout
         for process in self.ranks:

@@ -109,6 +109,13 @@ def test_buckets_of_a_megapixel_are_as_documented():
         buckets(100, 16, 2)
 
 
+def test_an_image_that_lies_on_its_side_comes_into_the_bucket_that_lies_on_its_side():
+    found = buckets(64**2, 16, 2)
+    for width in range(100, 200):
+        h, w = found[nearest_bucket(found, width, 100)]
+        assert found[nearest_bucket(found, 100, width)] == (w, h)
+
+
 @pytest.mark.parametrize(("width", "height"), [(200, 90), (90, 200), (61, 50), (80, 48)])
 def test_what_fills_a_bucket_is_the_centre_undistorted(width, height):
     """A ramp in x and one in y, resized by any filter that is symmetric, is a ramp but for the edges."""
@@ -556,7 +563,7 @@ def two_processes(tmp_path, *argv, code=0):
     for job in jobs:
         job.start()
     for job in jobs:
-        job.join(60)
+        job.join(300)
         job.kill()
     assert [job.exitcode for job in jobs] == [code, code], [log.read_text() for log in logs]
     return "".join((tmp_path / f"{rank}.log{end}").read_text() for rank in range(2) for end in ("", ".out"))

@@ -411,11 +411,12 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, error):
     assert left_over(tmp_path) == ["file.safetensors"]
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_while_it_writes(tmp_path):
     """A real signal, to a real process, while it holds its temporary folder."""
     file = publish(flow(), tmp_path / "file.safetensors")
     code = "import sys, time; from asymflow.cli import main; from asymflow import AsymFlow; "
-    code += "AsymFlow.save_pretrained = lambda *_: time.sleep(60); sys.exit(main(sys.argv[1:]))"
+    code += "AsymFlow.save_pretrained = lambda *_: time.sleep(1000); sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "import", file, "--out", tmp_path / "model", "--in-context-start", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while len(left_over(tmp_path)) == 1 and process.poll() is None:

@@ -70,6 +70,24 @@ def test_the_images_are_those_of_the_library(model, tmp_path):
         assert np.abs(pixels(tmp_path / "out" / name) - np.asarray(to_image(image)).astype(int)).max() <= 1
 
 
+def test_every_option_reaches_the_library(model, tmp_path):
+    told = dict(seed=7, steps=3, guidance=3.0, method="euler", shift=2.0, orthogonal=0.5)
+    given = dict(interval="0.1,0.8", size="8x24", dtype="bfloat16", classes="5", first=2, num=1)
+    assert run(model, tmp_path / "out", "--clamp", **told, **given) == 0
+    found = pixels(tmp_path / "out" / "000002.png")
+    told |= dict(interval=(0.1, 0.8), size=(8, 24), denoised_hook=lambda x0, sigma: x0.clamp(-1, 1))
+
+    def differs(dtype=torch.bfloat16, **options):
+        image = generate(AsymFlow.from_pretrained(model, dtype=dtype), [5], [2], **options)[0]
+        other = np.asarray(to_image(image)).astype(int)
+        return other.shape != found.shape or np.abs(other - found).max() > 1
+
+    assert not differs(**told)
+    assert differs(torch.float32, **told)
+    for name in told:
+        assert differs(**{other: told[other] for other in told if other != name}), name
+
+
 def test_the_record_says_how_to_make_an_image_again(model, tmp_path):
     assert run(model, tmp_path / "a", "--clamp", seed=7, interval="0.1,0.9", size="8x24") == 0
     command = json.loads((tmp_path / "a" / "samples.json").read_text())["make_again"]
@@ -241,7 +259,7 @@ def test_two_processes_share_the_work(model, tmp_path):
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     assert files_in(tmp_path / "out") == [*NAMES, "grid.png", "samples.json"]
     assert run(model, tmp_path / "alone") == 0
@@ -306,5 +324,5 @@ def test_torchrun_starts_it_as_the_help_says(model, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
     assert files_in(tmp_path / "out") == [*NAMES[:3], "grid.png", "samples.json"]

@@ -454,17 +454,18 @@ def start(*argv, **options):
     )
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    """While one large image is read under 1,000 names."""
+    """While one large image is read under 10,000 names, for a minute or more."""
     write_images(tmp_path / "data", n=1, size=1000)
-    for i in range(1, 1000):
+    for i in range(1, 10_000):
         (tmp_path / "data" / f"{i:03}.png").hardlink_to(tmp_path / "data" / "000.png")
     out = tmp_path / "out" / "s.safetensors"
     with start("asymflow", *PCA, "--data", tmp_path / "data", "--out", out) as process:
         while "image/s" not in (shown := process.stderr.read(40)):
             assert shown, "it ended by itself"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -491,7 +492,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path):
     assert run(*PCA, *options, "--out", tmp_path / "one.safetensors")[0] == 0
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "asymflow"]
     with start(*torchrun, *PCA, *options, "--out", tmp_path / "two.safetensors") as process:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     one, two = (Subspace.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     assert torch.allclose(one.spectrum, two.spectrum, rtol=1e-10, atol=1e-14)

@@ -547,7 +547,7 @@ def scenarios(process, alone):
 
 def run_scenarios(process, folder):
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", f"file://{folder}/meeting", timeout, world_size=2, rank=process)
     results = {}
     for name, call in scenarios(process, dist.new_group([1])).items():
@@ -570,7 +570,7 @@ def together(tmp_path_factory):
     for p in processes:
         p.start()
     for p in processes:
-        p.join(timeout=120)
+        p.join(timeout=300)
     hanging = [p.is_alive() for p in processes]
     for p in processes:
         p.kill()

@@ -240,11 +240,12 @@ def test_other_errors_are_raised_where_they_belong(error):
 
 
 def test_reading_runs_in_several_threads_but_only_a_little_ahead():
-    seen, used = [], set()
+    seen, used, meeting = [], set(), threading.Barrier(4, timeout=300)
 
     def read(n):
         used.add(threading.get_ident())
-        time.sleep(0.001)
+        if n < 4:  # which has to be in four threads at the same time
+            meeting.wait()
         return n
 
     results = in_order(read, (seen.append(n) or n for n in range(1000)), 4)

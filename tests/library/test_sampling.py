@@ -390,6 +390,19 @@ def test_generate_takes_a_size_and_refuses_what_does_not_fit(flow):
         flow.eval()
 
 
+def test_generate_does_all_that_it_is_told(flow):
+    told = dict(seed=3, size=(8, 24), steps=3, guidance=2.0, interval=(0.1, 0.8), method="euler", shift=2.0)
+    told |= dict(orthogonal=0.5, denoised_hook=lambda x0, sigma: x0.clamp(-1, 1))
+    images = generate(flow, [1, 5], [4, 7], **told)
+    labels = torch.tensor([1, 5])
+    velocity = guided(flow, {"labels": labels}, {"labels": torch.full_like(labels, 10)}, 2.0, (0.1, 0.8), 0.5)
+    noise = image_noise(3, [4, 7], (3, 8, 24))
+    assert torch.equal(images, sample(velocity, noise, sigma_grid(3, 2.0), "euler", told["denoised_hook"]))
+    for name in told:  # and each of these makes a difference
+        others = generate(flow, [1, 5], [4, 7], **{other: told[other] for other in told if other != name})
+        assert not (others.shape == images.shape and torch.allclose(others, images, atol=1e-3)), name
+
+
 def test_the_hook_reaches_the_sampler(flow):
     target = torch.zeros(1, 3, 16, 16)
     assert torch.allclose(generate(flow, [1], steps=3, denoised_hook=lambda x0, sigma: target), target, atol=1e-5)

@@ -234,23 +234,36 @@ def test_help_tells_of_every_flag_and_no_other(capsys):
 
 
 @pytest.fixture
-def training(tmp_path):
-    """A training that would take hours, in a process of its own, under way: it has shown a step."""
-    argv = ["--dim=8", "--width=128", "--batch=16", "--steps=10000000", "--prediction=all", "--out", tmp_path]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, FILE, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
-        shown = b""
-        while b"step/s, loss" not in shown:
-            byte = process.stderr.read(1)
-            assert byte, shown
-            shown += byte
-        yield process
+def under_way(tmp_path):
+    """Starts a training that would take hours, in a process of its own; returns when it has shown a step."""
+    processes = []
+
+    def start(width=128):
+        argv = ["--dim=8", f"--width={width}", "--batch=16", "--steps=10000000", "--prediction=all", "--out", tmp_path]
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen([sys.executable, FILE, *argv], **options))
+        shows(processes[0], b"step/s, loss")
+        return processes[0]
+
+    yield start
+    for process in processes:
         process.kill()
+        process.communicate()
 
 
-def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(training, tmp_path):
+def shows(process, text):
+    shown = b""
+    while text not in shown:
+        byte = process.stderr.read(1)
+        assert byte, shown
+        shown += byte
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(under_way, tmp_path):
+    training = under_way()
     training.send_signal(signal.SIGINT)
-    out, err = (text.decode() for text in training.communicate(timeout=120))
+    out, err = (text.decode() for text in training.communicate(timeout=300))
     assert training.returncode == 0
     assert "Traceback" not in out + err
     assert sum("Interrupted" in line for line in out.splitlines()) == 1
@@ -261,14 +274,29 @@ def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(training, tmp_pat
     assert matplotlib.image.imread(tmp_path / "swissroll.png").std() > 0.01
 
 
-def test_two_ctrl_c_end_everything_at_once(training, tmp_path):
-    training.send_signal(signal.SIGINT)
-    time.sleep(0.3)  # two signals at once would be one; the evaluation takes a second or more
-    training.send_signal(signal.SIGINT)
-    out, err = (text.decode() for text in training.communicate(timeout=60))
-    assert training.returncode != 0
+@pytest.mark.usefixtures("in_the_foreground")
+def test_two_ctrl_c_end_everything_at_once(under_way, tmp_path):
+    training = under_way(width=2048)  # the evaluation after the first would take minutes
+    while training.poll() is None:
+        training.send_signal(signal.SIGINT)  # again and again: two at once would be one
+        time.sleep(0.1)
+    out, err = (text.decode() for text in training.communicate())
+    assert training.returncode == -signal.SIGINT
     assert "Traceback" not in out + err
     assert not (tmp_path / "results.json").exists()
+
+
+def test_in_the_background_of_a_script_it_trains_on(under_way):
+    """A shell starts it with SIGINT ignored, so that Ctrl-C ends what is in the foreground alone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training = under_way()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    training.send_signal(signal.SIGINT)
+    for _ in range(3):  # the first may be from before the signal; no more come if it ends the training
+        shows(training, b"step/s")
+    assert training.poll() is None
 
 
 # ---- The file itself -------------------------------------------------------------------------------------------------

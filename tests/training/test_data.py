@@ -178,7 +178,7 @@ def test_workers_outlive_the_signals_of_a_scheduler():
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(worker.pid, number)
     assert len(list(stream)) == 9
-    worker.join(10)
+    worker.join(300)
     assert worker.exitcode == 0
 
 
