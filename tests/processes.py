@@ -10,7 +10,9 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -96,8 +98,7 @@ class Launched:
 
     def __init__(self, world, out=None, *settings, patch=None, arguments=None, trainings=None):
         if Launched.server is None:
-            Launched.server = multiprocessing.get_context("forkserver")
-            Launched.server.set_forkserver_preload(["preloaded"])
+            Launched.server = server()
         self.folder = Path(tempfile.mkdtemp())
         common = environment_of(world)
         if trainings is None:
@@ -141,6 +142,15 @@ class Launched:
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
         lines = [line for line in lines if not re.match(r"step \d+ of \d+: |.*: +\d+%\|", line)]
         return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
+
+
+def server():
+    """A multiprocessing context whose processes are forked from one that has imported `preloaded`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])):
+        forkserver.ensure_running()  # before Python 3.13 it knows no other places, and passes over what it cannot find
+    return context
 
 
 def one_rank(trainings, environment, log, patch):

@@ -44,9 +44,11 @@ HALF = {
 }
 AUTOCAST = {f"autocast{number}": [*stage(number), "train.precision=bf16"] for number in range(4)}
 RESUMED = ("offload1", "offload2-fourtimes", "offload3-all", *HALF)
+QUICK = ("plain", "offload3-all", "twice", "half0", "half2", "autocast1", "autocast3", "kept", "recomputed")
 RECOMPUTED = {  # with dropout, whose draws have to be the same again
     name: [*stage(3), *DROPOUT, f"model.checkpoint_every={every}"] for name, every in (("kept", 0), ("recomputed", 1))
 }
+CASES = SINGLE | HALF | AUTOCAST | RECOMPUTED
 
 
 def arguments(out, *settings, resume="auto"):
@@ -59,17 +61,37 @@ def middle(run):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """All of them on two ranks; those in RESUMED once more from the checkpoint in the middle, as NAME-resumed."""
-    folder = tmp_path_factory.mktemp("runs")
-    cases = SINGLE | HALF | AUTOCAST | RECOMPUTED
-    todo = [arguments(folder / name, *settings) for name, settings in cases.items()]
-    for name in RESUMED:
-        todo.append(arguments(folder / f"{name}-resumed", *cases[name], resume=middle(folder / name)))
-    todo.append(arguments(folder / "from2to3", *HALF["half3"], resume=middle(folder / "half2")))
-    todo.append(arguments(folder / "from3to0", *HALF["half0"], resume=middle(folder / "half3")))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def train_all(folder, names):
+    """On two ranks; those in RESUMED once more from the checkpoint in the middle, as NAME-resumed."""
+    todo = [arguments(folder / name, *CASES[name]) for name in names]
+    resumed = [name for name in names if name in RESUMED]
+    todo += [arguments(folder / f"{name}-resumed", *CASES[name], resume=middle(folder / name)) for name in resumed]
     train(2, *todo)
+
+
+@pytest.fixture(scope="module")
+def quick_runs(folder):
+    train_all(folder, QUICK)
+
+
+@pytest.fixture(scope="module")
+def other_runs(quick_runs, folder):
+    train_all(folder, [name for name in CASES if name not in QUICK])
+
+
+@pytest.fixture
+def runs(request, folder):
+    """Where the runs are: those in QUICK, and all if the test is slow."""
+    request.getfixturevalue("other_runs" if request.node.get_closest_marker("slow") else "quick_runs")
     return folder
+
+
+def slow_unless_quick(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def compare(run, expected, first=0, **tolerance):
@@ -82,7 +104,7 @@ def compare(run, expected, first=0, **tolerance):
 
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [*SINGLE][1:])
+@pytest.mark.parametrize("name", slow_unless_quick([*SINGLE][1:]))
 def test_offloading_and_accumulation_change_rounding_alone(runs, name):
     compare(runs / name, runs / "plain", rel=1e-4)
     expected, found = tensors(runs / "plain", STEPS), tensors(runs / name, STEPS)
@@ -91,16 +113,16 @@ def test_offloading_and_accumulation_change_rounding_alone(runs, name):
             assert torch.allclose(value, found[key], rtol=0, atol=2e-4), key
 
 
-@pytest.mark.parametrize("name", [*HALF, *AUTOCAST])
+@pytest.mark.parametrize("name", slow_unless_quick([*HALF, *AUTOCAST]))
 def test_bfloat16_stays_close_to_float32(runs, name):
     """Its numbers have 8 bits: each is off by up to 0.4 %, and a mean over many by less."""
     compare(runs / name, runs / "plain", rel=5e-3)
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_autocast_keeps_weights_in_float32(runs, number):
-    compare(runs / f"autocast{number}", runs / "autocast1", rel=1e-3)
-    assert metrics(runs / f"autocast{number}") != metrics(runs / "plain")  # it does something
+@pytest.mark.parametrize("name", slow_unless_quick(AUTOCAST))
+def test_autocast_keeps_weights_in_float32(runs, name):
+    compare(runs / name, runs / "autocast1", rel=1e-3)
+    assert metrics(runs / name) != metrics(runs / "plain")  # it does something
 
 
 def as_on_a_gpu():
@@ -123,20 +145,21 @@ def test_recomputing_activations_changes_no_bit(runs):
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_unless_quick(RESUMED))
 def test_a_resumed_training_has_the_same_bits(runs, name):
     resumed = runs / f"{name}-resumed"
     assert metrics(runs / name)[BETWEEN:] == metrics(resumed)
     assert same_bits(tensors(runs / name, STEPS), tensors(resumed, STEPS))
 
 
-@pytest.mark.parametrize(("name", "of"), [("from2to3", "half2"), ("from3to0", "half3")])
-def test_weights_in_bfloat16_go_on_in_another_stage(runs, name, of):
-    compare(runs / name, runs / of, first=BETWEEN, rel=5e-3)
+@pytest.mark.parametrize(("of", "then"), [("half2", "half0"), pytest.param("half3", "half2", marks=pytest.mark.slow)])
+def test_weights_in_bfloat16_go_on_in_another_stage(runs, tmp_path, of, then):
+    train(2, arguments(tmp_path / "run", *HALF[then], resume=middle(runs / of)))
+    compare(tmp_path / "run", runs / of, first=BETWEEN, rel=5e-3)
 
 
 # ---- Averages --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["plain", "offload3-all", *HALF])
+@pytest.mark.parametrize("name", slow_unless_quick(["plain", "offload3-all", *HALF]))
 def test_averages_are_of_the_float32_weights(runs, name):
     """Tracked again from the weights of every step, from the initial ones on, which bfloat16 would have rounded."""
     config = load_config(runs / name / "config.yaml")
@@ -157,6 +180,7 @@ def without_the_compiler():
     torch.compile = partial(torch.compile, backend="aot_eager")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
     """All of torch.compile but for the compiler: graphs of forward and backward, whose kernels are those of torch."""
     settings = {"three": stage(3), "saving": [*stage(3), "model.checkpoint_every=2"]}
@@ -172,6 +196,7 @@ def test_compiled_blocks_under_every_kind_of_hook(runs, tmp_path):
     assert same_bits(tensors(tmp_path / "three", STEPS), tensors(tmp_path / "resumed", STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_by_the_compiler(runs, tmp_path):
     small = ["model.options.depth=1", "model.options.in_context_start=0"]
@@ -242,7 +267,7 @@ def with_a_peak():
     loop.peak_flops = lambda device: 1e9
 
 
-@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("every", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_mfu_is_what_the_model_needs_of_all_peaks(tmp_path, every):
     """Forward and backward once, whatever is recomputed: 2 operations a multiply-add, and twice that backward."""
     settings = *stage(1), "train.steps=2", f"model.checkpoint_every={every}"
