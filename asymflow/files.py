@@ -8,12 +8,14 @@ import socket
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from asymflow.errors import InputError
@@ -31,12 +33,8 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    beside.touch()
-    mode = beside.stat().st_mode  # that of any new file: safetensors makes files that nobody else may read
-    beside.unlink()
     try:
         yield beside
-        beside.chmod(mode)
         with beside.open("rb+") as file:  # Windows wants to write what it is to flush
             os.fsync(file.fileno())
         if new:
@@ -47,24 +45,53 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. Tensors may be on any device, and may share memory."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a safetensors file, whole or not at all. Returns its size and its SHA-256, from what was to be written.
+
+    Tensors may be on any device, and may share memory: one of them at a time is copied to the host, if it is elsewhere.
+    """
     with replacing(path) as beside:
-        save_file(own, beside, metadata={"format": "pt", **(metadata or {})})
-        sort_metadata(beside)
+        return stream(tensors, beside, {"format": "pt", **(metadata or {})})
 
 
-def sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file, whose order varies, in order: equal content, equal bytes."""
-    with path.open("rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # it always is, unless safetensors begins to write more tersely
-            file.seek(8)
-            file.write(text.ljust(size))  # spaces are allowed at the end
+def stream(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write the header, then one tensor after the other. Equal content gives equal bytes, in whatever order it comes.
+
+    The format: https://huggingface.co/docs/safetensors#format. The library would want all tensors on the host at once.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # wide first: all aligned
+    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(data) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for _, tensor in ordered:
+            write(content(tensor))  # which nobody holds when the next one is copied
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def content(tensor: Tensor) -> np.ndarray:
+    """Its bytes, in the order of its elements: a view, if the tensor is on the host and contiguous."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # one element may have any stride
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 """`asymflow export` and `asymflow ema`: a model of a training run, as a folder for `from_pretrained`."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -27,7 +28,7 @@ examples:
   asymflow ema --run runs/h16 --sigma-rel 0.12 --step 400000 --out models/early
 
 The average is put together from the snapshots of the run (ema.snapshot_every in its configuration), as in Karras et al.
-2024, arXiv 2312.02696. What no combination of the snapshots can match is printed.""",
+2024, arXiv 2312.02696. What no combination of the snapshots can match is printed, with a remark if it is much.""",
 }
 
 
@@ -116,6 +117,15 @@ def run_ema(args: argparse.Namespace) -> None:
     save(args, {name: values.float() for name, values in weights.items()}, reader)
     print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} averages: {args.out}")
     print(f"of its profile, {unmatched:.2%} (of the norm) could not be matched")
+    if unmatched > ema.MISMATCH:
+        last = snapshots[-1][0]
+        widths = " or ".join(str(width) for step, _, width in snapshots if step == last)
+        print(
+            f"remark: that is as much as if the width were off by a tenth, or more. Matched exactly: --step {last} "
+            f"--sigma-rel {widths}. To match others better, train with more frequent snapshots (ema.snapshot_every), "
+            "or with widths nearer to them (ema.sigma_rel)",
+            file=sys.stderr,
+        )
 
 
 def whole(folder: Path, step: int, progress: Callable = iter):

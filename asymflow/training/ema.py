@@ -1,12 +1,17 @@
 """Moving averages of the weights, sharded like the weights, and of any length after training.
 
-A constant decay b averages with the weights (1 - b) b^(T - t) over the steps t. The power function of Karras et al.
-2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696) averages with
+After step T, a constant decay b averages the weights of the steps t = 1, ..., T with
+
+    p(t) = b^(T - t) (1 - b) / (1 - b^T),
+
+if step t decays by (b - b^t) / (1 - b^t), as Adam corrects its moments: the initial weights have no share. The power
+function of Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696)
+averages with
 
     p(t) = (t^a - (t - 1)^a) / T^a,        a = gamma + 1,
 
-exactly, if step t decays by (1 - 1/t)^a: its length is always the same share of the training time so far. From
-snapshots of two of them, taken now and then, the average of any other length is put together by least squares.
+if step t decays by (1 - 1/t)^a: its length is always the same share of the training time so far. From snapshots of two
+of them, taken now and then, the average of any other length is put together by least squares.
 """
 
 import math
@@ -19,6 +24,8 @@ from torch import Tensor
 
 from asymflow.errors import InputError
 from asymflow.training.shards import Fragment
+
+MISMATCH = 0.1  # of the norm, as `reconstruction` says it: what a tenth more or less of width makes of a profile
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,22 @@ class Profile:
         """As in checkpoints: "0.9999", or "rel-0.050"."""
         return f"{self.decay:.10g}" if self.sigma_rel is None else f"rel-{self.sigma_rel:.3f}"
 
-    def decay_at(self, step: int) -> float:
-        """The factor of the average in step 1, 2, ...; the new weights get the rest."""
-        return self.decay if self.sigma_rel is None else (1 - 1 / step) ** power_of(self.sigma_rel)
+    def share_at(self, step: int) -> float:
+        """What the weights after step 1, 2, ... get of the average in that step: in the first, all."""
+        if step == 1 or self.decay == 0:
+            return 1.0
+        if self.sigma_rel is None:
+            return (self.decay - 1) / math.expm1(step * math.log(self.decay))  # (1 - b) / (1 - b^t)
+        return -math.expm1(power_of(self.sigma_rel) * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
 
 
 class Averages:
-    """The averages of the fragments of one rank, in float32. Before the first step they are the initial weights."""
+    """The averages of the fragments of one rank, in float32. Before the first step they are the initial weights.
+
+    Versions that gave the initial weights a share wrote checkpoints whose averages of decay b hold b^s of them, at step
+    s. Such an average goes on as it is, and that share keeps falling: to b^T (1 - b^s) / (1 - b^T) at step T, which is
+    less than the b^T that those versions would have left.
+    """
 
     def __init__(self, fragments: Sequence[Fragment], profiles: Sequence[Profile]):
         self.fragments = list(fragments)
@@ -58,7 +74,7 @@ class Averages:
         """Take the weights after step 1, 2, ... into every average."""
         weights = [f.weight for f in self.fragments]
         for profile, values in self.values.items():
-            torch._foreach_lerp_(values, weights, 1 - profile.decay_at(step))
+            torch._foreach_lerp_(values, weights, profile.share_at(step))
 
     def named_pieces(self, profile: Profile) -> dict[str, tuple[int, Tensor]]:
         """What this rank has of an average: by parameter, where it starts and its values."""
@@ -85,25 +101,35 @@ def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, sigma_rel:
     """How to put together the average of width `sigma_rel` after `step` from snapshots (step, sigma_rel).
 
     Returns the coefficient of each snapshot, and what cannot be matched: the norm of the difference of the two
-    profiles, relative to that of the target. Least squares over the profiles themselves, step by step.
+    profiles, relative to that of the target. Least squares over the profiles themselves, step by step, among the
+    coefficients whose sum is 1: so weights that never changed come back as they are.
     Raises InputError if there is no snapshot up to that step.
     """
     usable = [i for i, (taken, _) in enumerate(snapshots) if taken <= step]
     if not usable:
         raise InputError(f"there is no snapshot up to step {step}: the first is of step {min(snapshots)[0]}")
-    columns = [(snapshots[i][0], power_of(snapshots[i][1])) for i in usable] + [(step, power_of(sigma_rel))]
-    gram = np.zeros((len(columns), len(columns)))
+    # Every such combination is one snapshot, and multiples of how the others differ from it.
+    nearest = min(usable, key=lambda i: (step - snapshots[i][0], abs(snapshots[i][1] - sigma_rel)))
+    others = [i for i in usable if i != nearest]
+    columns = [(taken, power_of(width)) for taken, width in (*(snapshots[i] for i in others), (step, sigma_rel))]
+    gram, norm = np.zeros((len(columns), len(columns))), 0.0
     block = 1 << 16
     for first in range(1, step + 1, block):  # the profiles of a long training do not fit into memory all at once
         t = np.arange(first, min(first + block, step + 1), dtype=np.float64)
-        profiles = np.stack([np.where(t <= end, increments(t, end, a), 0.0) for end, a in columns])
+        profiles = np.stack([increments(t, end, a) for end, a in columns])
+        norm += profiles[-1] @ profiles[-1]
+        profiles -= increments(t, snapshots[nearest][0], power_of(snapshots[nearest][1]))
         gram += profiles @ profiles.T
+    # Snapshots are rounded to float32, and large multiples of small differences would be made of that: below 1e-5 of
+    # the largest, whose square is here, none are taken.
+    multiples = np.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1], rcond=1e-10)[0]
     coefficients = np.zeros(len(snapshots))
-    coefficients[usable] = np.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1], rcond=1e-13)[0]
-    c = np.append(coefficients[usable], -1.0)
-    return coefficients, math.sqrt(max(c @ gram @ c, 0) / gram[-1, -1])
+    coefficients[others] = multiples
+    coefficients[nearest] = 1 - multiples.sum()
+    c = np.append(multiples, -1.0)
+    return coefficients, math.sqrt(max(c @ gram @ c, 0) / norm)
 
 
 def increments(t: np.ndarray, end: int, power: float) -> np.ndarray:
-    """(t^a - (t - 1)^a) / end^a, without overflow for any length of training."""
+    """(t^a - (t - 1)^a) / end^a, and 0 after the end, without overflow for any length of training."""
     return (np.minimum(t, end) / end) ** power - (np.minimum(t - 1, end) / end) ** power

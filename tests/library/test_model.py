@@ -586,17 +586,16 @@ def disk_full_for(monkeypatch, name):
         os.truncate(path, Path(path).stat().st_size // 2)
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    def save(tensors, path, metadata=None):
-        save_file(tensors, path, metadata=metadata)
-        if name == "model.safetensors":
-            full(path)
+    def stream(tensors, path, metadata):
+        written = write_tensors(tensors, path, metadata)
+        return full(path) if name == "model.safetensors" else written
 
     def write_text(path, text, *args, **options):
         written = write(path, text, *args, **options)
         return full(path) if name == "config.json" and path.suffix == ".json" else written
 
-    write = Path.write_text
-    monkeypatch.setattr(files, "save_file", save)
+    write, write_tensors = Path.write_text, files.stream
+    monkeypatch.setattr(files, "stream", stream)
     monkeypatch.setattr(Path, "write_text", write_text)
 
 
@@ -635,11 +634,12 @@ def test_a_first_save_that_fails_leaves_no_model(tmp_path, monkeypatch):
 def test_a_reader_never_sees_a_folder_without_a_model(folder, monkeypatch):
     """Nor, then, does a power cut leave one."""
 
-    def save(tensors, path, metadata=None):
+    def stream(tensors, path, metadata):
         assert (folder / "config.json").exists()
-        save_file(tensors, path, metadata=metadata)
+        return write_tensors(tensors, path, metadata)
 
-    monkeypatch.setattr(files, "save_file", save)
+    write_tensors = files.stream
+    monkeypatch.setattr(files, "stream", stream)
     jit_flow().save_pretrained(folder)
 
 

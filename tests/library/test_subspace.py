@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import pickle
 import struct
@@ -340,11 +341,11 @@ def test_what_is_no_subspace_file_is_refused_by_name(tmp_path):
 class DiskFull:
     """Writes half of the file, then there is no space left."""
 
-    def __init__(self, save_file):
-        self.save_file = save_file
+    def __init__(self, stream):
+        self.stream = stream
 
-    def __call__(self, tensors, path, metadata=None):
-        self.save_file(tensors, path, metadata=metadata)
+    def __call__(self, tensors, path, metadata):
+        self.stream(tensors, path, metadata)
         os.truncate(path, Path(path).stat().st_size // 2)
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -354,7 +355,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     first = Subspace.random(8, 2)
     first.save(path)
     before = folder_content(tmp_path)
-    monkeypatch.setattr(files, "save_file", DiskFull(files.save_file))
+    monkeypatch.setattr(files, "stream", DiskFull(files.stream))
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(OSError, match="No space"):
             Subspace.random(8, 3).save(target)
@@ -462,6 +463,21 @@ def test_tensors_come_back_to_the_last_bit_with_their_metadata(seed, dtype, shap
         for t in found.values():  # theirs to change: the file stays as it is
             t.zero_()
         assert torch.equal(files.read_tensors(path)[0]["a"], tensor)
+
+
+def test_equal_content_gives_equal_bytes_whose_size_and_checksum_are_returned(tmp_path):
+    tensors = {"b": torch.ones(3, dtype=torch.bool), "a": torch.rand(2, 3), "é": torch.rand(5).bfloat16()}
+    metadata = {"y": "1", "x": "ü"}
+    path, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    said = files.write_tensors(path, tensors, metadata)
+    assert said == (path.stat().st_size, files.sha256(path))
+    backwards = (dict(reversed(d.items())) for d in (tensors, metadata))
+    assert files.write_tensors(other, *backwards) == said
+    assert other.read_bytes() == path.read_bytes()
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    for name, tensor in tensors.items():  # where they can be used in place
+        assert (8 + size + header[name]["data_offsets"][0]) % tensor.element_size() == 0
 
 
 def test_a_file_may_be_replaced_while_its_tensors_are_in_use(tmp_path):

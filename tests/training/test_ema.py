@@ -1,6 +1,8 @@
 """Moving averages: what the profiles are, that they are tracked as stated, and that any can be put together later."""
 
 import math
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymflow.errors import InputError
-from asymflow.training.ema import Averages, Profile, power_of, reconstruction
+from asymflow.training.ema import MISMATCH, Averages, Profile, increments, power_of, reconstruction
 from asymflow.training.shards import Fragment
 
 WIDTHS = st.floats(0.01, 0.28)
+DECAYS = st.one_of(st.floats(0, 0.999), st.floats(1e-12, 1e-3).map(lambda rest: 1 - rest))
+SNAPSHOTS = st.lists(st.tuples(st.integers(1, 60), WIDTHS), min_size=1, max_size=12)
+EPS = sys.float_info.epsilon
 
 
 def fragment(weight):
@@ -26,8 +31,11 @@ def history(steps, seed=0):
 
 
 def track(weights, profiles, at=()):
-    """Let Averages see the weights of each step; the averages at the end, and at the steps `at`."""
-    weight = torch.zeros(5, dtype=torch.float64)
+    """Let Averages see the weights of each step; the averages at the end, and at the steps `at`.
+
+    The initial weights are so large that any share of them would show.
+    """
+    weight = torch.full((5,), 1e30, dtype=torch.float64)
     averages = Averages([fragment(weight)], profiles)
     taken = {}
     for step, value in enumerate(weights, start=1):
@@ -68,14 +76,45 @@ def test_a_power_average_weighs_the_past_by_its_profile(sigma_rel, steps):
     assert torch.allclose(average, profile @ weights, rtol=1e-10, atol=1e-10)
 
 
-@given(st.floats(0, 0.999), st.integers(1, 60))
+@given(DECAYS, st.integers(1, 60))
 @settings(max_examples=25)
 def test_a_constant_decay_weighs_the_past_geometrically(decay, steps):
-    """What is left of the initial weights, zero here, included."""
+    """The weights of the steps 1, 2, ... alone: they sum to 1, and nothing is left of the initial weights."""
     weights = history(steps)
-    profile = (1 - decay) * decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    profile = decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    profile /= profile.sum()
     (average,), _ = track(weights, [Profile(decay=decay)])
     assert torch.allclose(average, profile @ weights, rtol=1e-10, atol=1e-10)
+
+
+@given(DECAYS, st.integers(1, 60))
+def test_a_share_is_exact_however_near_the_decay_is_to_one(decay, step):
+    """Within the rounding of 1 - b, of the logarithm, of its multiple, of expm1 and of the division: 1/2 eps each."""
+    b = Fraction(decay)
+    exact = (1 - b) / (1 - b**step)
+    assert abs(Fraction(Profile(decay=decay).share_at(step)) / exact - 1) < 5 * EPS
+
+
+@given(DECAYS)
+def test_in_the_long_run_a_constant_decay_is_what_is_published(decay):
+    """Where b^t < exp(-40), which is less than half an eps."""
+    for step in (math.ceil(40 / (1 - decay)), 10**14):
+        assert Profile(decay=decay).share_at(step) == pytest.approx(1 - decay, rel=EPS)
+
+
+@given(st.floats(0.01, 0.999), st.integers(1, 30), st.integers(0, 30))
+def test_an_average_that_was_begun_with_the_initial_weights_loses_them(decay, before, after):
+    """As of a checkpoint from before the correction: what is left of the share falls at least as fast as it did."""
+    weight = torch.ones(1, dtype=torch.float64)
+    averages, profile = Averages([fragment(weight)], [Profile(decay=decay)]), Profile(decay=decay)
+    averages.values[profile][0].fill_(decay**before)  # the share of initial weights of 1, if all later ones are 0
+    weight.zero_()
+    end = before + after
+    for step in range(before + 1, end + 1):
+        averages.update(step)
+    left = averages.values[profile][0].item()
+    assert left <= decay**end * (1 + 1e-12)
+    assert left == pytest.approx(decay**end * (1 - decay**before) / (1 - decay**end), rel=1e-10)
 
 
 def test_any_width_is_put_together_from_snapshots_of_two():
@@ -90,12 +129,54 @@ def test_any_width_is_put_together_from_snapshots_of_two():
     for width, expected in zip(wanted, direct[2:], strict=True):
         coefficients, unmatched = reconstruction(snapshots, steps, width)
         found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
-        assert coefficients.sum() == pytest.approx(1, abs=0.01)
+        assert coefficients.sum() == pytest.approx(1, abs=1e-12)
         assert (found - expected).norm() < 0.02 * plain, width
         assert unmatched < (0.05 if width >= 0.05 else 0.3), width
         if width in (0.05, 0.10):  # a snapshot itself
             assert unmatched < 1e-6
             assert torch.allclose(found, expected, atol=1e-6 * expected.norm().item())
+
+
+def profiles_of(snapshots, steps):
+    return np.stack([increments(np.arange(1.0, steps + 1), end, power_of(width)) for end, width in snapshots])
+
+
+@given(SNAPSHOTS, st.integers(0, 40), WIDTHS)
+def test_weights_that_never_changed_come_back_as_themselves(snapshots, later, width):
+    """From any set of snapshots, for any width and step: the coefficients sum to 1, but for how these are rounded."""
+    coefficients, _ = reconstruction(snapshots, min(snapshots)[0] + later, width)
+    assert abs(math.fsum(coefficients) - 1) <= len(snapshots) * EPS * abs(coefficients).sum()
+
+
+@given(SNAPSHOTS, WIDTHS)
+def test_no_other_combination_that_sums_to_one_is_nearer(snapshots, width):
+    """The difference that is left is at right angles to all ways to change it: those between the snapshots.
+
+    Of the size of these, 1e-5 of the largest is ignored, so as not to multiply rounding.
+    """
+    steps = max(snapshots)[0]
+    coefficients, unmatched = reconstruction(snapshots, steps, width)
+    profiles, (target,) = profiles_of(snapshots, steps), profiles_of([(steps, width)], steps)
+    left = target - coefficients @ profiles
+    assert np.linalg.norm(left) == pytest.approx(unmatched * np.linalg.norm(target), rel=1e-6, abs=1e-7)
+    ways = (profiles[:, None] - profiles).reshape(-1, steps)
+    assert (abs(ways @ left) <= 1e-5 * len(snapshots) * np.linalg.norm(ways, axis=1).max() + 1e-10).all()
+
+
+@given(SNAPSHOTS, st.integers(0, 11))
+def test_what_is_among_the_snapshots_is_that_snapshot(snapshots, which):
+    step, width = snapshots[which % len(snapshots)]
+    coefficients, unmatched = reconstruction(snapshots, step, width)
+    assert unmatched == 0
+    assert [snapshots[i] for i in coefficients.nonzero()[0]] == [(step, width)]
+    assert coefficients.sum() == 1
+
+
+@given(st.floats(0.03, 0.15), st.sampled_from([0.9, 1.1]))
+@settings(max_examples=25)
+def test_a_mismatch_that_is_remarked_on_is_that_of_a_width_off_by_a_tenth(width, factor):
+    _, unmatched = reconstruction([(1000, factor * width)], 1000, width)
+    assert 0.65 * MISMATCH < unmatched < 1.2 * MISMATCH
 
 
 def test_snapshots_need_not_be_evenly_spaced():

@@ -1,5 +1,6 @@
 """`asymflow export` and `asymflow ema`: what comes out of a training run is the model that was trained."""
 
+import re
 import shutil
 
 import pytest
@@ -50,10 +51,26 @@ def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, 
 @pytest.mark.parametrize("width", ["0.05", "0.10", "0.0125", "0.2886"])
 def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys):
     assert main(["ema", "--run", str(run), "--sigma-rel", width, "--out", str(tmp_path / "model")]) == 0
-    assert "of its profile, 0.00% (of the norm) could not be matched" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "of its profile, 0.00% (of the norm) could not be matched" in said.out
+    assert "remark" not in said.err
     direct = checkpoint.Reader(checkpoint.folder_of(run / "checkpoints", 12)).full(f"ema-rel-{float(width):.3f}")
     for name, found in state(tmp_path / "model").items():
         assert torch.allclose(found, direct[name], rtol=0, atol=1e-5), name
+
+
+def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path, capsys):
+    """At step 9, with snapshots of step 5 alone: half of the steps that count most are in none of them."""
+    ema = ["ema", "--run", str(run), "--out", str(tmp_path / "model")]
+    assert main([*ema, "--sigma-rel", "0.02", "--step", "9"]) == 0
+    said = capsys.readouterr()
+    assert float(re.search(r"of its profile, (.*)% ", said.out)[1]) > 10
+    remark = said.err.rpartition("\r")[2]
+    step, widths = re.search(r"Matched exactly: --step (\d+) --sigma-rel (.*?)\. To match others better", remark).groups()
+    assert (step, widths) == ("5", "0.05 or 0.1 or 0.0125 or 0.2886")
+    shutil.rmtree(tmp_path / "model")
+    assert main([*ema, "--sigma-rel", "0.0125", "--step", step]) == 0
+    assert "of its profile, 0.00% (of the norm) could not be matched" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
