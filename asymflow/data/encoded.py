@@ -71,7 +71,7 @@ class EncodedShards:
                 f"{path}: of {len(indices)} shards {len(gone)} are missing or damaged, the first {gone[0]} (or its "
                 "index): run the `asymflow data encode` that made them again, or copy them again"
             )
-        self.fingerprints = [str(index["fingerprint"]) for index in indices]
+        self.fingerprints = np.array([index["fingerprint"] for index in indices])
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ class TarShards:
         self.path, self.size = str(path), size
         self.shards = shard_paths(Path(path), size)
         indices = find_indices(self.shards)
-        self.fingerprints = [str(index["fingerprint"]) for index in indices]
+        self.fingerprints = np.array([index["fingerprint"] for index in indices])
         counts = [len(index["label"]) for index in indices]
         if not sum(counts):
             raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
@@ -208,7 +208,7 @@ def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
         return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
 
 
-def check_shards(shards: Sequence[str], fingerprints: Sequence[str]) -> None:
+def check_shards(shards: Sequence[str], fingerprints: Iterable[str]) -> None:
     """InputError, naming the first, if a shard is missing or has another fingerprint."""
     for shard, known in zip(shards, fingerprints, strict=True):
         if not os.path.isfile(shard) or fingerprint(shard) != known:  # noqa: PTH113
