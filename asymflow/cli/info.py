@@ -13,8 +13,8 @@ from asymflow import cost, files, published
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import info_flux2
 from asymflow.cli.common import at_least, image_size
-from asymflow.cli.export import MODEL, Choice, add_choice, find_model, is_run, model_of_run, refuse_choice
 from asymflow.cli.info_flux2 import GPUS, STAGES
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, refuse_choice
 from asymflow.errors import InputError
 from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid

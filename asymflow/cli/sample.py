@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from asymflow import files, packages
 from asymflow.cli.common import default_device, image_size, this_process, usable_device
-from asymflow.cli.export import MODEL, Choice, add_choice, find_model, model_of_run
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
 from asymflow.errors import InputError

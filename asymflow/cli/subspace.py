@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
-from asymflow.cli.export import is_run
+from asymflow.cli.models import is_run
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square

@@ -316,9 +316,7 @@ def test_blocks_that_a_file_of_others_leaves_out_are_named(adapter, latent, tmp_
 
 def test_a_wrong_base_of_the_same_shapes_is_recognized(adapter):
     other = make_base(["a red square"], seed=1).transformer
-    with pytest.raises(
-        InputError, match=r"base model of the same shapes \(it was trained on models/right-base\)"
-    ):
+    with pytest.raises(InputError, match=r"base model of the same shapes \(it was trained on models/right-base\)"):
         load_adapter(other, adapter)
 
 

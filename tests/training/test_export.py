@@ -151,9 +151,7 @@ def test_images_of_two_checkpoints_of_a_run_do_not_mix(run, tmp_path, capsys):
     (tmp_path / "out/000001.png").unlink()
     capsys.readouterr()
     assert sample(growing, tmp_path / "out") == 2
-    said = (
-        f"{tmp_path}/out holds images of step 6 of a run, but this is step 12: go on with --step 6"
-    )
+    said = f"{tmp_path}/out holds images of step 6 of a run, but this is step 12: go on with --step 6"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out/000001.png").exists()
     assert sample(growing, tmp_path / "out", "--step", "6") == 0
@@ -192,6 +190,7 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
     copy = shutil.copytree(run, tmp_path / "run")
     assert "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9" in refused(copy, "--ema", "0.3")
     assert "has no step 7: it has 6, 12" in refused(copy, "--step", "7")
+    assert f"give its run, {copy}, and --step 6" in refused(copy / "checkpoints/00000006")
     (copy / "config.yaml").write_text("base: asymflux2_tiny\n")
     line = refused(copy)
     assert "finetunes runs/toy/asymflux2_tiny/pixel-base: asymflow export --run" in line
