@@ -24,11 +24,9 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from asymflow import files
+from asymflow import files, hub
 from asymflow.backbones.flux2 import SIGMA_MIN, Flux2, check_transformer, with_projections
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -40,7 +38,6 @@ ADAPTER = "asymflow"  # its name in the transformer, beside those of other LoRAs
 WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"
 FORMAT = "asymflow adapter 1"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 FULL = ("x_embedder", "proj_out", "norm_out")  # modules that train in full
 BUFFERS = ("proj_buffer", "scale_buffer")
 ALWAYS = ("x_embedder.weight", "proj_out.weight", "norm_out.linear.weight")  # in every adapter, beside the buffers
@@ -150,11 +147,13 @@ def write_adapter(
     subspace: Subspace,
     transformer_config: Mapping[str, object],
     fingerprint: str,
+    base_name: str | None = None,
 ) -> None:
     """Write the weights, a config.json for the reference's loader, and a model card, to a new or an empty folder.
 
     tensors: by published names, in the dtypes that the file is to have. transformer_config: of the latent or the pixel
-    transformer. fingerprint: of the latent one, so that a wrong base is recognized later.
+    transformer. fingerprint: of the latent one, so that a wrong base is recognized later. base_name: its folder or
+    repository, to be named then to whoever gave a wrong one; it is never opened.
 
     The weights come last and whole, and there is no adapter without them. The buffers are in float32; the scale to the
     last digit is in the metadata, and so are the names and shapes of all tensors. Raises InputError if there is
@@ -185,6 +184,7 @@ def write_adapter(
         "asymflow_format": FORMAT,
         "asymflow_version": own_version(),
         "base_fingerprint": fingerprint,
+        **({"base": base_name} if base_name else {}),
         "scale": repr(subspace.scale.item()),
         "tensors": json.dumps({name: list(tensor.shape) for name, tensor in sorted({**tensors, **buffers}.items())}),
     }
@@ -208,7 +208,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     transformer: of the latent model. It is used up: its blocks become those of the pixel model, with the LoRA layers
         `name` in them, or with other weights after full finetuning. Its own first and last layers stay, so with LoRA,
         `flow.backbone.transformer.disable_adapters()` makes it the latent model again, to the last bit.
-    path: a folder of `write_adapter`, a safetensors file, or a repository of the Hugging Face Hub.
+    path: a folder of `write_adapter`, a safetensors file, or a repository of the Hugging Face Hub, or a file in one.
     Raises InputError if the file is damaged, a pickle, or no adapter; if a tensor is missing, unexpected, misshaped or
     not finite, or the basis not orthonormal; if the adapter was made of another base model.
     """
@@ -257,19 +257,14 @@ def is_lora(name: str) -> bool:
 def find(path: str | Path) -> Path:
     """The file of an adapter that is here, or on the Hub."""
     path = Path(path)
-    if path.suffix in PICKLES:
+    if path.suffix in hub.PICKLES:
         raise InputError(f"{path} is a pickle, which can carry code, and is not read: ask for safetensors")
+    path = hub.locate(path, WEIGHTS, what="an adapter")
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
             raise InputError(f"{path} is not the folder of an adapter: it has no {WEIGHTS}")
         return path / WEIGHTS
-    if path.is_file() or path.suffix == ".safetensors":
-        return files.existing_file(path)
-    try:
-        return Path(hf_hub_download(str(path), WEIGHTS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise InputError(f"{path} is neither an adapter here nor one that the Hub gave: {reason}") from None
+    return path
 
 
 def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: str | Path) -> None:
@@ -287,6 +282,8 @@ def check_base(
     """InputError unless the adapter is of this base: by the shapes of what every adapter has, and the fingerprint."""
     inner, channels = transformer.x_embedder.weight.shape
     dim = len(tensors["proj_buffer"]) if tensors["proj_buffer"].ndim else 0
+    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # of a file of somebody else
+    trained_on = f" (it was trained on {base})" if base else ""
     shapes = {
         "x_embedder.weight": (inner, dim),
         "proj_out.weight": (dim, inner),
@@ -300,13 +297,14 @@ def check_base(
         if tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        raise InputError(f"{path} is of another base model: {'; '.join(wrong)}")
+        raise InputError(f"{path} is of another base model{trained_on}: {'; '.join(wrong)}")
     # Weights loaded as float16 may have lost what the fingerprint is of.
     made_of = metadata.get("base_fingerprint")
     if made_of and transformer.dtype != torch.float16 and made_of != fingerprint(transformer):
+        given = transformer.config.get("_name_or_path") or "this one"
         raise InputError(
-            f"{path} is of another base model of the same shapes: its weights have the fingerprint {made_of[:12]}, "
-            f"those of this one {fingerprint(transformer)[:12]} (a distilled sibling of the base?)"
+            f"{path} is of another base model of the same shapes{trained_on or ' (a distilled sibling?)'}: its weights "
+            f"have the fingerprint {made_of[:12]}, those of {given} {fingerprint(transformer)[:12]}"
         )
 
 

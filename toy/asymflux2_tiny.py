@@ -12,6 +12,11 @@ the same noise:
 
 What they drew is read by an oracle (asymflow/data/oracle.py): how often it is what the caption says, and how sharp it
 is. Everything that takes long is kept in --out, and not done again. The last two are trained at the same time.
+The adapters are there as well, each with its base: pixel-adapter goes with pixel-base, scratch-adapter with
+scratch-base. The folder autoencoder is a base whose transformer knows nothing yet, and no adapter's.
+
+    asymflow sample --base runs/toy/asymflux2_tiny/pixel-base --adapter runs/toy/asymflux2_tiny/pixel-adapter \\
+        --prompt "a red square" --width 32 --height 32 --max-length 32 --dtype float32 --guidance 2 --out runs/square
 """
 
 import json
@@ -74,15 +79,15 @@ TINY = dict(latent_channels=4, vae_channels=(8, 16, 16), width=192, heads=6, dep
 def experiment(args) -> tuple[Figure, dict]:
     sizes = QUICK if args.quick else FULL
     begin(args.out, {"seed": args.seed, "steps": args.steps, "brightness": BRIGHTNESS, **sizes})
-    base, shards, subspace = args.out / "base", args.out / "shards", args.out / "subspace.safetensors"
+    base, shards, subspace = args.out / "autoencoder", args.out / "shards", args.out / "subspace.safetensors"
     once(base, lambda beside: autoencoder(beside, args.seed, sizes))
     pictures = args.out / "pictures"
     once(pictures, lambda beside: write_pictures(beside, sizes["pictures"], args.seed))
     encode = ["--size", SIZE, "--max-length", TEXT_LENGTH, "--dtype", "float32", "--batch", 32]
-    if not (args.out / "latent").exists():  # where it is, `encode` would find another model in base
+    if not (args.out / "pixel-base").exists():  # then the shards are there, too
         run("data", "encode", "--base", base, "--data", pictures, "--out", shards, *encode)
-    once(args.out / "latent", lambda beside: latent_model(base, beside, shards, args.seed, sizes["latent"]))
-    once(args.out / "untrained", lambda beside: untrained(args.out / "latent", beside, args.seed))
+    once(args.out / "pixel-base", lambda beside: latent_model(base, beside, shards, args.seed, sizes["latent"]))
+    once(args.out / "scratch-base", lambda beside: untrained(args.out / "pixel-base", beside, args.seed))
     if not subspace.exists():
         run("subspace", "procrustes", "--shards", shards, "--out", subspace)
     scale = Subspace.load(subspace).scale.item()
@@ -93,8 +98,8 @@ def experiment(args) -> tuple[Figure, dict]:
     everything = {"finetune.lora": "null"}
     from_nothing = {**everything, "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
     settings = {
-        "pixel": {**common, **everything, "finetune.base": args.out / "latent"},
-        "scratch": {**common, **from_nothing, "finetune.base": args.out / "untrained"},
+        "pixel": {**common, **everything, "finetune.base": args.out / "pixel-base"},
+        "scratch": {**common, **from_nothing, "finetune.base": args.out / "scratch-base"},
     }
     train({args.out / name: those for name, those in settings.items()})
     picture, results = compared(args, sizes["asked"])
@@ -217,7 +222,7 @@ def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
     """Of the gradient at the start, plain to variance-reduced, in micro-batches of the same images and noise."""
     data, moments = EncodedShards(settings["data.path"]), {}
     for name, shift in (("plain", "null"), ("reduced", 0.3)):
-        given = {**settings, "finetune.base": out / "latent", "loss.variance_reduction": shift}
+        given = {**settings, "finetune.base": out / "pixel-base", "loss.variance_reduction": shift}
         config = load_config("asymflux2_tiny", [f"{key}={value}" for key, value in given.items()])
         torch.manual_seed(config.train.seed)
         model = make_finetuned(config, Subspace.load(settings["finetune.subspace"]))
@@ -235,7 +240,7 @@ def compared(args, asked: int) -> tuple[Figure, dict]:
     samples = [dimmed(pictures[i]) for i in range(asked)]
     truth = torch.stack([to_float(sample.image) for sample in samples])
     captions = [sample.caption for sample in samples]
-    base = Flux2KleinPipeline.from_pretrained(args.out / "latent", local_files_only=True)
+    base = Flux2KleinPipeline.from_pretrained(args.out / "pixel-base", local_files_only=True)
     text, empty = (encode_prompts(base, words, TEXT_LENGTH) for words in (captions, [""]))
     subspace = Subspace.load(args.out / "subspace.safetensors")
     drawn = {"data": truth, "autoencoder": decode_latents(base.vae, encoded(base.vae, truth))}
@@ -251,7 +256,7 @@ def compared(args, asked: int) -> tuple[Figure, dict]:
 
 
 def loaded(out: Path, model: str) -> AsymFlow:
-    folder, base = out / f"{model}-adapter", out / ("latent" if model == "pixel" else "untrained")
+    folder, base = out / f"{model}-adapter", out / f"{model}-base"
     once(folder, lambda beside: run("export", "--run", out / model, "--out", beside))
     return load_adapter(Flux2Transformer2DModel.from_pretrained(base / "transformer"), folder)
 

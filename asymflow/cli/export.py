@@ -2,8 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -11,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
+from asymflow.cli.models import about, add_choice, choose, make_model, whole
 from asymflow.errors import InputError
-from asymflow.model import AsymFlow
 
 EXAMPLES = {
     "export": """\
@@ -39,8 +37,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLES["export"],
     )
     p.add_argument("--run", dest="folder", type=Path, required=True, help="folder of the training run")
-    p.add_argument("--step", type=int, help="of the checkpoint, if not the newest")
-    p.add_argument("--ema", help="an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)")
+    add_choice(p)
     add_base(p)
     p.add_argument("--out", type=Path, required=True, help="new folder for the model")
     p.set_defaults(run=run_export)
@@ -65,26 +62,10 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from asymflow.training import checkpoint, run
-
     new_folder(args.out)
-    folder = args.folder / run.CHECKPOINTS
-    steps = checkpoint.steps(folder)
-    if not steps:
-        raise InputError(f"{folder} holds no whole checkpoint")
-    step = steps[-1] if args.step is None else args.step
-    if step not in steps:
-        raise InputError(f"{folder} has no step {step}: it has {', '.join(map(str, steps))}")
-    reader = whole(folder, step, partial(tqdm, desc="checking", unit="file", leave=False))
-    averages = list(reader.state["averages"])
-    name = args.ema or (averages[0] if averages else "none")
-    if name not in ("none", *averages):
-        raise InputError(
-            f"--ema {name} is not in the checkpoint: it has {', '.join(averages) or 'no averages'}, and none"
-        )
-    weights = reader.full("weights" if name == "none" else checkpoint.average_kind(name))
-    save(args, weights, reader)
-    print(f"step {reader.state['step']}, average {name}: {args.out}")
+    choice = choose(args.folder, args.step, args.ema)
+    save(args, choice.weights(), choice.folder)
+    print(f"step {choice.step}, average {choice.average}: {args.out}")
 
 
 def run_ema(args: argparse.Namespace) -> None:
@@ -109,12 +90,12 @@ def run_ema(args: argparse.Namespace) -> None:
     weights: dict[str, Tensor] = {}
     with tqdm(used, desc="adding up", unit="average", leave=False) as bar:
         for step, terms in groupby(bar, key=lambda term: term[0]):
-            reader = whole(folder, step)
+            reader = whole(checkpoint.folder_of(folder, step))
             for _, name, coefficient in terms:
                 for parameter, values in reader.full(checkpoint.average_kind(name)).items():
                     term = coefficient * values.double()
                     weights[parameter] = weights[parameter] + term if parameter in weights else term
-    save(args, {name: values.float() for name, values in weights.items()}, reader)
+    save(args, {name: values.float() for name, values in weights.items()}, reader.folder)
     print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} averages: {args.out}")
     print(f"of its profile, {unmatched:.2%} (of the norm) could not be matched")
     if unmatched > ema.MISMATCH:
@@ -128,43 +109,24 @@ def run_ema(args: argparse.Namespace) -> None:
         )
 
 
-def whole(folder: Path, step: int, progress: Callable = iter):
-    """Reads a checkpoint. InputError unless every byte of it is as it was written."""
-    from asymflow.training import checkpoint
-
-    found = checkpoint.folder_of(folder, step)
-    if reason := checkpoint.fault(found, progress=progress):
-        raise InputError(f"{found} is damaged ({reason}): move it away, to do without it")
-    return checkpoint.Reader(found)
-
-
-def save(args: argparse.Namespace, weights: dict[str, Tensor], reader) -> None:
-    """Make the model of the weights, of which `reader` read the last."""
-    from asymflow.subspace import Subspace
-    from asymflow.training import checkpoint, run
-    from asymflow.training.config.reading import load_config
-    from asymflow.training.repa import PROJECTOR
-    from asymflow.training.start import make_flow
-
-    subspace = Subspace.load(args.folder / run.SUBSPACE)
-    if reader.state["subspace"] != checkpoint.fingerprint(subspace):
-        raise InputError(f"{reader.folder} was trained with another subspace than {args.folder / run.SUBSPACE}")
-    config = load_config(args.folder / run.CONFIG)
-    if config.finetune:
-        save_adapter(args, weights, subspace, config, reader.state["base"])
-        return
-    flow: AsymFlow = make_flow(config, subspace)
-    own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
-    flow.load_state_dict({**flow.state_dict(), **own})
+def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> None:
+    """Make the model of the weights, the last of which are of the checkpoint in `folder`."""
+    config, subspace, state = about(args.folder, folder)
     with replacing_folder(args.out) as beside:
-        flow.eval().save_pretrained(beside)
+        if config.finetune:
+            write_adapter(args, beside, weights, config, subspace, state["base"])
+        else:
+            make_model(config, subspace, weights).save_pretrained(beside)
 
 
-def save_adapter(args: argparse.Namespace, weights: dict[str, Tensor], subspace, config, base: str) -> None:
+def write_adapter(
+    args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, fingerprint: str
+) -> None:
     """Write the weights as an adapter to the latent model that they were made of, in the published layout."""
-    from asymflow.adapters import write_adapter
+    from asymflow import adapters
     from asymflow.training.finetuning import published, transformer_config
 
-    with replacing_folder(args.out) as beside:
-        about = transformer_config(args.base or Path(config.finetune.base))
-        write_adapter(beside, published(weights), subspace, about, base)
+    base = args.base or Path(config.finetune.base)
+    adapters.write_adapter(
+        folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=str(base)
+    )

@@ -14,6 +14,7 @@ from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import info_flux2
 from asymflow.cli.common import at_least, image_size
 from asymflow.cli.info_flux2 import GPUS, STAGES
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, refuse_choice
 from asymflow.errors import InputError
 from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
@@ -25,7 +26,7 @@ operations and memory are counted on tensors without numbers. It takes seconds."
 
 EXAMPLES = f"""\
 examples:
-  asymflow info runs/h16                                    a folder of save_pretrained
+  asymflow info runs/h16                                    a training run, or a folder of save_pretrained
   asymflow info asymflow_h_16_r8_imagenet.safetensors       a published checkpoint
   asymflow info JiT-H/16 --batch 128 --gpus 8               no file yet: what would it cost to train?
   asymflow info JiT-L/32 --image-size 512x768 --json
@@ -49,7 +50,8 @@ LABEL = 15  # characters of the first column
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("info", description=TEXT, epilog=EXAMPLES)
-    p.add_argument("model", metavar="MODEL", help="folder, published file, a name; or config")
+    p.add_argument("model", metavar="MODEL", help=f"{MODEL}; a name; or config")
+    add_choice(p)
     p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
     p.add_argument(
         "--batch", type=at_least(1), metavar="N", help=f"images on each GPU in training (default: {BATCH}; FLUX.2: 1)"
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
         print(configuration(args.json))
         return
     klein = info_flux2.recognized(args.model)
+    if not is_run(Path(args.model)):
+        refuse_choice(args.model, args.step, args.ema)
     found = info_flux2.describe(args) if klein else describe(args)
     text = info_flux2.as_text if klein else as_text
     print(json.dumps(found, indent=2) if args.json else text(found))
@@ -90,7 +94,8 @@ def describe(args: argparse.Namespace) -> dict:
     if named:
         kind, model = "a model that could be trained", from_name(args.model, RANK if args.rank is None else args.rank)
     else:
-        kind, model = from_folder(path) if path.is_dir() else from_file(path, args.in_context_start)
+        place = find_model(path, args.step, args.ema)
+        kind, model = from_run(place) if isinstance(place, Choice) else from_place(place, args.in_context_start)
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale.item()}
@@ -111,6 +116,14 @@ def from_name(name: str, rank: int) -> AsymFlow:
     if rank > jit.dim:
         raise InputError(f"--rank {rank} is more than the {jit.dim} dimensions of a token of {name}")
     return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)))
+
+
+def from_run(choice: Choice) -> tuple[str, AsymFlow]:
+    return f"a training run, step {choice.step}, average {choice.average}", model_of_run(choice, read=False)
+
+
+def from_place(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow | Subspace | dict]:
+    return from_folder(path) if path.is_dir() else from_file(path, in_context_start)
 
 
 def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:

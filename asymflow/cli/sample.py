@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from asymflow import files, packages
 from asymflow.cli.common import default_device, image_size, this_process, usable_device
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
 from asymflow.errors import InputError
@@ -25,10 +26,11 @@ from asymflow.patches import token_grid
 from asymflow.pictures import image_grid
 from asymflow.published import load_published
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
+from asymflow.training.checkpoint import MANIFEST
 
 EXAMPLES = """\
 examples:
-  asymflow sample --model runs/h16 --classes 207,360 --num 16 --out runs/dogs
+  asymflow sample --model runs/h16 --classes 207,360 --num 16 --out runs/dogs    the newest checkpoint of a training
   asymflow sample --model asymflow_h_16_r8_imagenet.safetensors --classes all --num 50000 --out runs/fid
   torchrun --nproc-per-node 8 -m -- asymflow sample --model runs/h16 --num 50000 --out runs/fid    on 8 GPUs
   asymflow sample --base FLUX.2-klein-base-9B --adapter AsymFLUX.2-klein-9B --prompt "a red square" --out runs/red
@@ -85,7 +87,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
 
     classes = p.add_argument_group("images of classes")
-    classes.add_argument("--model", type=Path, help="folder of save_pretrained, or a published checkpoint file")
+    classes.add_argument("--model", type=Path, help=MODEL)
+    add_choice(classes)
     classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
     classes.add_argument("--method", choices=METHODS, help="heun evaluates the model twice a step (default: heun)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
@@ -136,7 +139,8 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
 def run_classes(args: argparse.Namespace) -> None:
     check(args)
     device = own_device(args)
-    flow = load(args.model, getattr(torch, args.dtype), device)
+    found = find_model(args.model, args.step, args.ema)
+    flow = load(found, getattr(torch, args.dtype), device)
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
@@ -144,7 +148,7 @@ def run_classes(args: argparse.Namespace) -> None:
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
-    open_record(args, settings(args, flow, classes), plan, make_again(args))
+    open_record(args, settings(args, found, flow, classes), plan, make_again(args, found))
     draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
 
 
@@ -210,12 +214,15 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
 
 
-def load(path: Path, dtype: torch.dtype, device: torch.device) -> AsymFlow:
-    if path.is_dir():
-        return AsymFlow.from_pretrained(path, dtype=dtype, device=device)
-    flow = load_published(path)
-    if not isinstance(flow, AsymFlow):
-        raise InputError(f"{path} is a subspace, not a model: see asymflow subspace show {path}")
+def load(found: Path | Choice, dtype: torch.dtype, device: torch.device) -> AsymFlow:
+    if isinstance(found, Choice):
+        flow = model_of_run(found)
+    elif found.is_dir():
+        return AsymFlow.from_pretrained(found, dtype=dtype, device=device)
+    else:
+        flow = load_published(found)
+        if not isinstance(flow, AsymFlow):
+            raise InputError(f"{found} is a subspace, not a model: see asymflow subspace show {found}")
     flow.backbone.to(dtype)
     return flow.to(device).eval()
 
@@ -243,11 +250,10 @@ def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: l
 
 
 # ---- The record: what made the images, so that a folder never holds those of two different runs ----------------------
-def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> dict:
+def settings(args: argparse.Namespace, found: Path | Choice, flow: AsymFlow, classes: list[int]) -> dict:
     """Everything that an image depends on besides its index."""
-    weights = args.model / WEIGHTS if args.model.is_dir() else args.model
     return {
-        "model_sha256": files.sha256(weights),
+        **identity(found),
         "sigma_min": flow.sigma_min,
         "noise_scale": flow.noise_scale,
         "classes": "all" if args.classes == "all" else classes,
@@ -264,12 +270,20 @@ def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> di
     }
 
 
+def identity(found: Path | Choice) -> dict:
+    """Of the weights, whatever they are called. The manifest of a checkpoint has the checksums of its files."""
+    if isinstance(found, Choice):
+        manifest = files.sha256(found.folder / MANIFEST)
+        return {"checkpoint_sha256": manifest, "step": found.step, "average": found.average}
+    return {"model_sha256": files.sha256(found / WEIGHTS if found.is_dir() else found)}
+
+
 def open_record(
-    args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: str, kind: str = "class"
+    args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: dict[str, str], kind: str = "class"
 ) -> None:
     """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
 
-    plan: index and class, or another `kind`, of each image. again: the command that makes one again.
+    plan: index and class, or another `kind`, of each image. again: how to make one again, such as the command.
 
     Every process does it, before its first image: the same content, whoever is first.
     """
@@ -284,6 +298,11 @@ def open_record(
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
+        if "step" in before and "step" in now and before["step"] != now["step"]:
+            raise InputError(
+                f"{args.out} holds images of step {before['step']} of a run, but this is step {now['step']}: go on "
+                f"with --step {before['step']}, or choose another --out"
+            )
         if differing:
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
     elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
@@ -291,7 +310,7 @@ def open_record(
     known = bool(images)
     images |= dict(plan)
     entries = [{"file": name(i), "index": i, kind: images[i]} for i in sorted(images)]
-    record = {"make_again": again, "settings": now, "images": entries}
+    record = {**again, "settings": now, "images": entries}
     try:
         with files.replacing(path, new=not known) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
@@ -299,7 +318,8 @@ def open_record(
         open_record(args, now, plan, again, kind)
 
 
-def make_again(args: argparse.Namespace) -> str:
+def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:
+    """The command, and the run if the model is one of a run."""
     options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "dtype", "classes"]
     words = ["asymflow", "sample", "--model", str(args.model), "--first", "INDEX", "--num", "1", "--out", "FOLDER"]
     for option in options:
@@ -307,7 +327,10 @@ def make_again(args: argparse.Namespace) -> str:
     words += ["--interval", ",".join(map(str, args.interval))]
     words += ["--size", "x".join(map(str, args.size))]
     words += ["--clamp"] if args.clamp else []
-    return shlex.join(words)
+    if isinstance(found, Choice):
+        words += ["--step", str(found.step), "--ema", found.average]
+        return {"make_again": shlex.join(words), "run": str(found.run)}
+    return {"make_again": shlex.join(words)}
 
 
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:

@@ -58,7 +58,7 @@ def run_prompts(args: argparse.Namespace) -> None:
         return oklab_to_rgb(drawn.images).cpu()
 
     now = settings(args, pipeline, prompts, loras, (height, width))
-    open_record(args, now, plan, make_again(args, height, width), kind="prompt")
+    open_record(args, now, plan, {"make_again": make_again(args, height, width)}, kind="prompt")
     draw_missing(args, plan, draw)
 
 

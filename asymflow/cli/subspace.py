@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
+from asymflow.cli.models import is_run
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
@@ -76,7 +77,9 @@ def add_command(commands) -> None:
     procrustes.set_defaults(run=run_procrustes)
 
     show = actions.add_parser("show", help="print what is in a file, and draw it", description=SHOW)
-    show.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, .pt of the reference, or a model")
+    show.add_argument(
+        "file", type=Path, metavar="FILE", help="a .safetensors file, .pt of the reference, a model, or a run"
+    )
     show.add_argument("--out", type=Path, metavar="PNG", help="also draw the directions and their energy to this file")
     show.set_defaults(run=run_show)
 
@@ -318,6 +321,8 @@ def run_show(args: argparse.Namespace) -> None:
 
 def load(path: Path) -> Subspace:
     """The subspace in a file of this library or the reference, or of a model, published or in a folder of its own."""
+    if is_run(path):
+        return Subspace.load(path / "subspace.safetensors")
     if path.is_dir():
         return AsymFlow.from_pretrained(path).subspace
     if path.suffix == ".safetensors" and "basis" in files.read_tensors(path)[0]:

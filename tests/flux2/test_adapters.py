@@ -64,7 +64,7 @@ def flow(latent, subspace):
 @pytest.fixture(scope="module")
 def adapter(flow, latent, subspace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    write_adapter(folder, changed(flow), subspace, latent.config, fingerprint(latent))
+    write_adapter(folder, changed(flow), subspace, latent.config, fingerprint(latent), base_name="models/right-base")
     return folder
 
 
@@ -315,8 +315,21 @@ def test_blocks_that_a_file_of_others_leaves_out_are_named(adapter, latent, tmp_
 
 
 def test_a_wrong_base_of_the_same_shapes_is_recognized(adapter):
-    with pytest.raises(InputError, match="another base model of the same shapes"):
-        load_adapter(make_base(["a red square"], seed=1).transformer, adapter)
+    other = make_base(["a red square"], seed=1).transformer
+    with pytest.raises(InputError, match=r"base model of the same shapes \(it was trained on models/right-base\)"):
+        load_adapter(other, adapter)
+
+
+def test_the_refusal_names_the_base_that_was_given_and_a_hint_is_nothing_but_text(adapter, latent, tmp_path):
+    make_base(["a red square"], seed=1).transformer.save_pretrained(tmp_path / "wrong-base")
+    given = type(latent).from_pretrained(tmp_path / "wrong-base")
+    with pytest.raises(InputError, match=r"those of \S+wrong-base "):
+        load_adapter(given, adapter)
+    tensors, metadata = files.read_tensors(adapter / WEIGHTS)
+    files.write_tensors(tmp_path / "odd.safetensors", tensors, {**metadata, "base": "a\nb\x1b[2J" + 1000 * "c"})
+    with pytest.raises(InputError, match=r"trained on ab\[2Jc+\)") as caught:
+        load_adapter(given, tmp_path / "odd.safetensors")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_base_that_is_used_up_is_refused(adapter, latent):
@@ -338,5 +351,6 @@ def test_other_files_are_refused_and_pickles_not_even_opened(latent, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             load_adapter(latent, tmp_path / name)
-    with pytest.raises(InputError, match="neither an adapter here nor one that the Hub gave"):
-        load_adapter(latent, "nobody/no-such-adapter")
+    for name in ("nobody/no-such-adapter", "nobody/no-such.adapter/a/file.safetensors"):
+        with pytest.raises(InputError, match="neither an adapter here nor one that the Hub gave"):
+            load_adapter(latent, name)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -348,6 +350,39 @@ def test_what_cannot_be_described(refused, tmp_path):
     assert "final_layer.linear.bias" in refused("info", file, "--in-context-start", 1)
     pickle = publish(flow(), tmp_path / "model.pth")
     assert "asymflow import" in refused("info", pickle, "--in-context-start", 1)
+
+
+# ---- On the Hub ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that is the Hub: ORG/NAME/FILE."""
+    monkeypatch.setattr("asymflow.hub.hf_hub_download", lambda repository, file: str(tmp_path / repository / file))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["repository", "file"])
+def test_a_model_of_the_hub_is_the_one_that_is_here(run, hub, monkeypatch, kind):
+    name = "some-org/Some-Model-1.5" + "/h.safetensors" * (kind == "file")
+    there = hub / name
+    model = flow(depth=12, width=768, heads=12, in_context_start=4) if kind == "file" else flow()
+    there.parent.mkdir(parents=True)
+    publish(model, there) if kind == "file" else model.save_pretrained(there)
+    remote, here = info(run, name), info(run, there)
+    assert (remote.pop("model"), here.pop("model")) == (name, str(there))
+    assert remote == here
+    for out, source in (("a", name), ("b", there)):
+        run("sample", "--model", source, "--num", "1", "--steps", "1", "--out", hub / out)
+    assert (hub / "a/000000.png").read_bytes() == (hub / "b/000000.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "model", ["nobody/nothing", "nobody/nothing.1", "nobody/no/file.safetensors", "no/such/folder", "/no/such/folder"]
+)
+@pytest.mark.parametrize("command", [["info"], ["sample", "--out", "no", "--model"]])
+def test_what_is_neither_here_nor_on_the_hub_is_one_line(refused, command, model):
+    line = refused(*command, model)
+    assert model in line
+    assert "neither a model here nor one that the Hub gave" in line or "does not exist" in line
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------

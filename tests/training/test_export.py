@@ -1,6 +1,8 @@
-"""`asymflow export` and `asymflow ema`: what comes out of a training run is the model that was trained."""
+"""What comes out of a training run, by `asymflow export`, `ema`, `sample` and `info`, is the model that was trained."""
 
+import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -66,7 +68,9 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
     said = capsys.readouterr()
     assert float(re.search(r"of its profile, (.*)% ", said.out)[1]) > 10
     remark = said.err.rpartition("\r")[2]
-    step, widths = re.search(r"Matched exactly: --step (\d+) --sigma-rel (.*?)\. To match others better", remark).groups()
+    step, widths = re.search(
+        r"Matched exactly: --step (\d+) --sigma-rel (.*?)\. To match others better", remark
+    ).groups()
     assert (step, widths) == ("5", "0.05 or 0.1 or 0.0125 or 0.2886")
     shutil.rmtree(tmp_path / "model")
     assert main([*ema, "--sigma-rel", "0.0125", "--step", step]) == 0
@@ -129,3 +133,89 @@ def test_the_subspace_has_to_be_the_one_that_was_trained_with(run, tmp_path, cap
     assert main([*command, "--run", str(copy), "--out", str(tmp_path / "model")]) == 2
     assert f"00000012 was trained with another subspace than {copy}/subspace.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+# ---- `asymflow sample` and `asymflow info` of a run ------------------------------------------------------------------
+def sample(model, out, *options):
+    return main(["sample", "--model", str(model), "--out", str(out), "--num", "2", "--steps", "2", *options])
+
+
+def record(folder):
+    return json.loads((folder / "samples.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "average"), [([], 12, "0.5"), (["--ema", "none", "--step", "6"], 6, "none")]
+)
+def test_samples_of_a_run_are_those_of_its_exported_model(run, tmp_path, capsys, options, step, average):
+    assert sample(run, tmp_path / "a", *options) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "training run" in line]
+    assert line == f"{run} is a training run: step {step}, average {average}"
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "model"), *options]) == 0
+    assert sample(tmp_path / "model", tmp_path / "b") == 0
+    for name in ("000000.png", "000001.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    found = record(tmp_path / "a")
+    assert (found["run"], found["settings"]["step"], found["settings"]["average"]) == (str(run), step, average)
+    again = found["make_again"].replace("INDEX", "1").replace("FOLDER", str(tmp_path / "c"))
+    assert main(shlex.split(again)[1:]) == 0
+    assert (tmp_path / "a/000001.png").read_bytes() == (tmp_path / "c/000001.png").read_bytes()
+
+
+def test_images_of_two_checkpoints_of_a_run_do_not_mix(run, tmp_path, capsys):
+    growing = shutil.copytree(run, tmp_path / "run")
+    (growing / "checkpoints/00000012").rename(tmp_path / "later")
+    assert sample(growing, tmp_path / "out") == 0
+    (tmp_path / "later").rename(growing / "checkpoints/00000012")
+    (tmp_path / "out/000001.png").unlink()
+    capsys.readouterr()
+    assert sample(growing, tmp_path / "out") == 2
+    said = f"{tmp_path}/out holds images of step 6 of a run, but this is step 12: go on with --step 6"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out/000001.png").exists()
+    assert sample(growing, tmp_path / "out", "--step", "6") == 0
+    assert (tmp_path / "out/000001.png").exists()
+
+
+def test_info_of_a_run_is_that_of_its_exported_model(run, tmp_path, capsys):
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "model")]) == 0
+    found = []
+    for model in (run, tmp_path / "model"):
+        capsys.readouterr()
+        assert main(["info", str(model), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0].pop("kind") == "a training run, step 12, average 0.5"
+    assert found[1].pop("kind") == "a folder of save_pretrained"
+    assert [one.pop("model") for one in found] == [str(run), str(tmp_path / "model")]
+    assert found[0] == found[1]
+
+
+def test_the_subspace_of_a_run_can_be_shown(run, capsys):
+    assert main(["subspace", "show", str(run)]) == 0
+    assert "of 192 dimensions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sample", "info"])
+def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
+    def refused(model, *options):
+        out = ["--out", str(tmp_path / "out")] if command == "sample" else []
+        words = ["--model", str(model)] if command == "sample" else [str(model)]
+        assert main([command, *words, *out, *options]) == 2
+        assert not (tmp_path / "out").exists()
+        *said, line = capsys.readouterr().err.splitlines()
+        assert all("is a training run: step" in other for other in said)
+        return line
+
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9" in refused(copy, "--ema", "0.3")
+    assert "has no step 7: it has 6, 12" in refused(copy, "--step", "7")
+    assert f"give its run, {copy}, and --step 6" in refused(copy / "checkpoints/00000006")
+    (copy / "config.yaml").write_text("base: asymflux2_tiny\n")
+    line = refused(copy)
+    assert "finetunes runs/toy/asymflux2_tiny/pixel-base: asymflow export --run" in line
+    assert "asymflow sample --base BASE --adapter ADAPTER" in line
+    shutil.rmtree(copy / "checkpoints")
+    assert "holds no whole checkpoint" in refused(copy)
+    (copy / "config.yaml").unlink()
+    assert "--ema is for a training run, but" in refused(copy, "--ema", "0.5")
+    assert "--step is for a training run, but" in refused("JiT-B/16", "--step", "5")

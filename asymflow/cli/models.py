@@ -1,0 +1,132 @@
+"""The model that a command is given: a folder, a file, a training run, or a name on the Hugging Face Hub."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import hub
+from asymflow.cli.common import this_process
+from asymflow.errors import InputError
+from asymflow.model import CONFIG, WEIGHTS, AsymFlow
+
+MODEL = "folder of save_pretrained, run of train_ddp.py, published file, or ORG/NAME or ORG/NAME/FILE on the Hub"
+
+
+def add_choice(parser) -> None:
+    """The options --step and --ema, by which a checkpoint of a run becomes a model: see `choose`."""
+    parser.add_argument("--step", type=int, help="of the checkpoint of a run, if not the newest")
+    ema = "of a run: an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)"
+    parser.add_argument("--ema", help=ema)
+
+
+class Choice(NamedTuple):
+    """A model of a training run: the weights, or an `average`, of the checkpoint that is in `folder`."""
+
+    run: Path
+    folder: Path
+    step: int
+    average: str
+
+    def weights(self) -> dict[str, Tensor]:
+        """By the names of the parameters. InputError unless every byte of the checkpoint is as it was written."""
+        from asymflow.training import checkpoint
+
+        reader = whole(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
+        return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()  # asymflow.training.run.CONFIG, whose import needs more than [library]
+
+
+def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
+    """The folder or file of a model that is here or on the Hub; of a run, what --step and --ema mean. InputError.
+
+    What it takes of a run, it says.
+    """
+    if is_run(path):
+        choice = choose(path, step, ema)
+        if this_process()[0] == 0:
+            print(f"{path} is a training run: step {choice.step}, average {choice.average}", file=sys.stderr)
+        return choice
+    refuse_choice(path, step, ema)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        raise InputError(f"{path} is a checkpoint: give its run, {path.parent.parent}, and --step {int(path.name)}")
+    return hub.locate(path, CONFIG, WEIGHTS, what="a model")
+
+
+def refuse_choice(model: object, step: int | None, ema: str | None) -> None:
+    if step is not None or ema is not None:
+        raise InputError(f"--{'step' if ema is None else 'ema'} is for a training run, but {model} is none")
+
+
+def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
+    """What --step and --ema mean of a run, by default the newest checkpoint and its first average. InputError."""
+    from asymflow.training import checkpoint, run
+
+    checkpoints = folder / run.CHECKPOINTS
+    steps = checkpoint.steps(checkpoints)
+    if not steps:
+        raise InputError(f"{checkpoints} holds no whole checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise InputError(f"{checkpoints} has no step {step}: it has {', '.join(map(str, steps))}")
+    chosen = checkpoint.folder_of(checkpoints, step)
+    averages = list(checkpoint.read_state(chosen)["averages"])
+    average = ema or (averages[0] if averages else "none")
+    if average not in ("none", *averages):
+        raise InputError(
+            f"--ema {average} is not in the checkpoint: it has {', '.join(averages) or 'no averages'}, and none"
+        )
+    return Choice(folder, chosen, step, average)
+
+
+def whole(folder: Path, progress: Callable = iter):
+    """Reads a checkpoint. InputError unless every byte of it is as it was written."""
+    from asymflow.training import checkpoint
+
+    if reason := checkpoint.fault(folder, progress=progress):
+        raise InputError(f"{folder} is damaged ({reason}): move it away, to do without it")
+    return checkpoint.Reader(folder)
+
+
+def about(run_folder: Path, folder: Path) -> tuple:
+    """The configuration and the subspace of a run, and the state of its checkpoint. InputError if they do not fit."""
+    from asymflow.subspace import Subspace
+    from asymflow.training import checkpoint, run
+    from asymflow.training.config.reading import load_config
+
+    subspace, state = Subspace.load(run_folder / run.SUBSPACE), checkpoint.read_state(folder)
+    if state["subspace"] != checkpoint.fingerprint(subspace):
+        raise InputError(f"{folder} was trained with another subspace than {run_folder / run.SUBSPACE}")
+    return load_config(run_folder / run.CONFIG), subspace, state
+
+
+def model_of_run(choice: Choice, read: bool = True) -> AsymFlow:
+    """A model of a run, in eval mode; not `read`, without its numbers. InputError if it is a finetuning."""
+    config, subspace, _ = about(choice.run, choice.folder)
+    if config.finetune:
+        raise InputError(
+            f"{choice.run} finetunes {config.finetune.base}: asymflow export --run {shlex.quote(str(choice.run))} "
+            "--out ADAPTER makes an adapter of it, for asymflow sample --base BASE --adapter ADAPTER"
+        )
+    return make_model(config, subspace, choice.weights() if read else None)
+
+
+def make_model(config, subspace, weights: dict[str, Tensor] | None) -> AsymFlow:
+    from asymflow.training.repa import PROJECTOR
+    from asymflow.training.start import make_flow
+
+    with torch.device("meta" if weights is None else "cpu"):
+        flow: AsymFlow = make_flow(config, subspace)
+    if weights is not None:
+        own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
+        flow.load_state_dict({**flow.state_dict(), **own})
+    return flow.eval()
