@@ -6,6 +6,9 @@ import deepspeed.ops
 
 import asymflow.training.start  # noqa: F401
 
+with contextlib.suppress(ImportError):
+    import asymflow.training.finetuning
+
 with contextlib.suppress(ImportError):  # torch.compile, which takes seconds. Not in every version of DeepSpeed
     import deepspeed.runtime.zero.muon.muon_optimizer
 

@@ -149,22 +149,50 @@ OTHERS = {  # of another curve
         "sample.steps=2",
     ],
 }
+CASES = VARIANTS | OTHERS
 RESUMED = ("stage1", "stage3", "dropout")
+QUICK = ("stage3", "accumulated", "bf16", "full", "plain", "perceptual")
 
 
 @pytest.fixture(scope="module")
-def runs(made, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    todo = [words(made, folder / name, *more) for name, more in (VARIANTS | OTHERS).items()]
-    for name in RESUMED:  # stopped after 3 of the 6 steps, and continued
-        more = (VARIANTS | OTHERS)[name]
-        todo += [words(made, folder / f"{name}-resumed", *more, *stop) for stop in (["train.steps=3"], [])]
-    (folder / "said").write_text("\n".join(train(2, *todo)))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def train_all(made, folder, names):
+    """On two ranks; those in RESUMED once more, stopped after 3 of the 6 steps and continued, as NAME-resumed."""
+    todo = [words(made, folder / name, *CASES[name]) for name in names]
+    for name in names:
+        if name in RESUMED:
+            more = words(made, folder / f"{name}-resumed", *CASES[name])
+            todo += [[*more, "--set", "train.steps=3"], more]
+    with (folder / "said").open("a") as said:
+        print(*train(2, *todo), sep="\n", file=said)
+
+
+@pytest.fixture(scope="module")
+def quick_runs(made, folder):
+    train_all(made, folder, QUICK)
     train(1, words(made, folder / "alone"))
+
+
+@pytest.fixture(scope="module")
+def other_runs(quick_runs, made, folder):
+    train_all(made, folder, [name for name in CASES if name not in QUICK])
+
+
+@pytest.fixture
+def runs(request, folder):
+    """Where the runs are: those in QUICK, and all if the test is slow."""
+    request.getfixturevalue("other_runs" if request.node.get_closest_marker("slow") else "quick_runs")
     return folder
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+def slow_unless_quick(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_unless_quick(VARIANTS))
 def test_every_way_to_share_the_work_gives_the_same_curve(runs, name):
     expected, found = metrics(runs / "alone"), metrics(runs / name)
     assert [m["step"] for m in found] == [1, 2, 3, 4, 5, 6]
@@ -174,13 +202,15 @@ def test_every_way_to_share_the_work_gives_the_same_curve(runs, name):
         assert m["lr"] == e["lr"]
 
 
-@pytest.mark.parametrize(("half", "whole"), [("bf16", "alone"), ("bf16-full", "full")])
+@pytest.mark.parametrize(
+    ("half", "whole"), [("bf16", "alone"), pytest.param("bf16-full", "full", marks=pytest.mark.slow)]
+)
 def test_in_bfloat16_it_is_about_the_same_curve(runs, half, whole):
     for m, e in zip(metrics(runs / half), metrics(runs / whole), strict=True):
         assert m["loss"] == pytest.approx(e["loss"], rel=0.05)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_unless_quick(RESUMED))
 def test_a_resumed_finetuning_has_the_same_bits(runs, name):
     a, b = tensors(runs / name, 6), tensors(runs / f"{name}-resumed", 6)
     assert a.keys() == b.keys()
@@ -342,6 +372,7 @@ def test_latents_and_images_of_a_batch_belong_together(made):
     assert np.mean(dropped) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(dropped)) ** 0.5)
 
 
+@pytest.mark.slow
 def test_buckets_with_fewer_images_than_a_batch_are_named(runs):
     sizes, counts = [(16, 16 * n) for n in range(1, 10)], [8, 7, 0, 1, 2, 3, 4, 5, 80]
     data = SimpleNamespace(buckets=sizes, bucket=np.repeat(np.arange(9), counts))
