@@ -1,5 +1,7 @@
 """What a model costs: closed formulas, published figures, real memory, and DeepSpeed's own accounting."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +70,7 @@ jits = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(jits, st.integers(0, DIM), st.integers(1, 4), st.integers(1, 4))
 def test_operations_are_those_of_the_closed_formula(sizes, rank, rows, columns):
     model, n = flow(rank, **sizes), rows * columns
@@ -169,6 +171,7 @@ def test_peak_is_that_of_the_allocator():
     assert counted == pytest.approx(peak, rel=0.01)  # kernels may have workspaces
 
 
+@cache
 def kept(tokens=16, batch=1, precision="float32", **sizes):
     model = flow(image_size=16, **sizes)
     return cost.activation_bytes(model, (CHANNELS, 4, 4 * tokens), batch, precision)[0]

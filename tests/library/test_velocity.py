@@ -520,7 +520,8 @@ def example(rank=3, scale=0.7, dtype=torch.float32):
 
 
 INDUCTOR = pytest.param(
-    "inductor", marks=pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+    "inductor",
+    marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")],
 )
 
 
