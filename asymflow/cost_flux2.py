@@ -59,11 +59,11 @@ def settings(lora_rank: int | None = LORA_RANK, checkpointing: bool = True, lpip
     return {**dict.fromkeys(PLACES, "none"), "finetune.checkpointing": checkpointing, **lora, **perceptual}
 
 
-def random_perceptual(device: str | torch.device) -> Perceptual:
+def random_perceptual(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> Perceptual:
     """LPIPS whose VGG16 is random, which costs as much as any other; on the meta device it is not even drawn."""
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips asks torchvision for VGG16 in a way of the past
-        return Perceptual("random", device, torch.bfloat16)
+        return Perceptual("random", device, dtype)
 
 
 class Step(nn.Module):
@@ -178,7 +178,7 @@ def parameters(step: Step) -> dict[str, int]:
 def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | None = None) -> dict[str, int]:
     """The bytes on each GPU that do not depend on the batch, by kind; "host": in the memory of the machine, for each.
 
-    weights: that are frozen, with those of LPIPS (float32, on every GPU). trained, gradients: bfloat16. optimizer:
+    weights: that are frozen, with those of LPIPS (on every GPU). trained, gradients: bfloat16. optimizer:
     Adam's moments, the float32 originals and gradients. gathered: what stage 3 collects for the largest layer.
     offload: "optimizer" moves the optimizer and the average to the host (from stage 1 on), "weights" the weights too
     (stage 3). Gradients are counted on the GPU all the same, where they are made.
@@ -203,4 +203,5 @@ def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | No
     away += ["weights", "trained"] if offload == "weights" and stage == 3 else []
     host = sum(kinds[kind] for kind in away)
     kinds |= dict.fromkeys(away, 0)
-    return kinds | {"weights": kinds["weights"] + 4 * n["perceptual"], "host": host}
+    perceptual = sum(p.numel() * p.element_size() for p in step.lpips.parameters()) if step.lpips else 0
+    return kinds | {"weights": kinds["weights"] + perceptual, "host": host}
