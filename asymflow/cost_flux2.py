@@ -9,6 +9,7 @@ keeps for its section `deepspeed`.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ KLEIN = {  # the base models; 9,078,581,248 and 3,875,544,576 parameters
 CHANNELS, PATCH = 3, 16
 LORA_RANK, LORA_DROPOUT, TEXT_LENGTH = 256, 0.05, 512
 OFFLOADS = ("optimizer", "weights")
+# Of gradients, as DeepSpeed 0.19 keeps them where they are added up in float32 (at stage 0 it cannot): bytes for each
+# trained parameter on every GPU, bytes divided among the GPUs, and bytes for each number in a bucket of those that are
+# on their way. At stages 0 and 1 they are there in bfloat16 and float32; at stage 3 another time, for the step.
+GRADIENTS = {0: (6, 0, 0), 1: (6, 0, 0), 2: (0, 4, 2), 3: (0, 8, 2)}
+BUCKET = 500_000_000  # numbers: zero_optimization.reduce_bucket_size, which the configuration leaves as it is
 
 
 def empty_transformer(config: dict) -> Flux2Transformer2DModel:
@@ -59,11 +65,11 @@ def settings(lora_rank: int | None = LORA_RANK, checkpointing: bool = True, lpip
     return {**dict.fromkeys(PLACES, "none"), "finetune.checkpointing": checkpointing, **lora, **perceptual}
 
 
-def random_perceptual(device: str | torch.device) -> Perceptual:
+def random_perceptual(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> Perceptual:
     """LPIPS whose VGG16 is random, which costs as much as any other; on the meta device it is not even drawn."""
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips asks torchvision for VGG16 in a way of the past
-        return Perceptual("random", device, torch.bfloat16)
+        return Perceptual("random", device, dtype)
 
 
 class Step(nn.Module):
@@ -178,8 +184,8 @@ def parameters(step: Step) -> dict[str, int]:
 def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | None = None) -> dict[str, int]:
     """The bytes on each GPU that do not depend on the batch, by kind; "host": in the memory of the machine, for each.
 
-    weights: that are frozen, with those of LPIPS (float32, on every GPU). trained, gradients: bfloat16. optimizer:
-    Adam's moments, the float32 originals and gradients. gathered: what stage 3 collects for the largest layer.
+    weights: that are frozen, with those of LPIPS (on every GPU). trained: bfloat16. optimizer: Adam's moments and the
+    float32 originals. gradients, buckets: see `GRADIENTS`. gathered: what stage 3 collects for the largest layer.
     offload: "optimizer" moves the optimizer and the average to the host (from stage 1 on), "weights" the weights too
     (stage 3). Gradients are counted on the GPU all the same, where they are made.
     """
@@ -191,11 +197,13 @@ def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | No
     options = dict(gpus=gpus, stage=stage, precision="bfloat16")
     still = cost.training_memory(0, frozen, **options, largest_layer=largest)
     moving = cost.training_memory(n["trained"], **options)
+    whole, divided, bucket = GRADIENTS[stage]
     kinds = {
         "weights": still["weights"],
         "trained": moving["weights"],
-        "gradients": moving["gradients"],
-        "optimizer": sum(moving[kind] for kind in ("step_gradients", "master_weights", "adam")),
+        "gradients": whole * n["trained"] + math.ceil(divided * n["trained"] / gpus),
+        "buckets": bucket * BUCKET,
+        "optimizer": moving["master_weights"] + moving["adam"],
         "ema": moving["ema"],
         "gathered": still["gathered_layer"],
     }
@@ -203,4 +211,5 @@ def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | No
     away += ["weights", "trained"] if offload == "weights" and stage == 3 else []
     host = sum(kinds[kind] for kind in away)
     kinds |= dict.fromkeys(away, 0)
-    return kinds | {"weights": kinds["weights"] + 4 * n["perceptual"], "host": host}
+    perceptual = sum(p.numel() * p.element_size() for p in step.lpips.parameters()) if step.lpips else 0
+    return kinds | {"weights": kinds["weights"] + perceptual, "host": host}

@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, trainings: Trainings, folder: Path, timeou
     guided_flops = 2 * counted.forward_flops(step, size, length) * args.batch
     _, activations = counted.activations(step, size, args.batch, length)
     kinds, memory = counted.training_memory(step, stage=2), found["memory"]
-    before_a_step = sum(kinds.values()) - kinds["gradients"] - kinds.get("buckets", 0)
+    before_a_step = sum(kinds.values()) - kinds["gradients"] - kinds["buckets"]
     cuda = found["device"].startswith("cuda")
     most = cost.peak_flops(torch.device(found["device"]))
     return {

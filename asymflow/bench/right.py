@@ -228,10 +228,8 @@ def memory(kit: Kit) -> tuple[str, dict]:
     settings = shapes() | {"model.size": size, "train.compile": False, "train.steps": 3, "data.workers": 0}
     settings |= {"train.global_batch_size": micro, "train.micro_batch_size": micro}
     found = kit.train("memory", settings, config="imagenet256_b16", states=True, unsaved=True)
-    with torch.device("meta"):
-        jit = JiT.from_name(size)
-    flow, averages = AsymFlow(jit, Subspace(torch.eye(jit.dim, 8))), 3  # as the configuration has them
-    side = jit.grid[0] * jit.patch_size
+    flow, side = without_numbers(size)
+    averages = 3  # as the configuration has them
     total, trained = cost.parameters(flow)
     counted = cost.training_memory(trained, total - trained, stage=1)
     counted = {name: counted[name] for name in ("weights", "master_weights", "adam", "ema")}
@@ -258,6 +256,13 @@ def memory(kit: Kit) -> tuple[str, dict]:
         f"{peak / 2**30:.2f} GiB, counted {(most - 2e9) / 2**30:.2f} and a bucket of 1.86",
         figures,
     )
+
+
+def without_numbers(size: str) -> tuple[AsymFlow, int]:
+    """A model of rank 8 to count in, and the side of its images."""
+    with torch.device("meta"):
+        jit = JiT.from_name(size)
+    return AsymFlow(jit, Subspace(torch.eye(jit.dim, 8))), jit.grid[0] * jit.patch_size
 
 
 def shapes() -> dict:

@@ -78,8 +78,6 @@ class Watch:
     def before(self, training: Training) -> None:
         module = training.engine.module
         self.found["device"] = str(training.device)
-        flops = training.objective.flops
-        self.found["flops"] = flops() if callable(flops) else flops
         if self.dtypes:
             self.note_dtypes(module)
         if self.states:

@@ -41,7 +41,8 @@ gaps of the allocator come on top.
 
 A FLUX.2 klein is finetuned with LoRA, in bfloat16 with float32 originals of what is trained, a pass of the frozen
 latent model for each step, and LPIPS, as the configuration asymflux2_klein_9b has it. "optimizer" is Adam's two
-moments, the originals, and their gradients. "trained" are the adapters and the layers that are trained in full."""
+moments and the originals, "gradients" with DeepSpeed's bucket for them. "trained" are the adapters and the layers that
+are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
 RANK, BATCH, PRECISION = 8, 32, "autocast"

@@ -18,7 +18,7 @@ OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision
 COLUMNS = {  # of the table, and the kinds of memory in them
     "weights": ("weights", "gathered"),
     "trained": ("trained",),
-    "gradients": ("gradients",),
+    "gradients": ("gradients", "buckets"),
     "optimizer": ("optimizer",),
     "EMA": ("ema",),
     "activations": ("activations",),

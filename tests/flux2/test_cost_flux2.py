@@ -27,7 +27,8 @@ RANK, SIZE, TEXT = 8, (64, 96), 10
 def tiny_step(device="cpu", lpips=False, full=False, **options):
     with torch.device(device):
         latent = Flux2Transformer2DModel.from_config(TINY).bfloat16()
-    perceptual = random_perceptual(device) if lpips else None
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # in which CPUs take minutes for convolutions
+    perceptual = random_perceptual(device, dtype) if lpips else None
     return Step(latent, perceptual=perceptual, lora_rank=None if full else RANK, lpips=lpips, **options)
 
 
@@ -133,8 +134,9 @@ def test_bytes_of_a_finetuning_made_by_hand():
     assert counted == {
         "weights": total_bytes(frozen) + total_bytes(p for module in for_reference for p in module.parameters()),
         "trained": total_bytes(trained),
-        "gradients": total_bytes(p.grad for p in trained),
-        "optimizer": total_bytes(originals) + total_bytes(p.grad for p in originals) + total_bytes(moments),
+        "gradients": total_bytes(p.grad for p in [*trained, *originals]),
+        "buckets": 0,
+        "optimizer": total_bytes(originals) + total_bytes(moments),
         "ema": total_bytes(originals),
         "gathered": 0,
         "host": 0,
@@ -295,7 +297,7 @@ def test_mistakes_are_answered_in_one_line(capsys, base):
 # ---- The benchmark ---------------------------------------------------------------------------------------------------
 def test_the_benchmark_is_a_training_that_keeps_what_is_counted(capsys):
     """To the byte, of the tensors that the real engine has."""
-    bench(["--size", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--json"])
+    bench(["--size", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--no-lpips", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert len(found["losses"]) == 3
     assert found["memory"]["peak"]["counted"] > found["memory"]["states"]["counted"] > 0
@@ -303,8 +305,8 @@ def test_the_benchmark_is_a_training_that_keeps_what_is_counted(capsys):
         one = found[name]
         assert one["flops_per_second"] == pytest.approx(one["flops"] / one["seconds"])
     counted, kept, trained = found["kept"]["counted"], found["kept"]["measured"], found["parameters"]["trained"]
-    assert kept["weights"] == counted["weights"] + counted["trained"] - 2 * found["parameters"]["perceptual"]
-    assert kept["master_weights"] + kept["adam"] + 4 * trained == counted["optimizer"]
+    assert kept["weights"] == counted["weights"] + counted["trained"]
+    assert kept["master_weights"] + kept["adam"] == counted["optimizer"]
     assert kept["ema"] == counted["ema"] == 4 * trained
     assert "2 of 64 x 64, cpu" in as_text(found)
 
