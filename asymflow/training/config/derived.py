@@ -97,6 +97,8 @@ def check_by_deepspeed(given: dict, world: int) -> None:
             read_config(options)
         except ValidationError as e:
             raise InputError(refusal(name, e)) from None
+        except ImportError:  # DeepSpeed itself is not there
+            raise
         except Exception as e:  # anything: some of its sections it uses before it checks them
             raise InputError(f"deepspeed.{name} is refused by DeepSpeed: {one_line(e)}{given_as(value)}") from None
 
