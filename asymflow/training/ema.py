@@ -62,7 +62,7 @@ class Averages:
 
     Versions that gave the initial weights a share wrote checkpoints whose averages of decay b hold b^s of them, at step
     s. Such an average goes on as it is, and that share keeps falling: to b^T (1 - b^s) / (1 - b^T) at step T, which is
-    less than the b^T that those versions would have left.
+    no more than the b^T that those versions would have left.
     """
 
     def __init__(self, fragments: Sequence[Fragment], profiles: Sequence[Profile]):

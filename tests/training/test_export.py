@@ -67,13 +67,10 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
     assert main([*ema, "--sigma-rel", "0.02", "--step", "9"]) == 0
     said = capsys.readouterr()
     assert float(re.search(r"of its profile, (.*)% ", said.out)[1]) > 10
-    remark = said.err.rpartition("\r")[2]
-    step, widths = re.search(
-        r"Matched exactly: --step (\d+) --sigma-rel (.*?)\. To match others better", remark
-    ).groups()
-    assert (step, widths) == ("5", "0.05 or 0.1 or 0.0125 or 0.2886")
+    assert "remark: " in said.err
+    assert "Matched exactly: --step 5 --sigma-rel 0.05 or 0.1 or 0.0125 or 0.2886. To match others better" in said.err
     shutil.rmtree(tmp_path / "model")
-    assert main([*ema, "--sigma-rel", "0.0125", "--step", step]) == 0
+    assert main([*ema, "--sigma-rel", "0.0125", "--step", "5"]) == 0
     assert "of its profile, 0.00% (of the norm) could not be matched" in capsys.readouterr().out
 
 
