@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import hub
+from asymflow import files, hub
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow
@@ -128,5 +128,7 @@ def make_model(config, subspace, weights: dict[str, Tensor] | None) -> AsymFlow:
         flow: AsymFlow = make_flow(config, subspace)
     if weights is not None:
         own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
+        shapes = {name: tuple(parameter.shape) for name, parameter in flow.named_parameters()}
+        files.check_tensors(own, shapes, "the checkpoint, with the config.yaml of its run,")
         flow.load_state_dict({**flow.state_dict(), **own})
     return flow.eval()

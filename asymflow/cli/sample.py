@@ -314,7 +314,10 @@ def open_record(
     try:
         with files.replacing(path, new=not known) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
-    except FileExistsError:  # another process was first, of this run or of another
+    except FileExistsError:
+        if not path.exists():  # in the place of the folder is something else, such as a link to nowhere
+            raise
+        # Another process was first, of this run or of another.
         open_record(args, now, plan, again, kind)
 
 

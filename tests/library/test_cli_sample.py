@@ -300,6 +300,17 @@ def test_of_two_runs_that_start_together_one_is_refused(model, tmp_path, capsys,
     assert "seed 1 there, 0 here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["link", "link/below", "file", "file/below", "/proc/nothing/out", "x" * 300])
+def test_what_cannot_be_a_folder_is_one_line(model, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").write_text("mine")
+    assert run(model, out, num=1, steps=1) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("asymflow sample: error: ")
+    assert files_in(tmp_path) == ["file", "link"]
+
+
 def test_the_grid_shows_the_first_images_of_the_folder(model, tmp_path):
     out = tmp_path / "out"
     assert run(model, out) == 0

@@ -207,6 +207,10 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
     assert "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9" in refused(copy, "--ema", "0.3")
     assert "has no step 7: it has 6, 12" in refused(copy, "--step", "7")
     assert f"give its run, {copy}, and --step 6" in refused(copy / "checkpoints/00000006")
+    config = (copy / "config.yaml").read_text()
+    if command == "sample":  # `info` reads no weights
+        (copy / "config.yaml").write_text(config.replace("depth: 2", "depth: 1"))
+        assert "does not fit: unexpected tensors: backbone.blocks.1" in refused(copy)
     (copy / "config.yaml").write_text("base: asymflux2_tiny\n")
     line = refused(copy)
     assert "finetunes runs/toy/asymflux2_tiny/pixel-base: asymflow export --run" in line
