@@ -21,7 +21,8 @@ class ImageFolder:
     IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image that is in
     no class, or a class that has none.
 
-    A million images are listed in seconds, and the list is in few pieces, which processes that read images share.
+    A million images on a local disk are listed in seconds. The list is in few pieces, which processes that read images
+    share.
     """
 
     def __init__(self, path: str | Path, size: int):

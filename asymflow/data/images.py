@@ -1,9 +1,9 @@
 """Reading images, and latents beside them, from folders and tar shards.
 
 What is found is a list of `Entry`: names, and where the bytes lie. Nothing is opened before it is needed, so a folder
-of a million images is listed in seconds, and an image inside of a shard is read as directly as a file. Of a shard only
-the headers are read to list it. All that follows are plain functions: `choose` some entries, `read_square` them, and
-`in_order` does that in several threads.
+of a million images on a local disk is listed in seconds, and an image inside of a shard is read as directly as a file.
+Of a shard only the headers are read to list it. All that follows are plain functions: `choose` some entries,
+`read_square` them, and `in_order` does that in several threads.
 """
 
 import io
