@@ -8,6 +8,7 @@ from asymflow.packages import importing
 COMMANDS = {
     "wrapper": "what the wrapper costs next to its backbone, on a CPU or a GPU",
     "flux2": "a finetuning step and an evaluation of a FLUX.2-sized model: seconds and memory",
+    "noise": "the noise of an image, drawn on the CPU and copied or drawn on the device",
     "gpu": "is all of it right on this GPU, and how fast is it? In a few minutes",
     "emoji64": "train rank 8 and rank 0 on emoji64.tar for some minutes, and draw from both",
 }

@@ -10,6 +10,7 @@ import torch
 from asymflow import cost
 from asymflow.backbones.jit import JiT
 from asymflow.bench.kit import Check, Kit, NotRunError
+from asymflow.bench.noise import measure_noise
 from asymflow.bench.right import shapes, small, without_numbers
 from asymflow.bench.trainings import images_per_second, median, synchronize
 from asymflow.cli.info import INTERVAL, operations
@@ -124,10 +125,7 @@ def waiting_for_data(kit: Kit) -> tuple[str, dict]:
     for name, resident in (("loaded", False), ("resident", True)):
         found = kit.train(name, settings, config=config, unsaved=True, resident=resident)
         rates[name] = images_per_second(found["metrics"][WARM_UP:])
-    if importlib.util.find_spec("asymflow.bench_noise"):
-        from asymflow.bench_noise import measure_noise
-
-        figures["milliseconds_an_image"] = measure_noise(kit.device, *([(16,), 2] if kit.tiny else []))
+    figures["milliseconds_an_image"] = measure_noise(kit.device, *([(16,), 2] if kit.tiny else []))
     lost = 1 - rates["loaded"] / rates["resident"]
     return (
         f"{rates['loaded']:.4g} images/s with drawing, loading and copying, {rates['resident']:.4g} without: "

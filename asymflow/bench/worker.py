@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from asymflow.training import shards, start
+from asymflow.training import deepspeed_internals, shards, start
 from asymflow.training.loop import Training
 
 WARM = 3  # forward passes after which nothing is to be compiled any more
@@ -135,7 +135,7 @@ def states(training: Training) -> dict[str, int]:
     """Bytes of the tensors that a training keeps, by kind, each memory once; those of stage 3 are in pieces."""
     module, held = training.engine.module, shards.held_fragments(training.engine)
     kinds = {
-        "weights": [getattr(p, "ds_tensor", p) for p in module.parameters()],
+        "weights": [deepspeed_internals.kept(p) for p in module.parameters()],
         "buffers": list(module.buffers()),
         "master_weights": [f.weight for f in held],
         "adam": [moment for f in held for moment in f.moments.values()],

@@ -112,6 +112,11 @@ def places(engine) -> Iterator[Place]:
             yield Place(name, tuple(p.shape), 0, originals.get(p, p), slice(None))
 
 
+def kept(parameter: Tensor) -> Tensor:
+    """What this rank keeps of a parameter between the steps: at stage 3 a part of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
 def low_and_high(engine) -> Iterator[tuple[Tensor, Tensor]]:
     """At stage 0: bfloat16 weights and their float32 originals, if DeepSpeed keeps such."""
     groups = (getattr(engine.optimizer, name, ()) for name in ("fp16_groups", "fp32_groups"))

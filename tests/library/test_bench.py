@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asymflow.bench import emoji64, fast, gpu, kit, right
+from asymflow.bench import emoji64, fast, gpu, kit, noise, right
 from asymflow.bench.__main__ import COMMANDS
 from asymflow.bench.__main__ import main as bench
 from asymflow.bench.wrapper import main
@@ -21,6 +21,21 @@ def test_without_a_command_the_commands_are_listed(capsys):
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in COMMANDS)
     assert bench(["gpus"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The noise -------------------------------------------------------------------------------------------------------
+def test_noise_is_timed_for_each_size():
+    found = noise.measure_noise(torch.device("cpu"), (16, 32), repeats=2)
+    for side in (16, 32):
+        assert all(value > 0 for value in found[side].values())
+        assert found[side]["bytes_eps"] == 4 * found[side]["bytes_pixels"] == 4 * 3 * side**2
+
+
+def test_a_device_that_is_not_there_is_answered_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        noise.main(["--device", "tpu9"])
+    assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Where to draw the noise of an image, on the CPU or on the device: `python -m asymflow.bench_noise`."""
+"""Where to draw the noise of an image, on the CPU or on the device: `python -m asymflow.bench noise`."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from asymflow.training import streams
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="python -m asymflow.bench_noise", description="Time the noise of an image, by where it is drawn.")
+    p = Parser(prog="python -m asymflow.bench noise", description="Time the noise of an image, by where it is drawn.")
     p.add_argument("--device", default=default_device(), help="such as cpu or cuda")
     args = p.parse_args(argv)
     try:
@@ -76,7 +76,3 @@ def milliseconds(function: Callable, repeats: int, gpu: torch.device | None = No
             torch.cuda.synchronize(gpu)
         times.append((time.perf_counter() if gpu else time.process_time()) - started)
     return round(1000 * statistics.median(times[1:]), 3)  # the first warms up
-
-
-if __name__ == "__main__":
-    main()
