@@ -135,13 +135,14 @@ def test_a_step_waits_once_and_talks_to_the_others_once(training, monkeypatch, n
         function = getattr(owner, name)
 
         def replaced(*args, **options):
-            if sys._getframe(1).f_globals["__name__"].startswith("asymflow."):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if caller.startswith("asymflow.") and not caller.startswith("asymflow.data."):  # which workers do
                 calls.append(name)
             return function(*args, **options)
 
         monkeypatch.setattr(owner, name, replaced)
 
-    for owner, names in ((torch.Tensor, WAITS), (dist, COLLECTIVES), (torch, ["tensor", "as_tensor", "equal"])):
+    for owner, names in ((torch.Tensor, WAITS), (dist, COLLECTIVES), (torch, ["tensor", "equal"])):
         for name in names:
             counted(owner, name)
 
