@@ -1,6 +1,5 @@
 """What is used of DeepSpeed beyond its documented interface: all of it is here, and may change with any release."""
 
-import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +41,11 @@ def take_monitor(engine) -> None:
 
 
 # ---- The configuration -----------------------------------------------------------------------------------------------
-def read_config(options: dict) -> None:
-    """Raises what DeepSpeed raises of a configuration that it cannot use."""
+def config_class() -> type:
+    """Made of a dictionary, it raises what DeepSpeed has to say against that."""
     from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: not before it is needed
 
-    DeepSpeedConfig(copy.deepcopy(options))
+    return DeepSpeedConfig
 
 
 def config_models() -> list[type]:

@@ -403,6 +403,14 @@ def test_a_damaged_sample_is_drawn_without_its_prompt(made, model):
         assert not torch.equal(drawn(Damaged), drawn(EncodedShards))
 
 
+def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(made, model):
+    """To the rounding of sums in another order, which a step of the sampler may amplify a hundred times."""
+    objective = LatentToPixel(config_of(made, "sample.steps=1"), EncodedShards(made / "shards"), torch.device("cpu"))
+    with torch.no_grad():
+        parts = [objective.draw(model, part) for part in (range(3), range(3, 4))]
+        assert torch.allclose(objective.draw(model, range(4)), torch.cat(parts), rtol=0, atol=1e-4)
+
+
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 def refusal(made, out, *more):
     process = Launched(1, arguments=words(made, out, *more))

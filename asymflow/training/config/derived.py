@@ -13,7 +13,7 @@ from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
 from asymflow.training.config.sections import Model, Sections, known_keys
 from asymflow.training.config.yaml12 import one_line, shown
-from asymflow.training.deepspeed_internals import config_models, read_config
+from asymflow.training.deepspeed_internals import config_class, config_models
 
 
 def network(model: Model) -> dict:
@@ -90,11 +90,11 @@ def check_by_deepspeed(given: dict, world: int) -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
-    options = {"train_batch_size": world}
+    checked, options = config_class(), {"train_batch_size": world}
     for name, value in given.items():
         options[name] = value
         try:
-            read_config(options)
+            checked(copy.deepcopy(options))
         except ValidationError as e:
             raise InputError(refusal(name, e)) from None
         except ImportError:  # DeepSpeed itself is not there
