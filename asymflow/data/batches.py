@@ -128,7 +128,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
         def copy(tensor: Tensor) -> Tensor:
             there = torch.empty_like(tensor, device=device)
-            copies.wait_stream(compute)  # which may still use this memory, for the batch before
+            copies.wait_stream(compute)  # which may still use this memory, for an earlier batch
             with torch.cuda.stream(copies):
                 return there.copy_(tensor, non_blocking=True)
 
