@@ -105,8 +105,9 @@ def run(check: Check, kit: Kit) -> Result:
     except Exception as e:
         status, summary = bad, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         figures = {"traceback": traceback.format_exc()}
-    finally:
-        release(kit)
+    if status == bad and kit.trainings:
+        kit.trainings.end()  # its process may hold what the training had
+    release(kit)
     return Result(check.name, status, summary, figures, time.monotonic() - started)
 
 
