@@ -5,14 +5,16 @@ W width, H heads, d numbers in a head.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from asymflow.backbones import check_labels
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32
+from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
 
 SIZES = {  # B, L, H as published; tiny for tests, S for laptops
     "tiny": dict(width=64, depth=4, heads=2, bottleneck=32, in_context_start=1, in_context_tokens=4),
@@ -109,7 +111,7 @@ class JiT(nn.Module):
         label = self.y_embedder(labels)
         condition = F.silu(self.t_embedder(tau) + label)
         x = self.x_embedder(tokens).to(label.dtype)
-        x = x + sincos_positions(grid, x.shape[-1], x.device).to(x.dtype)
+        x = x + sincos_positions(grid, x.shape[-1], x.device if has_float64(x.device) else "cpu").to(x)
         rotation = rope(grid, self.head_dim, x.device, at_least_float32(x))
         in_context, after = 0, None
         for i, block in enumerate(self.blocks):
@@ -243,6 +245,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention with RMSNorm and rotary positions on queries and keys."""
 
+    float32_attention = False
+    """Whether queries, keys and values meet in float32, also under autocast: see `asymflow.precision`."""
+
     def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float):
         super().__init__()
         self.heads, self.attention_dropout = heads, attention_dropout
@@ -255,9 +260,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
         weights = self.q_norm.weight.dtype  # under autocast, q and k are rounded once: after norm and rotation
-        q = rotate(self.q_norm(q.to(weights)), rotation).to(v.dtype)
-        k = rotate(self.k_norm(k.to(weights)), rotation).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        met = at_least_float32(v) if self.float32_attention else v.dtype
+        q = rotate(self.q_norm(q.to(weights)), rotation).to(met)
+        k = rotate(self.k_norm(k.to(weights)), rotation).to(met)
+        dropout = self.attention_dropout if self.training else 0.0
+        with no_autocast(x) if self.float32_attention else nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v.to(met), dropout_p=dropout).to(v.dtype)
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -332,13 +340,3 @@ def check_sizes(config: dict) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= config[name] < 1:
             raise InputError(f"{name} of a JiT must be a probability below 1, but it is {config[name]}")
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """InputError, naming the first, unless all labels are classes or `num_classes`, which means "no class"."""
-    wrong = labels[(labels < 0) | (labels > num_classes)]
-    if len(wrong):
-        raise InputError(
-            f"label {wrong[0].item()} is not a class: they run from 0 to {num_classes - 1}, and {num_classes} means no "
-            "class"
-        )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from asymflow.errors import InputError
 from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
 from asymflow.pictures import image_grid
+from asymflow.precision import Precision, computing, usual_precision
 from asymflow.published import load_published
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
 from asymflow.training.checkpoint import MANIFEST
@@ -48,13 +50,12 @@ DEFAULTS = {
         guidance=2.3,
         orthogonal=0.0,
         batch=16,
-        dtype="float32",
         classes="all",
         method="heun",
         shift=1.0,
         interval=(0.0, 0.88),
     ),
-    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, dtype="bfloat16", max_length=512),
+    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, precision="bf16", max_length=512),
 }
 
 
@@ -82,7 +83,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--batch", type=int, help="images at a time (default: 16; 1 with --base)")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: float32; bfloat16 with --base)"
+        "--precision",
+        choices=get_args(Precision),
+        help="of products of matrices, but not in attention, that is in float32 (default: bf16 on a GPU that has it, "
+        "else float32); with --base, of weights and all (default: bf16)",
     )
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
 
@@ -139,8 +143,9 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
 def run_classes(args: argparse.Namespace) -> None:
     check(args)
     device = own_device(args)
+    args.precision = args.precision or usual_precision(device)
     found = find_model(args.model, args.step, args.ema)
-    flow = load(found, getattr(torch, args.dtype), device)
+    flow = load(found, device)
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
@@ -149,7 +154,8 @@ def run_classes(args: argparse.Namespace) -> None:
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
     open_record(args, settings(args, found, flow, classes), plan, make_again(args, found))
-    draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
+    with computing(flow, args.precision):
+        draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
 
 
 def own_device(args: argparse.Namespace) -> torch.device:
@@ -214,16 +220,17 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
 
 
-def load(found: Path | Choice, dtype: torch.dtype, device: torch.device) -> AsymFlow:
+def load(found: Path | Choice, device: torch.device) -> AsymFlow:
+    """In float32."""
     if isinstance(found, Choice):
         flow = model_of_run(found)
     elif found.is_dir():
-        return AsymFlow.from_pretrained(found, dtype=dtype, device=device)
+        return AsymFlow.from_pretrained(found, dtype=torch.float32, device=device)
     else:
         flow = load_published(found)
         if not isinstance(flow, AsymFlow):
             raise InputError(f"{found} is a subspace, not a model: see asymflow subspace show {found}")
-    flow.backbone.to(dtype)
+    flow.backbone.float()
     return flow.to(device).eval()
 
 
@@ -266,7 +273,7 @@ def settings(args: argparse.Namespace, found: Path | Choice, flow: AsymFlow, cla
         "orthogonal": args.orthogonal,
         "clamp": args.clamp,
         "size": list(args.size),
-        "dtype": args.dtype,
+        "precision": args.precision,
     }
 
 
@@ -323,7 +330,7 @@ def open_record(
 
 def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:
     """The command, and the run if the model is one of a run."""
-    options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "dtype", "classes"]
+    options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "precision", "classes"]
     words = ["asymflow", "sample", "--model", str(args.model), "--first", "INDEX", "--num", "1", "--out", "FOLDER"]
     for option in options:
         words += [f"--{option}", str(getattr(args, option))]

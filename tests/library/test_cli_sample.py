@@ -16,6 +16,7 @@ from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image
+from asymflow.precision import computing
 from asymflow.sampling import generate
 
 
@@ -72,18 +73,22 @@ def test_the_images_are_those_of_the_library(model, tmp_path):
 
 def test_every_option_reaches_the_library(model, tmp_path):
     told = dict(seed=7, steps=3, guidance=3.0, method="euler", shift=2.0, orthogonal=0.5)
-    given = dict(interval="0.1,0.8", size="8x24", dtype="bfloat16", classes="5", first=2, num=1)
+    given = dict(interval="0.1,0.8", size="8x24", precision="bf16", classes="5", first=2, num=1)
     assert run(model, tmp_path / "out", "--clamp", **told, **given) == 0
     found = pixels(tmp_path / "out" / "000002.png")
     told |= dict(interval=(0.1, 0.8), size=(8, 24), denoised_hook=lambda x0, sigma: x0.clamp(-1, 1))
 
-    def differs(dtype=torch.bfloat16, **options):
-        image = generate(AsymFlow.from_pretrained(model, dtype=dtype), [5], [2], **options)[0]
-        other = np.asarray(to_image(image)).astype(int)
+    def made(precision, **options):
+        flow = AsymFlow.from_pretrained(model)
+        with computing(flow, precision):
+            return generate(flow, [5], [2], **options)[0]
+
+    def differs(**options):
+        other = np.asarray(to_image(made("bf16", **options))).astype(int)
         return other.shape != found.shape or np.abs(other - found).max() > 1
 
     assert not differs(**told)
-    assert differs(torch.float32, **told)
+    assert not torch.equal(made("float32", **told), made("bf16", **told))
     for name in told:
         assert differs(**{other: told[other] for other in told if other != name}), name
 
@@ -141,7 +146,7 @@ def test_a_complete_run_is_left_as_it_is(model, tmp_path):
         dict(shift=2.0),
         dict(orthogonal=1.0),
         dict(size="16x8"),
-        dict(dtype="bfloat16"),
+        dict(precision="bf16"),
     ],
 )
 def test_another_run_is_refused_and_harms_nothing(model, tmp_path, capsys, changed):
