@@ -89,8 +89,8 @@ def check_basis(basis: Tensor, dim: int) -> None:
 
 
 def pca_basis(samples: Tensor, rank: int) -> Tensor:
-    """The `rank` orthonormal directions (D, rank) that hold most of the (uncentred) energy of samples (n, D)."""
-    return torch.linalg.eigh(samples.double().mT @ samples.double()).eigenvectors.flip(-1)[:, :rank].to(samples.dtype)
+    """The `rank` orthonormal directions (D, rank) of most (uncentred) energy of samples (n, D): float64, on the CPU."""
+    return torch.linalg.eigh((x := samples.cpu().double()).mT @ x).eigenvectors.flip(-1)[:, :rank].to(samples)
 
 
 # ---- 2. Toy data: a picture in the plane, lifted into D dimensions ---------------------------------------------------

@@ -180,12 +180,12 @@ def write_adapter(
         "sigma_min": SIGMA_MIN,
         "num_timesteps": 1,
     }
-    buffers = {"proj_buffer": subspace.basis.float(), "scale_buffer": subspace.scale.float()}
+    buffers = {"proj_buffer": subspace.basis.float(), "scale_buffer": torch.tensor(subspace.scale, dtype=torch.float32)}
     metadata = {
         "asymflow_format": FORMAT,
         "asymflow_version": own_version(),
         "base_fingerprint": fingerprint,
-        "scale": repr(subspace.scale.item()),
+        "scale": repr(subspace.scale),
         "tensors": json.dumps({name: list(tensor.shape) for name, tensor in sorted({**tensors, **buffers}.items())}),
     }
     for name, text in ((CONFIG, json.dumps(config, indent=2) + "\n"), (CARD, CARD_TEXT)):
@@ -245,9 +245,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
         config = dict(r=rank, lora_alpha=rank, rank_pattern=patterns, alpha_pattern=patterns, target_modules=[*ranks])
         pixel.load_lora_adapter(lora, prefix=None, adapter_name=name, metadata=config)
     pixel.requires_grad_(False)
-    return (
-        AsymFlow(Flux2(pixel, patch_size, subspace.scale.item()), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
-    )
+    return AsymFlow(Flux2(pixel, patch_size, subspace.scale), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
 
 
 def is_lora(name: str) -> bool:

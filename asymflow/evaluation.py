@@ -91,7 +91,7 @@ def statistics(features: Tensor) -> Statistics:
     """Of features (n, F), n >= 2: their mean and covariance, in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
-    return fid_features_to_statistics(features.double().cpu())
+    return fid_features_to_statistics(features.cpu().double())
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace
+from asymflow.subspace import Subspace, has_float64
 
 CHUNK = 2**20  # numbers of a batch that are in float64 at a time: 8 MiB
 
@@ -179,7 +179,7 @@ def add_up(batches: Iterable, read: Callable[[object], list[Tensor]], check: Cal
         found = [m.shape[1] for m in matrices]
         if not sums:
             check(found[0])
-            device = matrices[0].device if matrices[0].device.type != "mps" else "cpu"  # MPS has no float64
+            device = matrices[0].device if has_float64(matrices[0].device) else torch.device("cpu")
             sums, dims = zero_sums(found, device), found
         if found != dims:
             raise InputError(f"batch {index}: its tokens are of dimension {found}, but those before of {dims}")

@@ -88,7 +88,7 @@ def magnified(patches: Tensor) -> Tensor:
 
 def draw_spectrum(subspace: Subspace, above, below) -> None:
     """The share of energy along each principal direction, and below the share of the first n together."""
-    energy = subspace.spectrum.detach().double().cpu()
+    energy = subspace.spectrum.cpu().double()
     share = energy / energy.sum()
     together, number = share.cumsum(0), torch.arange(1, len(share) + 1)
     seen = share > 1e-12 * share.max()  # below is rounding

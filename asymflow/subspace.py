@@ -24,7 +24,8 @@ class Subspace(nn.Module):
     tokens are cut, `color_space` and `fitted_on` what of, `spectrum` (n,) the energy along the principal directions.
 
     A module only so that it moves between devices, and is saved, with the model that it belongs to. It has no weights,
-    and casts to less than float32 leave it alone: a basis rounded to bfloat16 would not be orthonormal.
+    and casts to less than float32 leave it alone: a basis rounded to bfloat16 would not be orthonormal. On a device
+    without float64 (MPS) it is in float32. The scale is a number, and on no device; a state dict has it as a tensor ().
     Raises InputError if the basis is not (D, r), not finite or not orthonormal to 1e-4, or the scale not positive.
     """
 
@@ -54,10 +55,10 @@ class Subspace(nn.Module):
                 f"a basis for tokens of dimension {basis.shape[0]} cannot be for patches of {patch_size} x {patch_size}"
             )
         self.register_buffer("basis", basis if basis.dtype == torch.float64 else basis.float())
-        # In float64, so that the number that was fitted or given comes back from a file to the last bit.
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64, device=basis.device))
-        self.patch_size, self.token_order, self.color_space = patch_size, token_order, color_space
-        self.fitted_on, self.spectrum = fitted_on, spectrum
+        # Not in the state dict: it is a record, and models with and without it are the same model.
+        self.register_buffer("spectrum", None if spectrum is None else spectrum.detach(), persistent=False)
+        self.scale, self.patch_size, self.token_order = scale, patch_size, token_order
+        self.color_space, self.fitted_on = color_space, fitted_on
 
     @property
     def dim(self) -> int:
@@ -75,7 +76,7 @@ class Subspace(nn.Module):
             return v.to(at_least_float32(v))
         # What rounding leaves of these products is divided by sigma afterwards. Where a user allows float32 products to
         # be rounded to TF32 or bfloat16, as training scripts do for the backbone, they are made in float64.
-        exact = at_least_float32(v) if float32_products_are_exact() else torch.float64
+        exact = torch.float64 if has_float64(v.device) and not float32_products_are_exact() else at_least_float32(v)
         basis = self.basis.to(exact)
         with no_autocast(v):
             return ((v.to(exact) @ basis) @ basis.mT).to(at_least_float32(v))
@@ -85,9 +86,7 @@ class Subspace(nn.Module):
 
         All or nothing: a file that was there before is replaced only by a whole new one.
         """
-        tensors = {"basis": self.basis, "scale": self.scale}
-        if self.spectrum is not None:
-            tensors["spectrum"] = self.spectrum
+        tensors = self.state_dict() | ({} if self.spectrum is None else {"spectrum": self.spectrum})
         record = {name: getattr(self, name) for name in ("patch_size", "token_order", "color_space", "fitted_on")}
         files.write_tensors(path, tensors, {name: str(value) for name, value in record.items() if value is not None})
 
@@ -125,18 +124,32 @@ class Subspace(nn.Module):
         return cls(torch.empty(dim, 0), scale, **record)
 
     def extra_repr(self) -> str:
-        scale = "?" if self.scale.is_meta else f"{self.scale.item():.6g}"
-        return f"rank={self.rank}, dim={self.dim}, scale={scale}"
+        return f"rank={self.rank}, dim={self.dim}, scale={self.scale:.6g}"
 
     def _apply(self, fn, recurse=True):
-        """Move and widen with the module around it, but never narrow below float32."""
+        """Move and widen with the module around it, but never narrow below float32, and never cast the spectrum."""
 
         def no_narrower(buffer: Tensor) -> Tensor:
-            moved = fn(buffer)
-            keep = (torch.float64,) if buffer is self.scale else (torch.float32, torch.float64)
-            return moved if moved.dtype in keep else buffer.to(moved.device)
+            device = fn(buffer.new_empty(0, dtype=torch.float32)).device
+            fitting = buffer if has_float64(device) else buffer.float()
+            moved = fn(fitting)
+            keep = (fitting.dtype,) if buffer is self.spectrum else (torch.float32, torch.float64)
+            return moved if moved.dtype in keep else fitting.to(device)
 
         return super()._apply(no_narrower, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # In float64, so that the number that was fitted or given comes back from a file to the last bit.
+        destination[f"{prefix}scale"] = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        scale = state_dict.pop(f"{prefix}scale", None)
+        if scale is not None:
+            self.scale = float(scale)
+        elif strict:
+            missing.append(f"{prefix}scale")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def check_basis(basis: Tensor) -> None:
@@ -147,7 +160,7 @@ def check_basis(basis: Tensor) -> None:
         raise InputError(f"a basis must be of floating point numbers, but it has the dtype {basis.dtype}")
     if not basis.isfinite().all():
         raise InputError("the basis has entries that are not finite (NaN or infinity): fit it again")
-    exact = basis.double()
+    exact = basis.cpu().double()
     error = (exact.mT @ exact - torch.eye(basis.shape[1], dtype=exact.dtype, device=exact.device)).abs()
     if error.numel() and error.max() > TOLERANCE:
         raise InputError(
@@ -171,6 +184,10 @@ float32_products_are_exact._dynamo_marked_constant = True
 def no_autocast(like: Tensor) -> AbstractContextManager:
     device = like.device.type  # torch.amp.is_autocast_available would ask in general, but breaks the graph in torch 2.6
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
 
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:

@@ -82,7 +82,7 @@ def experiment(args) -> tuple[Figure, dict]:
     once(args.out / "untrained", lambda beside: untrained(args.out / "latent", beside, args.seed))
     if not subspace.exists():
         run("subspace", "procrustes", "--shards", shards, "--out", subspace)
-    scale = Subspace.load(subspace).scale.item()
+    scale = Subspace.load(subspace).scale
     common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": args.steps, "train.seed": args.seed}
     common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
     variance = variance_ratio(args.out, common, sizes["draws"])
@@ -268,7 +268,7 @@ def of_latents(model, transformer, vae, subspace: Subspace, noise: Tensor, text:
 def of_pixels(model, transformer, vae, subspace: Subspace, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:
     """At the noise levels at which the latent model inside is at uniform ones."""
     flow = transformer if isinstance(transformer, AsymFlow) else latent_to_pixel(transformer, subspace, PATCH).eval()
-    levels = sigma_grid(STEPS, shift=subspace.scale.item())
+    levels = sigma_grid(STEPS, shift=subspace.scale)
     images = [sample(velocity, part, levels, "euler") for velocity, part in parts(model, flow, noise, text, empty)]
     return oklab_to_rgb(torch.cat(images)).clamp(-1, 1)
 

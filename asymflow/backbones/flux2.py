@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST, patchify
-from asymflow.subspace import Subspace
+from asymflow.subspace import Subspace, has_float64
 
 REFERENCE_TIME = 10  # of the first reference image in its position ids; the next ones follow at 20, 30, ...
 SIGMA_MIN = 1e-4  # of the published pixel model, in sampling
@@ -121,12 +121,13 @@ def latent_to_pixel(
             f"the latent model has {transformer.config.in_channels} channels, but the subspace has the rank "
             f"{subspace.rank}: fit it to the latents of this model (asymflow subspace procrustes)"
         )
-    lifted = with_projections(
-        transformer,
-        transformer.x_embedder.weight.double() @ subspace.basis.to(transformer.device).double().mT,
-        subspace.basis.to(transformer.device).double() @ transformer.proj_out.weight.double(),
+    device = transformer.device if has_float64(transformer.device) else torch.device("cpu")
+    into, out_of, basis = (
+        tensor.detach().to(device).double()
+        for tensor in (transformer.x_embedder.weight, transformer.proj_out.weight, subspace.basis)
     )
-    flow = AsymFlow(Flux2(lifted, patch_size, subspace.scale.item()), subspace, sigma_min=sigma_min)
+    lifted = with_projections(transformer, into @ basis.mT, basis @ out_of)
+    flow = AsymFlow(Flux2(lifted, patch_size, subspace.scale), subspace, sigma_min=sigma_min)
     return flow.to(transformer.device)
 
 

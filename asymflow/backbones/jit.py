@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32
+from asymflow.subspace import Subspace, at_least_float32, has_float64
 
 SIZES = {  # B, L, H as published; tiny for tests, S for laptops
     "tiny": dict(width=64, depth=4, heads=2, bottleneck=32, in_context_start=1, in_context_tokens=4),
@@ -109,7 +109,7 @@ class JiT(nn.Module):
         label = self.y_embedder(labels)
         condition = F.silu(self.t_embedder(tau) + label)
         x = self.x_embedder(tokens).to(label.dtype)
-        x = x + sincos_positions(grid, x.shape[-1], x.device).to(x.dtype)
+        x = x + sincos_positions(grid, x.shape[-1], x.device if has_float64(x.device) else "cpu").to(x)
         rotation = rope(grid, self.head_dim, x.device, at_least_float32(x))
         in_context, after = 0, None
         for i, block in enumerate(self.blocks):

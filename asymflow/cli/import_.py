@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         if out.suffix != ".safetensors":
             raise InputError(f"{args.file} is a subspace, which is written to one file: --out must end in .safetensors")
         model.save(out)
-        print(f"a subspace of rank {model.rank} of {model.dim} dimensions, scale {model.scale.item():.6g}, is in {out}")
+        print(f"a subspace of rank {model.rank} of {model.dim} dimensions, scale {model.scale:.6g}, is in {out}")
         print(f"try: asymflow subspace show {shlex.quote(str(out))}")
         return
     with replacing_folder(out) as beside:

@@ -93,7 +93,7 @@ def describe(args: argparse.Namespace) -> dict:
         kind, model = from_folder(path) if path.is_dir() else from_file(path, args.in_context_start)
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
-        return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale.item()}
+        return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
     if isinstance(model, dict):  # of a backbone that is not in this library
         return found | model | {"training_memory": training_memory(args, model["parameters"])}
     image = (model.channels, *(args.image_size or [n * model.patch_size for n in model.backbone.grid]))
@@ -153,7 +153,7 @@ def about(flow: AsymFlow) -> dict:
     total, trainable = cost.parameters(flow)
     return {
         "config": flow.config,
-        "scale": flow.subspace.scale.item(),
+        "scale": flow.subspace.scale,
         "dtype": str(flow.backbone_dtype).removeprefix("torch."),
         "parameters": {"total": total, "trainable": trainable},
     }

@@ -197,7 +197,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
                 while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
                     parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
                     if len(parts) == 2:  # products of float32, since this is only printed
-                        tally["cross"] = tally["cross"] + (parts[0].mT @ parts[1]).double().cpu()
+                        tally["cross"] = tally["cross"] + (parts[0].mT @ parts[1]).cpu().double()
                     tally["tokens"] += len(parts[0])
                     yield parts
 
@@ -334,7 +334,7 @@ def print_facts(subspace: Subspace, more: dict[str, str]) -> None:
         "token order": subspace.token_order or unknown,
         "colour": subspace.color_space or unknown,
         "fitted on": subspace.fitted_on or unknown,
-        "scale": f"{subspace.scale.item():.6g}",
+        "scale": f"{subspace.scale:.6g}",
         "energy": shares(subspace),
         **more,
     }

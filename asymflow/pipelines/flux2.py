@@ -118,7 +118,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
     def flow(self) -> AsymFlow:
         """The pixel model. Made anew each time, of the transformer that is here now: users wrap and compile it."""
         subspace = self._subspace.to(self._execution_device)
-        backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale.item())
+        backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale)
         return AsymFlow(backbone, subspace, sigma_min=self._sigma_min).eval()
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ def set_levels(scheduler: SchedulerMixin, levels: list[float], device: torch.dev
     try:
         scheduler.set_timesteps(sigmas=np.array(levels[:-1]), device=device)
         scheduler.set_begin_index(0)
-        own = torch.as_tensor(scheduler.sigmas).double().cpu()
+        own = torch.as_tensor(scheduler.sigmas).cpu().double()
         if own.shape != (len(levels),) or (own - torch.tensor(levels).double()).abs().max() > NUDGE:
             reason = f"its noise levels begin with {', '.join(f'{level:.4f}' for level in own[:3])}"
     except (ValueError, TypeError, AttributeError) as e:

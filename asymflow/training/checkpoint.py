@@ -53,7 +53,7 @@ def rank_file(rank: int) -> str:
 
 def fingerprint(subspace: Subspace) -> str:
     """The SHA-256 of its basis and scale: weights fit no other subspace, though the shapes of all parameters do."""
-    content = (tensor.detach().cpu().numpy().tobytes() for tensor in (subspace.basis, subspace.scale))
+    content = (tensor.cpu().numpy().tobytes() for tensor in (subspace.basis, subspace.state_dict()["scale"]))
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 

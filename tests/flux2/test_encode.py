@@ -743,7 +743,7 @@ def test_procrustes_is_that_of_numpy_on_the_same_tokens(shards, fitted):
     scale = np.sqrt(((x @ basis) ** 2).sum() / (z**2).sum())
     found = Subspace.load(fitted)
     assert np.allclose(found.basis.numpy(), basis, atol=1e-7)
-    assert found.scale.item() == pytest.approx(scale, rel=1e-7)
+    assert found.scale == pytest.approx(scale, rel=1e-7)
     record = (found.patch_size, found.token_order, found.color_space, found.fitted_on)
     assert record == (16, "channel_first", "oklab", "12 of 12 images of shards, 3 sizes, seed 0")
 
@@ -751,7 +751,7 @@ def test_procrustes_is_that_of_numpy_on_the_same_tokens(shards, fitted):
 def test_procrustes_prints_the_error_of_the_lifted_latents_and_warns(shards, fitted, tmp_path, capsys):
     z, x = tokens_of(shards)
     found = Subspace.load(fitted)
-    error = ((found.scale.item() * z @ found.basis.numpy().T - x) ** 2).sum() / (x**2).sum()
+    error = ((found.scale * z @ found.basis.numpy().T - x) ** 2).sum() / (x**2).sum()
     argv = ["subspace", "procrustes", "--device=cpu", "--shards", str(shards), "--batch=5"]
     assert main([*argv, "--out", str(tmp_path / "s.safetensors")]) == 0
     said = capsys.readouterr().out
@@ -775,7 +775,7 @@ def test_two_processes_fit_what_one_fits(shards, fitted, tmp_path):
     said = two_processes(tmp_path, *argv)
     one, two = Subspace.load(fitted), Subspace.load(tmp_path / "s.safetensors")
     assert torch.allclose(one.basis, two.basis, atol=1e-9)
-    assert one.scale.item() == pytest.approx(two.scale.item(), rel=1e-12)
+    assert one.scale == pytest.approx(two.scale, rel=1e-12)
     assert said.count("error") == 1
 
 

@@ -61,7 +61,7 @@ def test_before_training_its_velocity_inside_is_that_of_the_lifted_latent_model(
     x, text = drawn(5, 3, 32, 48, dtype=dtype), drawn(5, 7, 96, dtype=dtype, seed=1)
     u = pixel(x, sigma, encoder_hidden_states=text)
     k, tau = (v.view(-1, 1, 1, 1) for v in calibration(sigma, subspace.scale))
-    s, z = subspace.scale.to(dtype), inside(x, subspace)
+    s, z = subspace.scale, inside(x, subspace)
     of_latents = latent(k * z, tau.flatten(), encoder_hidden_states=text)
     expected = k * (s * of_latents + (1 - s) * z)
     assert (inside(u, subspace) - expected).abs().max() < tolerance
@@ -110,7 +110,7 @@ def test_reference_images_inside_are_reference_latents(precision):
     lifted = [lift(z) for z in latents]
     run = lambda images: pixel(x, sigma, encoder_hidden_states=text, condition_images=images)
     k, tau = (v.view(-1, 1, 1, 1) for v in calibration(sigma, subspace.scale))
-    z, s = inside(x, subspace), subspace.scale.to(dtype)
+    z, s = inside(x, subspace), subspace.scale
     expected = latent(k * z, tau.flatten(), encoder_hidden_states=text, condition_images=latents)
     torch.testing.assert_close(
         inside(run(lifted), subspace), k * (s * expected + (1 - s) * z), rtol=tolerance, atol=tolerance

@@ -19,6 +19,7 @@ from asymflow import AsymFlow, Subspace, cost, published
 from asymflow.backbones.jit import JiT, sincos_positions
 from asymflow.cli import import_, main
 from asymflow.cli.info import as_text, memory
+from asymflow.fitting import fit_pca
 from asymflow.model import CONFIG, WEIGHTS
 from asymflow.published import published_name, published_positions
 
@@ -43,7 +44,7 @@ def publish(model, path, subspace=True):
     tensors["in_context_posemb"] = tensors["in_context_posemb"][None]
     tensors["x_embedder.pos_embed"] = sincos_positions(jit.grid, jit.config["width"])[None].float()
     if subspace:
-        tensors |= {"proj_buffer": model.subspace.basis, "scale_buffer": model.subspace.scale.float()}
+        tensors |= {"proj_buffer": model.subspace.basis, "scale_buffer": torch.tensor(model.subspace.scale)}
         ropes = {name: t for name, t in published_positions(jit).items() if ".base_rope." in name}
         tensors |= {name: t.float() for name, t in ropes.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -264,6 +265,16 @@ def test_the_table_is_the_sum_of_states_and_activations():
     assert memory(found).splitlines()[5].split() == ["ZeRO", "3", "4.0", "2.0"]
 
 
+def test_a_subspace_that_was_fitted_is_as_good_as_any(run, tmp_path):
+    model = flow()
+    for name, subspace in (("random", model.subspace), ("fitted", fit_pca([torch.randn(99, 48)], 5))):
+        AsymFlow(model.backbone, subspace).save_pretrained(tmp_path / name)
+    found = [info(run, tmp_path / name) for name in ("random", "fitted")]
+    for name in ("flops", "parameters", "training_memory"):
+        assert found[0][name] == found[1][name]
+    assert "rank 5 of 48" in run("info", tmp_path / "fitted")
+
+
 def test_weights_are_not_read(run, tmp_path):
     """From a file of 2.6 GB that has a header and, on a disk that knows holes, hardly anything else."""
     with torch.device("meta"):
@@ -279,7 +290,7 @@ def test_weights_are_not_read(run, tmp_path):
     with (tmp_path / WEIGHTS).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.seek(header["subspace.scale"]["data_offsets"][0], 1)
-        file.write(model.subspace.scale.numpy().tobytes())
+        file.write(model.state_dict()["subspace.scale"].numpy().tobytes())
         file.truncate(8 + len(text) + end)
     before = peak_memory()
     found = info(run, tmp_path, "--batch", 1)

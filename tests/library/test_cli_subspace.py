@@ -217,7 +217,7 @@ def test_procrustes_finds_the_lift_that_was_planted(run, tmp_path, batch):
     found = Subspace.load(out)
     assert (found.rank, found.dim, found.token_order, found.color_space) == (5, 48, "channel_first", "rgb")
     assert torch.allclose(found.basis.float(), basis, atol=0.02)
-    assert found.scale.item() == pytest.approx(0.35, rel=0.005)
+    assert found.scale == pytest.approx(0.35, rel=0.005)
     assert found.fitted_on == "60 of 60 images of d, 2 sizes, seed 0"
     assert "tokens       210" in text
     assert out.with_suffix(".png").exists()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from devices import NoFloat64
 from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asymflow import AsymFlow, InputError, Subspace, asymmetric_velocity, calibration, files, patchify, recover_velocity
 from asymflow.backbones.jit import JiT
+from asymflow.fitting import fit_pca
 from asymflow.patches import TOKEN_ORDERS, token_grid
 
 ONE_LINE = r"\A[^\n]+\Z"
@@ -334,6 +336,24 @@ def test_autocast_is_for_the_backbone_only(dtype):
     assert seen == [False, True]
     with torch.autocast("cpu", dtype):
         assert jit_flow()(*jit_inputs()[:2], labels=jit_inputs()[2]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_device_without_float64_never_sees_it(precision, monkeypatch):
+    """Though the subspace is fitted in float64, and positions and, under TF32, projections are computed in it."""
+    backbone, subspace = jit_flow().backbone, fit_pca([torch.randn(99, 48, **DOUBLE)], 5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with NoFloat64(monkeypatch):
+            flow = AsymFlow(backbone, subspace).to("meta")
+            assert all(t.is_meta for t in (*flow.parameters(), *flow.buffers()))
+            x, labels = torch.empty(2, 3, 16, 16, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+            u = flow(x, torch.ones(2), labels=labels)
+            assert (u.is_meta, u.dtype) == (True, torch.float32)
+            u.mean().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- Copies ----------------------------------------------------------------------------------------------------------
@@ -925,7 +945,11 @@ def test_the_spectrum_of_its_subspace_stays_with_a_model(tmp_path):
     flow = jit_flow()
     flow.subspace.spectrum = torch.linspace(3, 0, 48, dtype=torch.float64)
     flow.save_pretrained(tmp_path)
-    assert torch.equal(AsymFlow.from_pretrained(tmp_path).subspace.spectrum, flow.subspace.spectrum)
+    loaded = AsymFlow.from_pretrained(tmp_path)
+    assert torch.equal(loaded.subspace.spectrum, flow.subspace.spectrum)
+    assert loaded.state_dict().keys() == jit_flow().state_dict().keys()  # a model with it goes into one without
+    assert_same(loaded, flow)
+    assert loaded.to("meta").subspace.spectrum.is_meta
 
 
 def test_an_option_that_does_not_exist_is_not_passed_over(tmp_path):

@@ -40,12 +40,12 @@ def subspaces(draw, dtype=None):
     )
 
 
-RECORD = ("dim", "rank", "patch_size", "token_order", "color_space", "fitted_on")
+RECORD = ("dim", "rank", "scale", "patch_size", "token_order", "color_space", "fitted_on")
 
 
 def same(a, b):
     """All of it, to the last bit."""
-    tensors = [(getattr(a, name), getattr(b, name)) for name in ("basis", "scale", "spectrum")]
+    tensors = [(getattr(a, name), getattr(b, name)) for name in ("basis", "spectrum")]
     return all(getattr(a, name) == getattr(b, name) for name in RECORD) and all(
         (x is y is None) or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in tensors
     )
@@ -217,11 +217,11 @@ def test_no_cast_makes_it_narrower_than_float32(subspace):
     model.double()
     assert model[0].basis.dtype == torch.float64
     assert torch.equal(model[0].basis, subspace.basis.double())
-    assert torch.equal(model[0].scale, subspace.scale)
     model.float()
     assert model[0].basis.dtype == torch.float32
     assert torch.equal(model[0].basis, subspace.basis.float())
-    assert torch.equal(model[0].scale, subspace.scale)
+    model[0].basis = subspace.basis
+    assert same(model[0], subspace)  # scale and spectrum have never changed
 
 
 @given(subspaces())
@@ -231,22 +231,22 @@ def test_copies_and_state_dicts_are_the_same_to_the_last_bit(subspace):
     other = Subspace.random(subspace.dim, subspace.rank, seed=1).to(subspace.basis.dtype)
     other.load_state_dict(subspace.state_dict())
     assert torch.equal(other.basis, subspace.basis)
-    assert torch.equal(other.scale, subspace.scale)
+    assert other.scale == subspace.scale
+    with pytest.raises(RuntimeError, match="scale"):
+        other.load_state_dict({"basis": subspace.basis})
 
 
 def test_it_goes_to_the_meta_device_and_comes_back_empty():
-    subspace = Subspace.random(4, 2)
+    subspace = Subspace.random(4, 2, scale=0.3, spectrum=torch.ones(4, **DOUBLE))
     state = {name: tensor.clone() for name, tensor in subspace.state_dict().items()}
+    assert state["scale"].dtype == torch.float64
     subspace.to("meta")
     assert subspace.basis.is_meta
-    assert subspace.scale.is_meta
+    assert subspace.spectrum.is_meta
+    assert str(subspace) == "Subspace(rank=2, dim=4, scale=0.3)"
     subspace.to_empty(device="cpu").load_state_dict(state)
     assert torch.equal(subspace.basis, state["basis"])
-    assert torch.equal(subspace.scale, state["scale"])
-
-
-def test_it_can_be_printed_on_the_meta_device():
-    assert "rank=2" in str(Subspace.random(4, 2).to("meta"))
+    assert subspace.scale == 0.3
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

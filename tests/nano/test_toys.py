@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import NoFloat64
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nano_asymflow import TOYS, ToyData, off_plane_rms, pca_basis, projections, random_stream, sliced_wasserstein
 
@@ -246,6 +248,13 @@ def test_pca_is_orthonormal_at_every_rank_and_keeps_the_dtype(n, dim, seed, dtyp
         assert outside < left + tolerance
         left = outside
     assert left < tolerance
+
+
+def test_pca_is_in_float64_on_the_cpu_and_back_on_the_device(monkeypatch):
+    """On meta, which holds no numbers: the device of a Mac has no float64."""
+    with NoFloat64(monkeypatch), FakeTensorMode():
+        basis = pca_basis(torch.empty(9, 4, device="meta"), 2)
+    assert (basis.shape, basis.device.type, basis.dtype) == ((4, 2), "meta", torch.float32)
 
 
 @given(SEEDS)

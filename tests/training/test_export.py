@@ -47,6 +47,15 @@ def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, 
         assert torch.equal(exported[name], expected), name
 
 
+def test_an_exported_model_can_be_asked_what_it_is(run, tmp_path, capsys):
+    """With the spectrum that its subspace was fitted with."""
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "model")]) == 0
+    capsys.readouterr()
+    assert AsymFlow.from_pretrained(tmp_path / "model").subspace.spectrum is not None
+    assert main(["info", str(tmp_path / "model")]) == 0
+    assert "GFLOPs an image" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", ["0.05", "0.10", "0.0125", "0.2886"])
 def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys):
     assert main(["ema", "--run", str(run), "--sigma-rel", width, "--out", str(tmp_path / "model")]) == 0
