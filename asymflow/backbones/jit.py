@@ -5,6 +5,7 @@ W width, H heads, d numbers in a head.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32, has_float64
+from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
 
 SIZES = {  # B, L, H as published; tiny for tests, S for laptops
     "tiny": dict(width=64, depth=4, heads=2, bottleneck=32, in_context_start=1, in_context_tokens=4),
@@ -243,6 +244,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention with RMSNorm and rotary positions on queries and keys."""
 
+    float32_attention = False
+    """Whether queries, keys and values meet in float32, also under autocast: see `asymflow.precision`."""
+
     def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float):
         super().__init__()
         self.heads, self.attention_dropout = heads, attention_dropout
@@ -255,9 +259,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
         weights = self.q_norm.weight.dtype  # under autocast, q and k are rounded once: after norm and rotation
-        q = rotate(self.q_norm(q.to(weights)), rotation).to(v.dtype)
-        k = rotate(self.k_norm(k.to(weights)), rotation).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        met = at_least_float32(v) if self.float32_attention else v.dtype
+        q = rotate(self.q_norm(q.to(weights)), rotation).to(met)
+        k = rotate(self.k_norm(k.to(weights)), rotation).to(met)
+        dropout = self.attention_dropout if self.training else 0.0
+        with no_autocast(x) if self.float32_attention else nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v.to(met), dropout_p=dropout).to(v.dtype)
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from asymflow.errors import InputError
 from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
 from asymflow.pictures import image_grid
+from asymflow.precision import Precision, computing, usual_precision
 from asymflow.published import load_published
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
 
@@ -48,13 +50,12 @@ DEFAULTS = {
         guidance=2.3,
         orthogonal=0.0,
         batch=16,
-        dtype="float32",
         classes="all",
         method="heun",
         shift=1.0,
         interval=(0.0, 0.88),
     ),
-    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, dtype="bfloat16", max_length=512),
+    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, precision="bf16", max_length=512),
 }
 
 
@@ -83,7 +84,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--batch", type=int, help="images at a time (default: 16; 1 with --base)")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: float32; bfloat16 with --base)"
+        "--precision",
+        choices=get_args(Precision),
+        help="of products of matrices, but not in attention, that is in float32 (default: bf16 on a GPU that has it, "
+        "else float32); with --base, of weights and all (default: bf16)",
     )
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
 
@@ -140,7 +144,8 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
 def run_classes(args: argparse.Namespace) -> None:
     check(args)
     device = own_device(args)
-    flow = load(args.model, getattr(torch, args.dtype), device)
+    args.precision = args.precision or usual_precision(device)
+    flow = load(args.model, device)
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
@@ -149,7 +154,8 @@ def run_classes(args: argparse.Namespace) -> None:
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
     open_record(args, settings(args, flow, classes), plan, make_again(args))
-    draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
+    with computing(flow, args.precision):
+        draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
 
 
 def own_device(args: argparse.Namespace) -> torch.device:
@@ -214,13 +220,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
 
 
-def load(path: Path, dtype: torch.dtype, device: torch.device) -> AsymFlow:
+def load(path: Path, device: torch.device) -> AsymFlow:
     if path.is_dir():
-        return AsymFlow.from_pretrained(path, dtype=dtype, device=device)
+        return AsymFlow.from_pretrained(path, dtype=torch.float32, device=device)
     flow = load_published(path)
     if not isinstance(flow, AsymFlow):
         raise InputError(f"{path} is a subspace, not a model: see asymflow subspace show {path}")
-    flow.backbone.to(dtype)
     return flow.to(device).eval()
 
 
@@ -264,7 +269,7 @@ def settings(args: argparse.Namespace, flow: AsymFlow, classes: list[int]) -> di
         "orthogonal": args.orthogonal,
         "clamp": args.clamp,
         "size": list(args.size),
-        "dtype": args.dtype,
+        "precision": args.precision,
     }
 
 
@@ -304,7 +309,7 @@ def open_record(
 
 
 def make_again(args: argparse.Namespace) -> str:
-    options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "dtype", "classes"]
+    options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "precision", "classes"]
     words = ["asymflow", "sample", "--model", str(args.model), "--first", "INDEX", "--num", "1", "--out", "FOLDER"]
     for option in options:
         words += [f"--{option}", str(getattr(args, option))]

@@ -120,7 +120,7 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
     device = own_device(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers call torch_dtype dtype
-        dtype = getattr(torch, args.dtype)
+        dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[args.precision]
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
     for number, (path, _) in enumerate(loras):
         try:
@@ -163,14 +163,14 @@ def settings(
         "clamp": not args.no_clamp,
         "size": list(size),
         "max_length": args.max_length,
-        "dtype": args.dtype,
+        "precision": args.precision,
     }
 
 
 def make_again(args: argparse.Namespace, height: int, width: int) -> str:
     words = ["asymflow", "sample", "--base", args.base, "--adapter", args.adapter, "--first", "INDEX", "--num", "1"]
     words += ["--out", "FOLDER", "--height", height, "--width", width, "--max-length", args.max_length]
-    for option in ("seed", "steps", "shift", "guidance", "orthogonal", "dtype"):
+    for option in ("seed", "steps", "shift", "guidance", "orthogonal", "precision"):
         words += [f"--{option}", getattr(args, option)]
     for option in ("prompt", "image", "lora"):
         words += [word for value in getattr(args, option) or () for word in (f"--{option}", value)]

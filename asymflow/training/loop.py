@@ -20,7 +20,7 @@ from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training import checkpoint, run, shards, streams
 from asymflow.training.checkpoint import Piece
-from asymflow.training.config.derived import batch_sizes, bf16_weights
+from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.engine import averaged, gradient_norm, idle, make_engine, norm_before_step, set_learning_rate
@@ -49,7 +49,9 @@ class Training:
         flow = objective.model(flow)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
         if self.autocast:  # inside of the engine, which on GPUs switches off what is entered outside of it
-            flow.forward = torch.autocast(device.type, torch.bfloat16)(flow.forward)
+            usual, in_bf16 = flow.forward, torch.autocast(device.type, torch.bfloat16)(flow.forward)
+            # Samples are drawn in a precision of their own, see `sampling_precision`.
+            flow.forward = lambda *args, **conditions: (in_bf16 if flow.training else usual)(*args, **conditions)
         self.engine = make_engine(flow.to(device).train(), config, out)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
         self.averages = Averages(shards.owned_fragments(self.engine), profiles)
@@ -312,6 +314,7 @@ class Training:
         """
         c = self.config
         sampler = c.sample.model_dump(include={"steps", "method", "guidance", "interval"}, mode="json")
+        sampler["precision"] = sampling_precision(c, self.device)
         settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
         asked = {"step": self.step, **settings}
         if on_first(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
@@ -320,7 +323,7 @@ class Training:
             distance = self.evaluation.distance(flow, stop=self.signalled)
         if self.rank == 0 and distance is not None:
             self.journals[2].add({"step": self.step, "frechet_distance": distance, **settings})
-            words = f"{c.evaluate.num} samples, {c.evaluate.extractor}"
+            words = f"{c.evaluate.num} samples in {sampler['precision']}, {c.evaluate.extractor}"
             tqdm.write(f"step {self.step}: Fréchet distance {distance:.4g} ({words})", file=sys.stderr)
             self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
 

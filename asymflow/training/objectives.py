@@ -20,8 +20,9 @@ from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
+from asymflow.precision import computing
 from asymflow.sampling import dynamic_shift, generate, guided, image_noise, sample, sigma_grid, time_shift
-from asymflow.training.config.derived import batch_sizes
+from asymflow.training.config.derived import batch_sizes, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loss import flow_matching_loss, noise_level, noisy
 from asymflow.training.repa import Aligned, Encoder, misalignment
@@ -101,7 +102,8 @@ def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[i
     """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
     c = config.sample
     options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
-    return generate(flow, labels, indices, seed=config.train.seed, **options)
+    with computing(flow, sampling_precision(config, flow.subspace.basis.device)):
+        return generate(flow, labels, indices, seed=config.train.seed, **options)
 
 
 class LatentToPixel:
@@ -167,7 +169,9 @@ class LatentToPixel:
         conditions, unconditional = {"encoder_hidden_states": text}, {"encoder_hidden_states": empty}
         velocity = guided(flow, conditions, unconditional, c.guidance, tuple(c.interval), orthogonal=1.0)
         sigmas = sigma_grid(c.steps, dynamic_shift(height, width))
-        return oklab_to_rgb(sample(velocity, noise, sigmas, c.method, lambda x0, sigma: clamp_to_gamut(x0)))
+        with computing(flow, sampling_precision(self.config, device)):
+            images = sample(velocity, noise, sigmas, c.method, lambda x0, sigma: clamp_to_gamut(x0))
+        return oklab_to_rgb(images)
 
     def prompt(self, index: int) -> Tensor:
         try:

@@ -395,7 +395,7 @@ def test_what_does_not_fit_is_one_line(base, adapter, pipeline, noise, tmp_path)
 # ---- The command line ------------------------------------------------------------------------------------------------
 def run(base, adapter, out, /, *options, **replaced):
     given = {"base": base, "adapter": adapter, "out": out, "steps": 2, "width": 48, "height": 32, "seed": 3}
-    given |= {"max-length": TEXT_LENGTH, "device": "cpu", "dtype": "float32", **replaced}
+    given |= {"max-length": TEXT_LENGTH, "device": "cpu", "precision": "float32", **replaced}
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     return main(["sample", *words, *options])
 

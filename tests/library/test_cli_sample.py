@@ -123,7 +123,7 @@ def test_a_complete_run_is_left_as_it_is(model, tmp_path):
         dict(shift=2.0),
         dict(orthogonal=1.0),
         dict(size="16x8"),
-        dict(dtype="bfloat16"),
+        dict(precision="bf16"),
     ],
 )
 def test_another_run_is_refused_and_harms_nothing(model, tmp_path, capsys, changed):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymflow import InputError, Subspace
+from asymflow import AsymFlow, InputError, Subspace
 from asymflow.backbones.jit import SIZES, JiT, rope, rotate, sincos_positions
+from asymflow.precision import computing
 
 TINY = dict(patch_size=2, width=16, depth=4, heads=2, bottleneck=6, in_context_start=1, in_context_tokens=3)
 TINY |= dict(image_size=6, num_classes=4)
@@ -378,6 +379,37 @@ def test_attention_gets_what_the_fast_kernels_take(dtype, autocast, monkeypatch)
     for qkv in calls:  # one dtype, and consecutive numbers in a head
         assert {t.dtype for t in qkv} == {torch.bfloat16 if autocast else dtype}
         assert {t.stride(-1) for t in qkv} == {1}
+
+
+def test_attention_is_in_float32_in_the_published_precision(monkeypatch):
+    """Where it is asked for, and nowhere else: training has the fast kernels."""
+    jit, plain, seen = random_jit(dtype=torch.float32), F.scaled_dot_product_attention, []
+
+    def attention(*qkv, **options):
+        seen.append((torch.is_autocast_enabled("cpu"), {t.dtype for t in qkv}))
+        return plain(*qkv, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    flow, inputs = AsymFlow(jit, Subspace.random(jit.dim, 3)).eval(), random_inputs(jit, dtype=torch.float32)
+    with computing(flow, "bf16"):
+        published = jit(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = jit(*inputs)
+        with computing(flow, "float32"):
+            exact = jit(*inputs)
+    layers = len(jit.blocks)
+    assert seen == [*[(False, {torch.float32})] * layers, *[(True, {torch.bfloat16})] * layers, *seen[:layers]]
+    assert torch.equal(exact, jit(*inputs))
+    errors = [(result.float() - exact).norm() / exact.norm() for result in (exact, published, fast)]
+    assert 0 == errors[0] < min(errors[1:])
+    assert max(errors) < 0.1
+    with pytest.raises(InputError, match="bf16, float32"), computing(flow, "fp16"):
+        pass
+    seen.clear()
+    with computing(flow.bfloat16(), "bf16"):  # as a training keeps them that has deepspeed.bf16
+        assert not torch.is_autocast_enabled("cpu")
+        assert jit(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16
+    assert seen == [(False, {torch.float32})] * layers
 
 
 def test_compiles_to_one_graph_in_training_with_checkpointing():

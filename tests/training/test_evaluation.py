@@ -226,9 +226,9 @@ def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path
 def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
     run(1, tmp_path / "run", *settings(classifier, every="null"))
     launched = run(1, tmp_path / "run", *settings(classifier))
-    assert any("Fréchet distance" in line for line in launched.said())
+    assert any("Fréchet distance" in line and "in float32" in line for line in launched.said())
     (first,) = evaluations(tmp_path / "run")
-    assert first["step"] == 4
+    assert (first["step"], first["sample"]["precision"]) == (4, "float32")
     run(1, tmp_path / "run", *settings(classifier))
     assert evaluations(tmp_path / "run") == [first]
     # Of another extractor, the statistics of the data are not those that were kept.
@@ -240,8 +240,10 @@ def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
     assert not np.allclose(load_statistics(tmp_path / "run" / "reference.npz")[0]["mu"], before)
     assert evaluations(tmp_path / "run")[0]["frechet_distance"] != first["frechet_distance"]
     # Other settings are another evaluation, and are told beside it.
-    run(1, tmp_path / "run", *settings(tmp_path / "other.safetensors"), "sample.guidance=1.5")
-    assert [entry["sample"]["guidance"] for entry in evaluations(tmp_path / "run")] == [2.0, 1.5]
+    run(1, tmp_path / "run", *settings(tmp_path / "other.safetensors"), "sample.precision=bf16")
+    one, other = evaluations(tmp_path / "run")
+    assert [entry["sample"]["precision"] for entry in (one, other)] == ["float32", "bf16"]
+    assert one["frechet_distance"] != other["frechet_distance"]
 
 
 def stopping():

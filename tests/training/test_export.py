@@ -1,15 +1,21 @@
 """`asymflow export` and `asymflow ema`: what comes out of a training run is the model that was trained."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import train
 
 from asymflow import AsymFlow
 from asymflow.cli import main
+from asymflow.data.images import to_image
 from asymflow.subspace import Subspace
 from asymflow.training import checkpoint
+from asymflow.training.config.reading import load_config
+from asymflow.training.objectives import drawn
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +26,17 @@ def run(tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("export") / "run"
     widths = "ema.sigma_rel=[0.05, 0.10, 0.0125, 0.2886]"
-    train(1, out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=5", widths)
+    samples = ["sample.every=12", "sample.num=8", "sample.steps=3", "train.precision=bf16"]
+    train(1, out, "train.steps=12", "checkpoint.every=6", "ema.snapshot_every=5", widths, *samples)
     return out
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """The first average of its last step."""
+    folder = run.parent / "model"
+    assert main(["export", "--run", str(run), "--out", str(folder)]) == 0
+    return folder
 
 
 def state(folder):
@@ -47,13 +62,40 @@ def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, 
         assert torch.equal(exported[name], expected), name
 
 
-def test_an_exported_model_can_be_asked_what_it_is(run, tmp_path, capsys):
+def test_an_exported_model_can_be_asked_what_it_is(model, capsys):
     """With the spectrum that its subspace was fitted with."""
-    assert main(["export", "--run", str(run), "--out", str(tmp_path / "model")]) == 0
-    capsys.readouterr()
-    assert AsymFlow.from_pretrained(tmp_path / "model").subspace.spectrum is not None
-    assert main(["info", str(tmp_path / "model")]) == 0
+    assert AsymFlow.from_pretrained(model).subspace.spectrum is not None
+    assert main(["info", str(model)]) == 0
     assert "GFLOPs an image" in capsys.readouterr().out
+
+
+def sampled(model, out, config, *options):
+    """By the command line, all in one batch, with the settings of the training."""
+    c, words = config.sample, ["sample", "--model", str(model), "--out", str(out), "--seed", str(config.train.seed)]
+    for name in ("num", "steps", "guidance", "method"):
+        words += [f"--{name}", str(getattr(c, name))]
+    assert main([*words, "--batch", str(c.num), "--interval", ",".join(map(str, c.interval)), *options]) == 0
+    return json.loads((out / "samples.json").read_text())["settings"]
+
+
+def test_the_grid_of_a_run_is_what_its_model_is_sampled_to(run, model, tmp_path):
+    """Though the training is in bf16: on a CPU, where nothing else is said, samples are drawn in float32."""
+    assert sampled(model, tmp_path / "out", load_config(run / "config.yaml"))["precision"] == "float32"
+    drawn = Image.open(run / "samples" / "00000012.png")
+    assert np.array_equal(drawn, Image.open(tmp_path / "out" / "grid.png"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_both_roads_to_an_image_give_the_same_bits(run, model, tmp_path, precision, monkeypatch):
+    """As it is drawn for grids and for the evaluation in a training, and by the command line."""
+    config, other = (load_config(run / "config.yaml", [f"sample.precision={p}"]) for p in (precision, "null"))
+    images = []
+    monkeypatch.setattr("asymflow.cli.sample.to_image", lambda image: (images.append(image), to_image(image))[1])
+    assert sampled(model, tmp_path / "out", config, "--precision", precision)["precision"] == precision
+    flow, indices = AsymFlow.from_pretrained(model), range(config.sample.num)
+    images_of = lambda config: drawn(flow, config, [i % config.model.num_classes for i in indices], indices)
+    assert torch.equal(torch.stack(images), images_of(config))
+    assert torch.equal(images_of(other), images_of(config)) == (precision == "float32")  # the default on a CPU
 
 
 @pytest.mark.parametrize("width", ["0.05", "0.10", "0.0125", "0.2886"])

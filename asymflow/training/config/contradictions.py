@@ -122,6 +122,8 @@ def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     if on["bf16"]:
         if c.train.precision != "bf16":
             yield "deepspeed.bf16.enabled", f"is true, which contradicts train.precision: {c.train.precision}"
+        if c.sample.precision == "float32":
+            yield "sample.precision", "cannot be float32 where deepspeed.bf16 keeps the weights in bf16"
         for name in ROUNDED:
             if given["bf16"].get(name):
                 yield f"deepspeed.bf16.{name}", "is refused: averages and checkpoints are made of float32 weights"

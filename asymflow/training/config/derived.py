@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
+from asymflow.precision import Precision, usual_precision
 from asymflow.training.config.sections import Model, Sections, known_keys
 from asymflow.training.config.yaml12 import one_line, shown
 
@@ -37,6 +38,10 @@ def network(model: Model) -> dict:
 def bf16_weights(config: Sections) -> bool:
     """Whether DeepSpeed keeps the weights in bfloat16, beside float32 originals. Then autocast has nothing to do."""
     return bool((config.deepspeed.get("bf16") or {}).get("enabled", False))
+
+
+def sampling_precision(config: Sections, device: torch.device) -> Precision:
+    return config.sample.precision or ("bf16" if bf16_weights(config) else usual_precision(device))
 
 
 def batch_sizes(config: Sections, world: int) -> tuple[int, int]:

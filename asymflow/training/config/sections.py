@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.fields import FieldInfo
 
+from asymflow.precision import Precision
+
 Count = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -181,6 +183,9 @@ class Sample(Section):
     method: Literal["heun", "euler"] = Field("heun", description="heun evaluates the model twice a step")
     guidance: float = Field(2.3, description="scale of classifier-free guidance; 1: none")
     interval: tuple[Fraction, Fraction] = listed(0.0, 0.88, description="noise levels where guidance acts, low first")
+    precision: Precision | None = Field(
+        None, description="of the computation; null: bf16 on a GPU that has it, or if weights are in bf16, else float32"
+    )
 
 
 class Evaluate(Section):
