@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from asymflow.backbones.jit import JiT
+from asymflow.backbones import conditions_needed
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 
@@ -70,10 +70,11 @@ def flops(
     kernel.
 
     image_shape: (C, H, W), or (T, C, H, W) of a video. conditions: for one image, (1, ...); only shapes and dtypes
-    matter. JiT needs none. Raises InputError if the shape does not fit the model.
+    matter. A backbone with num_classes, as JiT, needs no labels. Raises InputError if the shape does not fit the model,
+    or a condition is missing.
     """
     flow = stand_in(flow, "meta").train(training)
-    if not recomputed and isinstance(flow.backbone, JiT):
+    if not recomputed and hasattr(flow.backbone, "checkpoint_every"):
         flow.backbone.checkpoint_every = 0
     with FlopCounterMode(display=False) as counter:
         loss = loss_of_noise(flow, 1, image_shape, "meta", conditions)
@@ -235,8 +236,13 @@ def stand_in(flow: nn.Module, device: str) -> nn.Module:
 
 def loss_of_noise(flow: AsymFlow, batch: int, image_shape: tuple[int, ...], device: str, conditions: dict) -> Tensor:
     """The loss of a training step. Only shapes matter: there are no numbers in any of it."""
-    if not conditions and isinstance(flow.backbone, JiT):
-        conditions = {"labels": torch.empty(1, dtype=torch.long, device=device)}
+    needed = conditions_needed(flow.backbone)
+    if "labels" in needed and hasattr(flow.backbone, "num_classes"):
+        conditions = {"labels": torch.empty(1, dtype=torch.long), **conditions}
+    if missing := [name for name in needed if name not in conditions]:
+        raise InputError(
+            f"{type(flow.backbone).__name__} needs {', '.join(missing)}: give tensors for one image, (1, ...), by name"
+        )
     conditions = {
         name: torch.empty((batch, *value.shape[1:]), dtype=value.dtype, device=device)
         for name, value in conditions.items()

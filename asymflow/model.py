@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 
 from asymflow import files
+from asymflow.backbones import forward_parameters
 from asymflow.backbones.jit import JiT
 from asymflow.errors import InputError
 from asymflow.parameterization import calibration, recover_velocity
@@ -48,10 +50,8 @@ class AsymFlow(
     `flow(x_sigma, sigma, **conditions)` is the velocity u = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps
     (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
-    backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. It gets the calibrated
-        tokens k x_sigma in its own dtype, and their noise level tau in float32 or better. If its forward has an
-        argument `grid`, it gets the number of tokens along each axis, (h, w), or (T, h, w) for a video. It may return a
-        tuple, whose first element is the prediction: `flow` then returns (velocity, *the others), untouched.
+    backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`: see
+        `asymflow.backbones` for what that means, and what else it may have.
     subspace: of tokens of dimension D = channels * patch_size^2.
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,
@@ -91,7 +91,7 @@ class AsymFlow(
         self.backbone, self.subspace = backbone, subspace
         self.sigma_min, self.noise_scale = float(sigma_min), float(noise_scale)
         self.channels = subspace.dim // self.patch_size**2
-        self.backbone_takes_grid = takes_grid(backbone)
+        self.backbone_takes_grid = "grid" in forward_parameters(backbone)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor | float, **conditions) -> Tensor | tuple:
         """The velocity at x_sigma (B, C, H, W), or a video (B, T, C, H, W), at the noise levels sigma (B,) in [0, 1].
@@ -108,7 +108,7 @@ class AsymFlow(
             )
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
-        sigma = sigma.to(x_sigma.device, non_blocking=sigma.device.type == "cpu")  # else the CPU waits for the GPU
+        sigma = sigma.to(x_sigma.device, non_blocking=x_sigma.is_cuda)  # else the CPU waits for the GPU
         if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
             raise InputError(
                 f"sigma must be one noise level for each of the {len(x_sigma)} images, but its shape is "
@@ -178,6 +178,13 @@ class AsymFlow(
         except (TypeError, ValueError) as e:
             raise InputError(f"the backbone's config cannot be written to {CONFIG}: {e}") from None
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
+        if not hasattr(self.backbone, "config"):
+            name = type(self.backbone).__name__
+            warnings.warn(
+                f"{name} has no `config`, a dict of what it was made with: the saved model does not say how to make it "
+                "again for from_pretrained(..., backbone=...)",
+                stacklevel=2,
+            )
         spectrum = {} if self.subspace.spectrum is None else {SPECTRUM: self.subspace.spectrum}
         files.write_tensors(save_directory / WEIGHTS, self.state_dict() | spectrum)
 
@@ -253,8 +260,8 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
 def make_backbone(name: str, config: dict) -> nn.Module:
     if name not in BACKBONES:
         raise InputError(
-            f"the model has a backbone of the class {name}, which this library does not have: make one yourself and "
-            "pass it as from_pretrained(..., backbone=...)"
+            f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
+            f"{f', with {config!r},' if config else ''} and pass it as from_pretrained(..., backbone=...)"
         )
     with torch.device("meta"):  # the weights come from the file: none are drawn, no memory is taken twice
         return BACKBONES[name](**config)
@@ -268,16 +275,6 @@ def read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f'{path} is not the configuration of an asymmetric flow: it has no "format": "{FORMAT}"')
     return config
-
-
-def takes_grid(backbone: nn.Module) -> bool:
-    """Whether a backbone, or what it wraps (as torch.compile and DistributedDataParallel do), takes `grid`."""
-    for module in backbone.modules():
-        parameters = inspect.signature(module.forward).parameters
-        passing_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
-        if not passing_on:
-            return "grid" in parameters
-    return False
 
 
 def agreed(name: str, given: object, subspace: Subspace, backbone: nn.Module) -> object:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow.backbones.jit import check_labels
+from asymflow.backbones import check_labels
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.subspace import at_least_float32
@@ -226,6 +226,7 @@ def generate(
     *,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    null_label: int | None = None,
     steps: int = 50,
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -237,24 +238,33 @@ def generate(
 ) -> Tensor:
     """Images (n, C, H, W) of the given classes (n,) by a class-conditional model, in its own range (RGB: [-1, 1]).
 
-    indices: which image of the endless row that `seed` defines each one is; 0 to n - 1 by default. `size`: height and
-    width, those of the training images by default. The rest is explained at `sample` and `guided`; the settings of
-    arXiv 2605.12964, for ImageNet are guidance 2.3 on the interval (0, 0.88) and 50 Heun steps.
-    Raises InputError for a label that is not a class, a model in training mode, or a size that is no multiple of the
-    patch.
+    flow: of a backbone whose condition is `labels`. indices: which image of the endless row that `seed` defines each
+    one is; 0 to n - 1 by default. size: height and width; by default those of the training images, if the backbone has
+    a `grid`. null_label: what means "no class"; by default the backbone's num_classes, if it has that. The rest is
+    explained at `sample` and `guided`; the settings of arXiv 2605.12964, for ImageNet are guidance 2.3 on the interval
+    (0, 0.88) and 50 Heun steps.
+    Raises InputError for a label that is not a class, a model in training mode, a size that is no multiple of the
+    patch, or if the backbone does not say what is not given.
     """
     if flow.training:
         raise InputError("the model is in training mode: call flow.eval() before sampling")
     device = flow.subspace.basis.device
     labels = torch.as_tensor(labels)
-    check_labels(labels, flow.backbone.num_classes)
+    num_classes, grid = (getattr(flow.backbone, name, None) for name in ("num_classes", "grid"))
+    if num_classes is not None:
+        check_labels(labels, num_classes)
+    null_label = num_classes if null_label is None else null_label
+    if null_label is None and guidance != 1:
+        raise InputError("give null_label, the label that means no class: the backbone has no num_classes to tell it")
+    if size is None and grid is None:
+        raise InputError("give size=(height, width): the backbone has no grid to tell that of its images")
     labels = labels.to(device)
-    height, width = size or tuple(n * flow.patch_size for n in flow.backbone.grid)
+    height, width = size or tuple(n * flow.patch_size for n in grid)
     indices = list(range(len(labels)) if indices is None else indices)
     if labels.ndim != 1 or len(indices) != len(labels):
         shape = tuple(labels.shape)
         raise InputError(f"give one label for each image: {len(indices)} images, but labels of the shape {shape}")
     noise = flow.noise_scale * image_noise(seed, indices, (flow.channels, height, width), device)
-    conditions, unconditional = {"labels": labels}, {"labels": torch.full_like(labels, flow.backbone.num_classes)}
-    velocity = guided(flow, conditions, unconditional, guidance, interval, orthogonal)
+    unconditional = labels if null_label is None else torch.full_like(labels, null_label)
+    velocity = guided(flow, {"labels": labels}, {"labels": unconditional}, guidance, interval, orthogonal)
     return sample(velocity, noise, sigma_grid(steps, shift), method, denoised_hook, progress)

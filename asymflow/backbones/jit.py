@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from asymflow.backbones import check_labels
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
 
@@ -339,13 +340,3 @@ def check_sizes(config: dict) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= config[name] < 1:
             raise InputError(f"{name} of a JiT must be a probability below 1, but it is {config[name]}")
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """InputError, naming the first, unless all labels are classes or `num_classes`, which means "no class"."""
-    wrong = labels[(labels < 0) | (labels > num_classes)]
-    if len(wrong):
-        raise InputError(
-            f"label {wrong[0].item()} is not a class: they run from 0 to {num_classes - 1}, and {num_classes} means no "
-            "class"
-        )
