@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
@@ -20,7 +21,7 @@ from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.sampling import METHODS
-from asymflow.training.config.derived import batch_sizes, bf16_weights, deepspeed_config, network
+from asymflow.training.config.derived import batch_sizes, bf16_weights, deepspeed_config, network, sampling_precision
 from asymflow.training.config.differences import MAY_CHANGE, differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
 from asymflow.training.config.sections import Sample, known_keys
@@ -588,6 +589,10 @@ def test_overrides_that_cannot_be(override, expected):
         (["deepspeed.bf16.enabled=auto"], "deepspeed.bf16 must be a section with the key enabled: true or false"),
         (["deepspeed.bf16=true"], "deepspeed.bf16 must be a section"),
         (
+            ["deepspeed.bf16.enabled=true", "train.precision=bf16", "sample.precision=float32"],
+            "sample.precision cannot be float32 where deepspeed.bf16 keeps the weights in bf16",
+        ),
+        (
             [
                 "train.precision=bf16",
                 "deepspeed.bf16.enabled=true",
@@ -680,6 +685,7 @@ def test_what_deepspeed_gets_is_what_was_given_and_batch_sizes(overrides):
     assert (options["steps_per_print"] > 1e9) == ("steps_per_print" not in c.deepspeed)
     assert not options["zero_force_ds_cpu_optimizer"]
     assert bf16_weights(c) == ("deepspeed.bf16.enabled=true" in overrides)
+    assert sampling_precision(c, torch.device("cpu")) == ("bf16" if bf16_weights(c) else "float32")
     options["zero_optimization"]["stage"] = 99  # the caller's own
     assert c.model_dump() == before
     ours = DeepSpeedConfig(deepspeed_config(c, 1) if micro * accumulation == 64 else alone(c))
