@@ -405,6 +405,11 @@ def test_attention_is_in_float32_in_the_published_precision(monkeypatch):
     assert max(errors) < 0.1
     with pytest.raises(InputError, match="bf16, float32"), computing(flow, "fp16"):
         pass
+    seen.clear()
+    with computing(flow.bfloat16(), "bf16"):  # as a training keeps them that has deepspeed.bf16
+        assert not torch.is_autocast_enabled("cpu")
+        assert jit(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16
+    assert seen == [(False, {torch.float32})] * layers
 
 
 def test_compiles_to_one_graph_in_training_with_checkpointing():
