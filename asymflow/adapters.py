@@ -295,7 +295,7 @@ def check_base(
         if tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        raise InputError(f"{path} is of another base model{trained_on}: {'; '.join(wrong)}")
+        raise InputError(f"{path} is of another base model: {'; '.join(wrong)}{trained_on}")
     # Weights loaded as float16 may have lost what the fingerprint is of.
     made_of = metadata.get("base_fingerprint")
     if made_of and transformer.dtype != torch.float16 and made_of != fingerprint(transformer):

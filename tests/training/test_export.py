@@ -260,8 +260,11 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
     assert f"give its run, {copy}, and --step 6" in refused(copy / "checkpoints/00000006")
     config = (copy / "config.yaml").read_text()
     if command == "sample":  # `info` reads no weights
-        (copy / "config.yaml").write_text(config.replace("depth: 2", "depth: 1").replace("start: 1", "start: 0"))
-        assert "does not fit: unexpected tensors: backbone.blocks.1" in refused(copy)
+        (copy / "config.yaml").write_text(config.replace("bottleneck: 16", "bottleneck: 8"))
+        assert (
+            "does not fit: wrong shapes: backbone.x_embedder.proj1.weight has (16, 192), expected (8, 192)"
+            in refused(copy)
+        )
     (copy / "config.yaml").write_text("base: asymflux2_tiny\n")
     line = refused(copy)
     assert "finetunes runs/toy/asymflux2_tiny/pixel-base: asymflow export --run" in line
