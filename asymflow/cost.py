@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from asymflow.backbones import conditions_needed
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
-from asymflow.subspace import Subspace
 
 PRECISIONS = ("autocast", "bfloat16", "float32")
 PEAKS = {  # of GPUs, by words of their names: 10^12 operations a second in bfloat16, dense, as in the data sheets
@@ -232,9 +231,6 @@ def stand_in(flow: nn.Module, device: str) -> nn.Module:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         trained = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
-    for module in flow.modules():
-        if isinstance(module, Subspace):
-            memo[id(module.spectrum)] = None  # no buffer: it would keep its numbers
     return copy.deepcopy(flow, memo)
 
 
