@@ -101,7 +101,7 @@ class Step(nn.Module):
         self.lpips = perceptual and perceptual.model  # so that its weights are seen to be weights
 
     def forward(self, batch: EncodedBatch) -> Tensor:
-        losses = self.objective.losses(self.model, batch, None)
+        losses = self.objective.losses(self.model, batch)
         return (losses * torch.tensor(self.objective.weights, device=losses.device)).sum(1).mean()
 
     @property
