@@ -111,6 +111,32 @@ def test_offloading_and_accumulation_change_rounding_alone(runs, name):
             assert torch.allclose(value, found[key], rtol=0, atol=2e-4), key
 
 
+@pytest.mark.parametrize("name", [*HALF, *AUTOCAST])
+def test_bfloat16_stays_close_to_float32(runs, name):
+    """Its numbers have 8 bits: each is off by up to 0.4 %, and a mean over many by less."""
+    compare(runs / name, runs / "plain", rel=5e-3)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_autocast_keeps_weights_in_float32(runs, number):
+    compare(runs / f"autocast{number}", runs / "autocast1", rel=1e-3)
+    assert metrics(runs / f"autocast{number}") != metrics(runs / "plain")  # it does something
+
+
+def as_on_a_gpu():
+    """DeepSpeed asks whether autocast is on, for CUDA, and if so switches it off; here the answer is for the CPU."""
+    real = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: real(*device) if device else real("cpu")
+
+
+def test_autocast_is_not_switched_off_by_deepspeed_on_a_gpu(tmp_path):
+    settings = ["train.steps=2", "checkpoint.every=2", "train.precision=bf16"]
+    for name, patch in (("here", None), ("gpu", as_on_a_gpu)):
+        launched = Launched(1, tmp_path / name, *settings, patch=patch)
+        assert launched.wait() == [0], launched.said()
+    assert metrics(tmp_path / "gpu") == metrics(tmp_path / "here")
+
+
 def test_it_does_what_a_plain_loop_of_torch_does(tmp_path):
     """To rounding, held against how far the weights have moved. Gradients are not far above eps, so clipping counts."""
     adam = "optimizer={lr: 0.001, warmup_steps: 2, betas: [0.5, 0.6], eps: 0.001, weight_decay: 10}"
@@ -140,32 +166,6 @@ def test_it_does_what_a_plain_loop_of_torch_does(tmp_path):
     found = torch.cat([weights["weights", name].flatten() for name, _ in flow.named_parameters()])
     ours = torch.nn.utils.parameters_to_vector(flow.parameters()).detach()
     assert (found - ours).norm() < 1e-3 * (ours - begun).norm()
-
-
-@pytest.mark.parametrize("name", [*HALF, *AUTOCAST])
-def test_bfloat16_stays_close_to_float32(runs, name):
-    """Its numbers have 8 bits: each is off by up to 0.4 %, and a mean over many by less."""
-    compare(runs / name, runs / "plain", rel=5e-3)
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_autocast_keeps_weights_in_float32(runs, number):
-    compare(runs / f"autocast{number}", runs / "autocast1", rel=1e-3)
-    assert metrics(runs / f"autocast{number}") != metrics(runs / "plain")  # it does something
-
-
-def as_on_a_gpu():
-    """DeepSpeed asks whether autocast is on, for CUDA, and if so switches it off; here the answer is for the CPU."""
-    real = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: real(*device) if device else real("cpu")
-
-
-def test_autocast_is_not_switched_off_by_deepspeed_on_a_gpu(tmp_path):
-    settings = ["train.steps=2", "checkpoint.every=2", "train.precision=bf16"]
-    for name, patch in (("here", None), ("gpu", as_on_a_gpu)):
-        launched = Launched(1, tmp_path / name, *settings, patch=patch)
-        assert launched.wait() == [0], launched.said()
-    assert metrics(tmp_path / "gpu") == metrics(tmp_path / "here")
 
 
 def test_recomputing_activations_changes_no_bit(runs):
