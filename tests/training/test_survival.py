@@ -52,10 +52,9 @@ def on_rank(rank, action):
     return lambda training: action() if training.rank == rank else None
 
 
-def saving_hangs(files):
-    """After so many files of the first checkpoint or snapshot."""
-    describe, left = checkpoint.describe, iter(range(files))
-    checkpoint.describe = lambda path: describe(path) if next(left, None) is not None else time.sleep(1000)
+def saving_hangs(at):
+    """As soon as a checkpoint or a snapshot comes to `checkpoint.AT`."""
+    setattr(checkpoint, at, lambda *args: time.sleep(1000))
 
 
 def hangs_at(step):
@@ -240,7 +239,7 @@ def test_killed_twenty_times_and_none_the_worse(tmp_path):
             launched = Launched(2, killed, *settings, patch=partial(hangs_at, furthest + 2))
             time.sleep(moments.uniform(0, 1.5))
         elif i % 4 == 1:  # while it saves
-            launched = Launched(2, killed, *settings, patch=partial(saving_hangs, i // 4 % 2))
+            launched = Launched(2, killed, *settings, patch=partial(saving_hangs, ("write_rank", "finish")[i // 4 % 2]))
             wait_for(lambda: any(killed.glob("*/.*.writing")), launched.said)
             time.sleep(moments.uniform(0, 0.25))
         else:  # while it trains and saves; it gets no further than 6 steps until it is killed
@@ -288,7 +287,8 @@ def test_a_signal_to_any_rank_saves_and_the_same_command_continues(tmp_path):
     for n, (number, ranks) in enumerate([(signal.SIGTERM, [1]), (signal.SIGUSR1, [0, 1]), (signal.SIGTERM, [0, 0])]):
         before = lines(tmp_path / "run" / "metrics.jsonl")
         told = tmp_path / f"told{n}"
-        launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(signals_while_saving, 1000, told))
+        settings = *ENDLESS, "ema.snapshot_every=null"
+        launched = Launched(2, tmp_path / "run", *settings, patch=partial(signals_while_saving, 1000, told))
         wait_for_steps(tmp_path / "run", before + 3, launched)
         for rank in ranks:  # the last of these twice, as by a scheduler and a launcher
             launched.signal(number, rank)
