@@ -21,7 +21,7 @@ from asymflow.data.batches import end_with_parent
 from asymflow.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-GUARD = 300  # seconds after which a test that waits for something gives up: far more than it ever takes
+GUARD = 600  # seconds after which a test that waits for something gives up: far more than it ever takes
 TINY = [  # a model that takes milliseconds a step
     "model.size=tiny/8",
     "model.image_size=16",

@@ -608,7 +608,7 @@ def test_a_folder_in_which_another_is_at_work_is_refused(base, photos, tmp_path,
         before = content(out)
         job = multiprocessing.get_context("fork").Process(target=another)
         job.start()
-        job.join(30)
+        job.join(300)
         said = answers.get()
     assert f"{out} is being encoded to by process {os.getpid()} on " in said
     assert content(out) == before

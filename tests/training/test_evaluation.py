@@ -14,6 +14,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from asymflow.classifier import Classifier
+from asymflow.data.datasets import make_dataset
 from asymflow.errors import InputError
 from asymflow.evaluation import (
     CLASSIFIER,
@@ -24,6 +25,10 @@ from asymflow.evaluation import (
     save_statistics,
     statistics,
 )
+from asymflow.sampling import generate
+from asymflow.subspace import Subspace
+from asymflow.training.config.reading import load_config
+from asymflow.training.start import make_flow
 
 
 def images(count, seed=0, size=32):
@@ -198,12 +203,29 @@ def settings(classifier, every=2, stage=1):
 
 def run(world, out, *settings):
     launched = Launched(world, out, *settings)
-    assert launched.wait(120) == [0] * world, launched.said()
+    assert launched.wait() == [0] * world, launched.said()
     return launched
 
 
 def evaluations(out):
     return [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+
+
+def distance_of(out, classifier):
+    """Between what the first average of the last checkpoint draws and the data, which `reference.npz` is held to."""
+    config = load_config(out / "config.yaml")
+    data, features = make_dataset(config), load_extractor(CLASSIFIER, classifier)
+    reference, _ = load_statistics(out / "reference.npz")
+    of_data = statistics(features(torch.stack([data[i].image for i in range(len(data))])))
+    assert np.allclose(reference["mu"], of_data["mu"], rtol=1e-5)
+    flow = make_flow(config, Subspace.load(out / "subspace.safetensors")).eval()
+    average = {name: value for (kind, name), value in tensors(out, 4).items() if kind == "ema-0.5"}
+    assert not flow.load_state_dict(average, strict=False).unexpected_keys
+    labels = [i % 16 for i in range(22)]
+    sampler = dict(steps=2, guidance=config.sample.guidance, interval=(0.0, 1.0), method="heun")
+    drawn = torch.cat([generate(flow, labels[i : i + 6], range(i, min(i + 6, 22)), **sampler) for i in range(0, 22, 6)])
+    pixels = ((drawn + 1) * 127.5).round().clamp(0, 255).byte()
+    return frechet_distance(statistics(features(pixels)), reference)
 
 
 def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path, classifier):
@@ -215,6 +237,7 @@ def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path
     for a, b in zip(one, two, strict=True):
         assert a["frechet_distance"] == pytest.approx(b["frechet_distance"], rel=2e-2)  # a pixel may round otherwise
         assert a["frechet_distance"] > 0.01
+    assert one[-1]["frechet_distance"] == pytest.approx(distance_of(tmp_path / "one", classifier), rel=2e-2)
     (of_one, _), (of_two, _) = (load_statistics(tmp_path / name / "reference.npz") for name in ("one", "two"))
     assert np.allclose(of_one["mu"], of_two["mu"], rtol=1e-5)
     assert np.allclose(of_one["sigma"], of_two["sigma"], rtol=1e-4, atol=1e-7)

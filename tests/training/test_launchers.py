@@ -10,16 +10,14 @@ import re
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, environment_of, metrics, words
+from processes import GUARD, ROOT, environment_of, metrics, wait_for, words
 from test_survival import ENDLESS, lines, whole_steps
 
 from asymflow import AsymFlow
@@ -37,14 +35,6 @@ sys.exit(main())
 
 
 # ---- The commands of the README --------------------------------------------------------------------------------------
-COMMANDS = """\
-deepspeed --num_gpus 2 train_ddp.py --config shapes_tiny --out runs/shapes
-torchrun --nproc-per-node 2 train_ddp.py --config shapes_tiny --out runs/shapes
-python train_ddp.py --config shapes_tiny --out runs/shapes
-asymflow export --run runs/shapes --out models/shapes
-asymflow ema --run runs/shapes --sigma-rel 0.05 --out models/shapes_ema
-asymflow sample --model models/shapes --classes 0,5,10,15 --num 8 --out runs/shapes_samples
-"""
 QUICK = (
     *("train.steps=3", "train.global_batch_size=8", "checkpoint.every=3", "ema.snapshot_every=1", "sample.every=null"),
     *("subspace.images=64", "data.size=256", "data.workers=1"),
@@ -54,22 +44,26 @@ QUICK = (
 def shown(command):
     """The lines of the README's section on training that begin like this and are about shapes_tiny."""
     section = re.search(r"^## Training$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    found = re.findall(rf"^{command} .*/shapes.*$", section[1] if section else COMMANDS, re.MULTILINE)
-    assert found, command
+    assert section, 'README.md has no section "## Training" any more: its commands are tested here'
+    found = re.findall(rf"^{command} .*/shapes.*$", section[1], re.MULTILINE)
+    assert found, f'the section "Training" of README.md shows no command `{command} ... /shapes ...`'
     return [re.sub(r" +#.*", "", line) for line in found]
 
 
 def execute(command, folder, *settings):
-    """In a folder that has train_ddp.py, as typed but for these settings at the end; nothing may be left running."""
+    """In a folder that has train_ddp.py, as typed but for a port and settings; nothing may be left running."""
     if not (folder / "train_ddp.py").exists():
         (folder / "train_ddp.py").symlink_to(ROOT / "train_ddp.py")
     mark = secrets.token_hex(8)
-    line = shlex.join([*shlex.split(command), *(word for setting in settings for word in ("--set", setting))])
+    program, *rest = shlex.split(command)
+    if program in ("deepspeed", "torchrun"):
+        rest = ["--master_port", environment_of(2)["MASTER_PORT"], *rest]
+    line = shlex.join([program, *rest, *(word for setting in settings for word in ("--set", setting))])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "ASYMFLOW_TEST": mark}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(line, shell=True, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
-            code = process.wait(120)
+            code = process.wait(GUARD)
         finally:
             left = marked(mark)
             for other in left:
@@ -91,12 +85,6 @@ def marked(mark, **environment):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """For each launcher, the folder where its command was run, and its run."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind(("", 29500))
-        except OSError:
-            pytest.skip("port 29500, where launchers meet, is in use by another training")
     folders = {}
     for launcher in ("deepspeed", "torchrun", "python"):
         (command,) = shown(launcher)
@@ -146,7 +134,7 @@ def test_a_rank_that_dies_ends_those_on_other_nodes(tmp_path, launcher):
         worker, rank = sorted(marked(mark, RANK="1"), key=lambda process: len(process.children()))
         assert worker.parent() == rank
         rank.kill()
-        assert all(node.wait(60) for node in nodes)  # not 0
+        assert all(node.wait(GUARD) for node in nodes)  # not 0
         assert (tmp_path / "log0").read_text().count("rank 1 died without a word") == 1
     finally:
         left = marked(mark)
@@ -155,11 +143,8 @@ def test_a_rank_that_dies_ends_those_on_other_nodes(tmp_path, launcher):
     assert not left
 
 
-def wait_for_lines(path, count, logs, seconds=100):
-    until = time.monotonic() + seconds
-    while lines(path) < count:
-        assert time.monotonic() < until, [log.read_text() for log in logs.glob("log*")]
-        time.sleep(0.1)
+def wait_for_lines(path, count, logs):
+    wait_for(lambda: lines(path) >= count, lambda: [log.read_text() for log in logs.glob("log*")])
 
 
 # ---- Failures and signals --------------------------------------------------------------------------------------------
@@ -179,10 +164,10 @@ def launch(launcher, out, patch=""):
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def end(process, out, timeout=60):
+def end(process, out):
     """Its exit code, and what was written by all."""
     try:
-        code = process.wait(timeout)
+        code = process.wait(GUARD)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -137,7 +137,7 @@ def gpus(rank, count):
     """One rank sees GPUs, so many, and takes its time to use one; others see none."""
     if this_rank() == rank:
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: count
-        torch.cuda.set_device = lambda device: time.sleep(100)
+        torch.cuda.set_device = lambda device: time.sleep(1000)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -204,11 +204,11 @@ def test_one_rank_reads_the_headers_and_none_begins_with_other_shards(tmp_path):
 # ---- Ending ----------------------------------------------------------------------------------------------------------
 def ends(rank, args, device):
     """One rank dies when all is done but the end, and others wait for it, as nccl would, without noticing."""
-    dist.barrier = lambda *args, **options: time.sleep(100)
+    dist.barrier = lambda *args, **options: time.sleep(1000)
 
     def fit():
         if dist.get_rank() == rank:
-            time.sleep(1)
+            time.sleep(1)  # until the other waits, which makes no difference
             os._exit(7)
 
     return SimpleNamespace(fit=fit)
@@ -217,7 +217,7 @@ def ends(rank, args, device):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_in_the_end_ends_the_others(tmp_path, rank):
     launched = Launched(2, tmp_path / "run", patch=partial(replace, "build", partial(ends, rank)))
-    codes = launched.wait(20)
+    codes = launched.wait()
     assert (codes[rank], codes[1 - rank]) == (7, 1)
     (said,) = launched.said()
     assert said.startswith(f"train_ddp.py: error: rank {rank} died without a word")

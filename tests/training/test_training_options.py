@@ -11,6 +11,8 @@ import torch
 from processes import TINY, Launched, metrics, same_bits, tensors, train, words
 
 from asymflow import cost
+from asymflow.data.batches import Batches
+from asymflow.data.datasets import make_dataset
 from asymflow.subspace import Subspace
 from asymflow.training import loop
 from asymflow.training.config.reading import load_config
@@ -137,6 +139,37 @@ def test_autocast_is_not_switched_off_by_deepspeed_on_a_gpu(tmp_path):
         launched = Launched(1, tmp_path / name, *settings, patch=patch)
         assert launched.wait() == [0], launched.said()
     assert metrics(tmp_path / "gpu") == metrics(tmp_path / "here")
+
+
+def test_it_does_what_a_plain_loop_of_torch_does(tmp_path):
+    """To rounding, held against how far the weights have moved. Gradients are not far above eps, so clipping counts."""
+    adam = "optimizer={lr: 0.001, warmup_steps: 2, betas: [0.5, 0.6], eps: 0.001, weight_decay: 10}"
+    told = adam, "deepspeed.gradient_clipping=0.1", "loss.label_dropout=0.5", f"train.steps={STEPS}"
+    launched = Launched(2, tmp_path / "run", *stage(1), *told)
+    assert launched.wait() == [0, 0], launched.said()
+    config = load_config(tmp_path / "run" / "config.yaml")
+    torch.manual_seed(config.train.seed)
+    flow = make_flow(config, Subspace.load(tmp_path / "run" / SUBSPACE)).train()
+    begun = torch.nn.utils.parameters_to_vector(flow.parameters()).detach().clone()
+    optimizer = torch.optim.AdamW(flow.parameters(), betas=(0.5, 0.6), eps=1e-3, weight_decay=10)
+    batches = Batches(make_dataset(config), config, 0, 1)
+    for step, lr in enumerate((0.0005, 0.001, 0.001)):
+        batch = batches[step]
+        sigma = torch.sigmoid(config.loss.sigma_mean + config.loss.sigma_std * batch.normal)
+        mix = sigma.view(-1, 1, 1, 1)
+        velocity = flow((1 - mix) * batch.x0 + mix * batch.eps, sigma, labels=batch.labels)
+        error = (velocity - (batch.eps - batch.x0)) * mix / mix.clamp(min=config.loss.sigma_floor)
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.1).item()
+        assert norm > 0.1
+        assert metrics(tmp_path / "run")[step]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    weights = tensors(tmp_path / "run", STEPS)
+    found = torch.cat([weights["weights", name].flatten() for name, _ in flow.named_parameters()])
+    ours = torch.nn.utils.parameters_to_vector(flow.parameters()).detach()
+    assert (found - ours).norm() < 1e-3 * (ours - begun).norm()
 
 
 def test_recomputing_activations_changes_no_bit(runs):
