@@ -367,23 +367,33 @@ def test_what_cannot_be_described(refused, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder that is the Hub: ORG/NAME/FILE."""
-    monkeypatch.setattr("asymflow.hub.hf_hub_download", lambda repository, file: str(tmp_path / repository / file))
+
+    def download(repository, file):
+        assert repository == "some-org/Some-Model-1.5"
+        return str(tmp_path / repository / file)
+
+    monkeypatch.setattr("asymflow.hub.hf_hub_download", download)
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["repository", "file"])
-def test_a_model_of_the_hub_is_the_one_that_is_here(run, hub, monkeypatch, kind):
-    name = "some-org/Some-Model-1.5" + "/h.safetensors" * (kind == "file")
-    there = hub / name
-    model = flow(depth=12, width=768, heads=12, in_context_start=4) if kind == "file" else flow()
-    there.parent.mkdir(parents=True)
-    publish(model, there) if kind == "file" else model.save_pretrained(there)
-    remote, here = info(run, name), info(run, there)
-    assert (remote.pop("model"), here.pop("model")) == (name, str(there))
+def test_a_repository_of_the_hub_is_the_folder_that_is_here(run, hub):
+    name = "some-org/Some-Model-1.5"
+    flow().save_pretrained(hub / name)
+    remote, here = info(run, name), info(run, hub / name)
+    assert (remote.pop("model"), here.pop("model")) == (name, str(hub / name))
     assert remote == here
-    for out, source in (("a", name), ("b", there)):
+    for out, source in (("a", name), ("b", hub / name)):
         run("sample", "--model", source, "--num", "1", "--steps", "1", "--out", hub / out)
     assert (hub / "a/000000.png").read_bytes() == (hub / "b/000000.png").read_bytes()
+
+
+def test_a_file_of_the_hub_is_the_file_that_is_here(run, hub):
+    name = "some-org/Some-Model-1.5/below/file.safetensors"
+    (hub / name).parent.mkdir(parents=True)
+    there = publish(flow(), hub / name)
+    remote, here = (info(run, model, "--in-context-start", "1") for model in (name, there))
+    assert (remote.pop("model"), here.pop("model")) == (name, str(there))
+    assert remote == here
 
 
 @pytest.mark.parametrize(
