@@ -1,22 +1,23 @@
 """Moving averages of the weights, sharded like the weights, and of any length after training.
 
-After step T, a constant decay b averages the weights of the steps t = 1, ..., T with
+In each step t = 1, 2, ... an average moves towards the new weights by a share of the distance. The power function of
+Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696) has the share
+1 - (1 - 1/t)^a, which weighs the weights of the steps so far by
 
-    p(t) = b^(T - t) (1 - b) / (1 - b^T),
+    p(t) = (t^a - (t - 1)^a) / T^a,        a = gamma + 1:
 
-if step t decays by (b - b^t) / (1 - b^t), as Adam corrects its moments: the initial weights have no share. The power
-function of Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696)
-averages with
+its length is always the same share of the training. From snapshots of two of them, taken now and then, the average of
+any other length is put together by least squares.
 
-    p(t) = (t^a - (t - 1)^a) / T^a,        a = gamma + 1,
-
-if step t decays by (1 - 1/t)^a: its length is always the same share of the training time so far. From snapshots of two
-of them, taken now and then, the average of any other length is put together by least squares.
+A constant decay b has the share 1 - b. While the training is shorter than about 9 / (1 - b) steps, that would leave the
+average with much of the initial weights, which are noise. So it begins as the power function of width YOUNG, whose
+first share is 1, and keeps to 1 - b from when that is the larger: a long training ends with the same average.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from asymflow.errors import InputError
 from asymflow.training.shards import Fragment
 
+YOUNG = 0.1  # sigma_rel of an average of constant decay while the training is short
 MISMATCH = 0.1  # of the norm, as `reconstruction` says it: what a tenth more or less of width makes of a profile
 
 
@@ -49,20 +51,17 @@ class Profile:
         return f"{self.decay:.10g}" if self.sigma_rel is None else f"rel-{self.sigma_rel:.3f}"
 
     def share_at(self, step: int) -> float:
-        """What the weights after step 1, 2, ... get of the average in that step: in the first, all."""
-        if step == 1 or self.decay == 0:
-            return 1.0
-        if self.sigma_rel is None:
-            return (self.decay - 1) / math.expm1(step * math.log(self.decay))  # (1 - b) / (1 - b^t)
-        return -math.expm1(power_of(self.sigma_rel) * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
+        """How far the average moves in step 1, 2, ... towards the weights after it: in the first, all the way."""
+        power = power_of(YOUNG if self.sigma_rel is None else self.sigma_rel)
+        share = 1.0 if step == 1 else -math.expm1(power * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
+        return share if self.decay is None else max(share, 1 - self.decay)
 
 
 class Averages:
     """The averages of the fragments of one rank, in float32. Before the first step they are the initial weights.
 
-    Versions that gave the initial weights a share wrote checkpoints whose averages of decay b hold b^s of them, at step
-    s. Such an average goes on as it is, and that share keeps falling: to b^T (1 - b^s) / (1 - b^T) at step T, which is
-    no more than the b^T that those versions would have left.
+    Earlier versions kept to 1 - b from the first step on. A checkpoint of theirs goes on with what its averages have of
+    the initial weights, a share that falls in every step.
     """
 
     def __init__(self, fragments: Sequence[Fragment], profiles: Sequence[Profile]):
@@ -81,6 +80,7 @@ class Averages:
         return {f.name: (f.start, value) for f, value in zip(self.fragments, self.values[profile], strict=True)}
 
 
+@cache
 def power_of(sigma_rel: float) -> float:
     """a = gamma + 1 of the power function whose standard deviation is `sigma_rel` of the training time.
 

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from asymflow.errors import InputError
 from asymflow.fitting import fit_pca
 from asymflow.patches import patchify
 from asymflow.training.config.reading import load_config
-from asymflow.training.ema import MISMATCH, Averages, Profile, increments, power_of, reconstruction
+from asymflow.training.ema import MISMATCH, YOUNG, Averages, Profile, increments, power_of, reconstruction
 from asymflow.training.loop import learning_rate
 from asymflow.training.objectives import ClassConditional
 from asymflow.training.shards import Fragment
@@ -24,8 +23,8 @@ from asymflow.training.start import make_flow
 
 WIDTHS = st.floats(0.01, 0.28)
 DECAYS = st.one_of(st.floats(0, 0.999), st.floats(1e-12, 1e-3).map(lambda rest: 1 - rest))
-SNAPSHOTS = st.lists(st.tuples(st.integers(1, 60), WIDTHS), min_size=1, max_size=12)
 EPS = sys.float_info.epsilon
+SNAPSHOTS = st.lists(st.tuples(st.integers(1, 60), WIDTHS), min_size=1, max_size=12)
 
 
 def fragment(weight):
@@ -86,43 +85,39 @@ def test_a_power_average_weighs_the_past_by_its_profile(sigma_rel, steps):
 
 @given(DECAYS, st.integers(1, 60))
 @settings(max_examples=25)
-def test_a_constant_decay_weighs_the_past_geometrically(decay, steps):
-    """The weights of the steps 1, 2, ... alone: they sum to 1, and nothing is left of the initial weights."""
-    weights = history(steps)
-    profile = decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    profile /= profile.sum()
+def test_an_average_of_constant_decay_has_nothing_of_the_initial_weights(decay, steps):
+    """`track` begins with 1e30: whatever the decay, weights that are the same from step 1 on are their own average."""
+    weights = history(1).expand(steps, 5)
     (average,), _ = track(weights, [Profile(decay=decay)])
-    assert torch.allclose(average, profile @ weights, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(average, weights[-1], rtol=1e-12, atol=0)
 
 
-@given(DECAYS, st.integers(1, 60))
-def test_a_share_is_exact_however_near_the_decay_is_to_one(decay, step):
-    """Within the rounding of 1 - b, of the logarithm, of its multiple, of expm1 and of the division: 1/2 eps each."""
-    b = Fraction(decay)
-    exact = (1 - b) / (1 - b**step)
-    assert abs(Fraction(Profile(decay=decay).share_at(step)) / exact - 1) < 5 * EPS
+@given(DECAYS, st.integers(1, 10**7))
+def test_a_young_average_is_a_power_function_and_an_old_one_of_constant_decay(decay, step):
+    young, share = Profile(sigma_rel=YOUNG).share_at(step), Profile(decay=decay).share_at(step)
+    assert share == max(young, 1 - decay)
+    if step * (1 - decay) > power_of(YOUNG):  # 1 - (1 - 1/t)^a <= a / t
+        assert share == 1 - decay
 
 
 @given(DECAYS)
-def test_in_the_long_run_a_constant_decay_is_what_is_published(decay):
-    """Where b^t < exp(-40), which is less than half an eps."""
-    for step in (math.ceil(40 / (1 - decay)), 10**14):
-        assert Profile(decay=decay).share_at(step) == pytest.approx(1 - decay, rel=EPS)
+def test_a_long_training_ends_as_with_a_constant_decay_from_the_start(decay):
+    """What is left of the young average after 60 times 1 / (1 - b) steps is below the rounding of float32."""
+    length = 1 / (1 - decay)
+    young_until, end = math.ceil(power_of(YOUNG) * length), math.ceil(60 * length)
+    assert (end - young_until) * math.log(max(decay, 1e-300)) < math.log(2**-24)
 
 
 @given(st.floats(0.01, 0.999), st.integers(1, 30), st.integers(0, 30))
 def test_an_average_that_was_begun_with_the_initial_weights_loses_them(decay, before, after):
-    """As of a checkpoint from before the correction: what is left of the share falls at least as fast as it did."""
+    """As of a checkpoint of an earlier version: what is left of the share falls at least as fast as it did."""
     weight = torch.ones(1, dtype=torch.float64)
     averages, profile = Averages([fragment(weight)], [Profile(decay=decay)]), Profile(decay=decay)
     averages.values[profile][0].fill_(decay**before)  # the share of initial weights of 1, if all later ones are 0
     weight.zero_()
-    end = before + after
-    for step in range(before + 1, end + 1):
+    for step in range(before + 1, before + after + 1):
         averages.update(step)
-    left = averages.values[profile][0].item()
-    assert left <= decay**end * (1 + 1e-12)
-    assert left == pytest.approx(decay**end * (1 - decay**before) / (1 - decay**end), rel=1e-10)
+    assert averages.values[profile][0].item() <= decay ** (before + after) * (1 + 1e-12)
 
 
 def test_any_width_is_put_together_from_snapshots_of_two():
@@ -246,11 +241,11 @@ SMALL = [  # of the configuration shapes_tiny, what makes it quick
 
 
 @pytest.mark.slow
-def test_the_average_of_a_short_run_is_not_spoiled_by_the_initial_weights():
+def test_the_average_of_a_short_run_draws_as_well_as_its_weights():
     """200 steps of shapes_tiny, whose decay is 0.995: with 37 % of the initial weights the images would be noise.
 
-    The average is better than the weights half a run before, for its own steps are later than that, on average (84
-    steps ago): by the loss on images that were not trained on, and by the noise in the images that are drawn.
+    By the loss on images that were not trained on, 2.3 times as large then, and by the noise in the images that are
+    drawn, 7 times as large.
     """
     config = load_config("shapes_tiny", SMALL)
     images = make_dataset(config)
@@ -269,21 +264,20 @@ def test_the_average_of_a_short_run_is_not_spoiled_by_the_initial_weights():
     def quality():
         """The loss, and the energy of what varies from each pixel to the next: the less, the better."""
         flow.eval()
-        loss = torch.cat([objective.losses(flow, batches[k], None) for k in range(400, 416)]).mean().item()
+        loss = torch.cat([objective.losses(flow, batches[k]) for k in range(400, 416)]).mean().item()
         drawn = objective.draw(flow, range(32))
         flow.train()
         return loss, drawn.diff(dim=-1).diff(dim=-2).square().mean().item()
 
     for step in range(200):
-        if step == 100:
-            loss_before, noise_before = quality()
         optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         optimizer.zero_grad()
-        objective.losses(flow, batches[step], None).mean().backward()
+        objective.losses(flow, batches[step]).mean().backward()
         optimizer.step()
         averages.update(step + 1)
+    loss_of_weights, noise_of_weights = quality()
     for weight, average in zip(weights.values(), averages.values[profile], strict=True):
         weight.copy_(average)
     loss, noise = quality()
-    assert loss < loss_before
-    assert noise < noise_before
+    assert loss < 1.2 * loss_of_weights
+    assert noise < 1.5 * noise_of_weights
