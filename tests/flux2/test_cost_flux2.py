@@ -295,6 +295,7 @@ def test_mistakes_are_answered_in_one_line(capsys, base):
 
 
 # ---- The benchmark ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_benchmark_is_a_training_that_keeps_what_is_counted(capsys):
     """To the byte, of the tensors that the real engine has."""
     bench(["--size", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--no-lpips", "--json"])

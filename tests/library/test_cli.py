@@ -467,6 +467,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, error):
     assert left_over(tmp_path) == ["file.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_while_it_writes(tmp_path):
     """A real signal, to a real process, while it holds its temporary folder."""

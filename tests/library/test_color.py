@@ -153,7 +153,8 @@ def test_every_pixel_by_itself_in_images_and_videos(shape):
     y = rgb_to_oklab(x)
     assert y.shape == x.shape
     one = x[..., 2:3, 3:4].reshape(-1, 3, 1, 1)[-1]
-    assert torch.equal(rgb_to_oklab(one), y[..., 2:3, 3:4].reshape(-1, 3, 1, 1)[-1])
+    # Not to the bit: a vectorized kernel rounds a single pixel otherwise than many.
+    assert torch.allclose(rgb_to_oklab(one), y[..., 2:3, 3:4].reshape(-1, 3, 1, 1)[-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [rgb_to_oklab, oklab_to_rgb, clamp_to_gamut])

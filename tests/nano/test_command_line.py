@@ -259,6 +259,7 @@ def shows(process, text):
         shown += byte
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_the_foreground")
 def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(under_way, tmp_path):
     training = under_way()
@@ -286,6 +287,7 @@ def test_two_ctrl_c_end_everything_at_once(under_way, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_in_the_background_of_a_script_it_trains_on(under_way):
     """A shell starts it with SIGINT ignored, so that Ctrl-C ends what is in the foreground alone."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

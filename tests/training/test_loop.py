@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import weakref
+from itertools import product
 
 import numpy as np
 import pytest
@@ -80,8 +81,15 @@ def counts_of_adam(one):
     return {int(f.state["step"]) for f in held_fragments(one.engine)}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(
+    ("number", "bf16"),
+    [
+        pytest.param(
+            number, bf16, marks=[] if (number, bf16) in ((0, False), (1, True), (3, False)) else pytest.mark.slow
+        )
+        for number, bf16 in product(range(4), (False, True))
+    ],
+)
 def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monkeypatch, capfd, number, bf16):
     """Weights and moments are those of a training that never saw the data of steps 3 and 4; so is the way on."""
     settings = [

@@ -200,26 +200,45 @@ def test_without_transformers_it_is_said_what_to_install(folder, monkeypatch):
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, folder):
-    """Trainings of 8 steps: on one rank, also accumulated and interrupted; on two at ZeRO stages 0 and 3."""
-    out, stage = tmp_path_factory.mktemp("repa"), "deepspeed.zero_optimization.stage={}".format
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("repa")
 
-    def arguments(name, *settings, repa=f"loss.repa={{model: {folder}, after: 1, hidden: 16}}", steps=8):
+
+@pytest.fixture(scope="module")
+def arguments(out, folder):
+    def of(name, *settings, repa=f"loss.repa={{model: {folder}, after: 1, hidden: 16}}", steps=8):
         common = (repa, "checkpoint.every=4", "checkpoint.keep_last=9", "optimizer.lr=4e-3", "ema.snapshot_every=4")
-        return words(out / name, *common, f"train.steps={steps}", "sample.every=4", "sample.steps=2", *settings)
+        return words(out / name, *common, f"train.steps={steps}", *settings)
 
+    return of
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(arguments):
+    """Trainings of 8 steps, also accumulated and interrupted."""
     train(
         1,
-        arguments("alone"),
+        arguments("alone", "sample.every=8", "sample.num=2", "sample.steps=2"),
         arguments("accumulated", "train.micro_batch_size=4"),
         arguments("resumed", steps=4),
         arguments("resumed"),
         arguments("without", repa="loss.repa=null"),
         arguments("faint", "loss.repa.weight=1e-20"),
     )
-    pair = [arguments(f"stage{n}", stage(n), "train.micro_batch_size=2") for n in (0, 3)]
-    resumed = [arguments("resumed3", stage(3), "train.micro_batch_size=2", steps=steps) for steps in (4, 8)]
-    train(2, *pair, *resumed)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(on_one_rank, arguments):
+    """At ZeRO stages 0 and 3, the latter also interrupted."""
+    settings = {n: ("train.micro_batch_size=2", f"deepspeed.zero_optimization.stage={n}") for n in (0, 3)}
+    straight = [arguments(f"stage{n}", *settings[n]) for n in (0, 3)]
+    train(2, *straight, *(arguments("resumed3", *settings[3], steps=steps) for steps in (4, 8)))
+
+
+@pytest.fixture
+def runs(request, out):
+    """Where the runs are: those on one rank, and all if the test is slow."""
+    request.getfixturevalue("on_two_ranks" if request.node.get_closest_marker("slow") else "on_one_rank")
     return out
 
 
@@ -238,7 +257,7 @@ def test_without_weight_the_alignment_changes_nothing(runs):
     assert "repa" not in plain[0]
 
 
-@pytest.mark.parametrize("name", ["accumulated", "stage0", "stage3"])
+@pytest.mark.parametrize("name", ["accumulated", *(pytest.param(f"stage{n}", marks=pytest.mark.slow) for n in (0, 3))])
 def test_accumulation_ranks_and_stages_do_not_change_the_curve(runs, name):
     """To the rounding of sums in another order."""
     for found, expected in zip(metrics(runs / name), metrics(runs / "alone"), strict=True):
@@ -247,7 +266,9 @@ def test_accumulation_ranks_and_stages_do_not_change_the_curve(runs, name):
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("straight", "resumed"), [("alone", "resumed"), ("stage3", "resumed3")])
+@pytest.mark.parametrize(
+    ("straight", "resumed"), [("alone", "resumed"), pytest.param("stage3", "resumed3", marks=pytest.mark.slow)]
+)
 def test_a_resumed_training_has_the_same_bits(runs, straight, resumed):
     assert metrics(runs / straight) == metrics(runs / resumed)
     found = tensors(runs / resumed, 8)
@@ -261,10 +282,10 @@ def test_a_resumed_training_has_the_same_bits(runs, straight, resumed):
 )
 def test_what_is_exported_is_a_plain_model_without_the_projector(runs, tmp_path, words, kind):
     command, *rest = words
-    assert main([command, "--run", str(runs / "stage3"), "--out", str(tmp_path / "model"), *rest]) == 0
+    assert main([command, "--run", str(runs / "alone"), "--out", str(tmp_path / "model"), *rest]) == 0
     flow = AsymFlow.from_pretrained(tmp_path / "model")
     assert type(flow) is AsymFlow
-    expected = checkpoint.Reader(checkpoint.folder_of(runs / "stage3" / "checkpoints", 8)).full(kind)
+    expected = checkpoint.Reader(checkpoint.folder_of(runs / "alone" / "checkpoints", 8)).full(kind)
     projector = {name for name in expected if name.startswith("projector.")}
     assert len(projector) == 6
     found = dict(flow.named_parameters())

@@ -332,7 +332,10 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 # ---- Fed with rubbish ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("stage", "micro"), [(0, 2), (1, "null"), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "micro"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 2), (2, 2), (3, 2))] + [(1, "null")],
+)
 def test_skipped_steps_leave_no_trace(tmp_path, stage, micro):
     """Weights and moments are those of a training that never saw the data of the skipped steps."""
     common = [
@@ -365,7 +368,7 @@ def test_skipped_steps_leave_no_trace(tmp_path, stage, micro):
         assert torch.equal(states[8][key], expected[key]), key
     for (kind, name), value in states[4].items():  # the averages go on, with the weights as they are
         if kind == "ema-0.5":
-            share = 0.5 / (1 - 0.5**4)
+            share = Profile(decay=0.5).share_at(4)
             towards = torch.lerp(states[3][kind, name], states[3]["weights", name], share)
             assert torch.allclose(value, towards, rtol=1e-6, atol=1e-7)
     taken = [m["loss"] for m in metrics(tmp_path / "skipping")]
@@ -392,6 +395,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert whole_steps(out)[-1] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, stage):
     settings = ("train.steps=9", "checkpoint.every=1", f"deepspeed.zero_optimization.stage={stage}")
@@ -404,6 +408,7 @@ def problems(run):
     return [json.loads(line) for line in (run / "problems.log").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_logged_once_and_replaced(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     few = partial(corrupt_images, {5, 77})
@@ -448,6 +453,7 @@ def stale_after(count):
     Shapes.__getitem__ = replaced
 
 
+@pytest.mark.slow
 def test_images_of_which_none_can_be_read(tmp_path):
     none, stale = partial(corrupt_images, range(256)), partial(stale_after, 0)
     parts = "the subspace cannot be fitted", "none of 32 images could be read", "the last: "
@@ -472,7 +478,7 @@ def test_a_folder_that_vanishes(tmp_path):
 
 
 # ---- Starved ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("rank", "name"), [(1, "rank_00001"), (0, "manifest")])
+@pytest.mark.parametrize(("rank", "name"), [(1, "rank_00001"), pytest.param(0, "manifest", marks=pytest.mark.slow)])
 def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
     out, settings = tmp_path / "run", ("checkpoint.every=2", "ema.snapshot_every=null")
     assert Launched(2, out, "train.steps=2", *settings).wait() == [0, 0]
@@ -486,6 +492,7 @@ def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
     assert whole_steps(out) == [2]
 
 
+@pytest.mark.slow
 def test_metrics_that_cannot_be_written(tmp_path):
     out = tmp_path / "run"
     settings = ("train.steps=8", "checkpoint.every=2")
@@ -659,8 +666,8 @@ def test_two_trainings_in_one_folder(tmp_path):
 
 
 # ---- Bereft ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["exit", "kill"])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [pytest.param("exit", marks=pytest.mark.slow), "kill"])
 def test_a_rank_that_dies_ends_the_others(tmp_path, rank, how):
     launched = Launched(2, tmp_path / "run", *ENDLESS, patch=partial(dies, rank, 3, how))
     codes = launched.wait()

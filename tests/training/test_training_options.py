@@ -16,6 +16,7 @@ from asymflow.data.datasets import make_dataset
 from asymflow.subspace import Subspace
 from asymflow.training import loop
 from asymflow.training.config.reading import load_config
+from asymflow.training.ema import Profile
 from asymflow.training.run import SUBSPACE
 from asymflow.training.start import make_flow
 
@@ -199,7 +200,7 @@ def test_averages_are_of_the_float32_weights(runs, name):
     for step in range(1, STEPS + 1):
         found = tensors(runs / name, step)
         for key, weight in ((key, value) for (kind, key), value in found.items() if kind == "weights"):
-            average[key] = torch.lerp(average.get(key, weight), weight, (1 - 0.9) / (1 - 0.9**step))
+            average[key] = torch.lerp(average.get(key, weight), weight, Profile(decay=0.9).share_at(step))
             assert torch.allclose(found["ema-0.9", key], average[key], rtol=1e-6, atol=1e-7), (step, key)
     weights = torch.cat([found["weights", key].flatten() for key in average])
     assert (weights != weights.bfloat16().float()).float().mean() > 0.5
