@@ -25,6 +25,7 @@ from processes import GUARD, Launched, metrics, same_bits, tensors, wait_for, wo
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training import checkpoint, signals
+from asymflow.training.ema import Profile
 from asymflow.training.signals import CAUGHT, Signals
 
 
