@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monke
 
 
 # ---- Waiting ---------------------------------------------------------------------------------------------------------
-WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+WAITS = ("item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 BY_WORKERS = ("asymflow.data.", "asymflow.training.streams")  # what makes batches: in this test, without a worker
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
 
