@@ -61,7 +61,7 @@ def recovery(kit: Kit) -> tuple[str, dict]:
     x_sigma, u_a = (1 - sigma) * x0 + sigma * eps, asymmetric_velocity(x0, eps, subspace)
     hundred = 100 * torch.finfo(torch.float32).eps * max(u_a.abs().max().item(), x_sigma.abs().max().item()) / sigma
     bound = rounding(subspace, sigma, u_a, x_sigma).clamp(max=hundred)
-    exact = Subspace(subspace.basis.double(), subspace.scale.item()).to(kit.device)
+    exact = Subspace(subspace.basis.double(), subspace.scale).to(kit.device)
 
     def errors(recover, u_a: Tensor, x_sigma: Tensor) -> Tensor:
         expected = recover_velocity(u_a.double(), x_sigma.double(), sigma, exact)

@@ -177,6 +177,7 @@ def test_the_peak_is_that_of_the_allocator(checkpointing):
     assert activations(step, (256, 256), 4, TEXT)[1] == pytest.approx(peak, rel=0.03)  # kernels have workspaces
 
 
+@pytest.mark.slow
 def test_of_a_checkpointed_block_only_what_goes_in_is_kept():
     """Of a single block more: the tokens of image and text, in bfloat16. Of a double one as many, in two parts."""
 
@@ -221,6 +222,7 @@ def info(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_one_step_of_the_9b_fits_a_card_of_80_gb():
     step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))
     _, peak = activations(step, (1024, 1024))
@@ -233,6 +235,7 @@ def base(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_model_or_of_its_transformer(capsys, base):
     options = ("--image-size", "64x96", "--batch", 2, "--text-length", TEXT, "--lora-rank", RANK)
     found = info(capsys, base / "transformer", *options)
@@ -254,6 +257,7 @@ def test_the_folder_of_a_model_or_of_its_transformer(capsys, base):
         assert {kind: state[kind] for kind in expected} == expected
 
 
+@pytest.mark.slow
 def test_text_for_people(capsys, base):
     assert main(["info", str(base), "--image-size", "64", "--full", "--offload", "optimizer"]) == 0
     text = capsys.readouterr().out

@@ -169,6 +169,7 @@ def test_as_a_module_into_a_pipe_that_nobody_reads(tmp_path):
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_same_model_as_a_folder_and_as_a_published_file(run, tmp_path):
     model = flow(scale=1.5)
     model.save_pretrained(tmp_path / "folder")
@@ -214,6 +215,7 @@ def test_sampling_costs_99_passes_and_those_guided_twice(run, small):
     assert sampling["guided"] == 187 * forward
 
 
+@pytest.mark.slow
 def test_options_of_training(run, small):
     one, three = (info(run, small, "--batch", b, "--gpus", 4)["training_memory"] for b in (1, 3))
     assert [(state["gpus"], state["stage"]) for state in one["states_on_each_gpu"]] == [(4, s) for s in range(4)]

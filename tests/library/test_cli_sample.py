@@ -256,6 +256,7 @@ def test_a_model_in_oklab_gives_pictures_in_rgb(tmp_path):
     assert np.abs(pixels(tmp_path / "out" / NAMES[0]) - np.asarray(to_image(image)).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(model, tmp_path):
     """As torchrun starts them; the second finds nothing missing and draws the grid."""
     command = [sys.executable, "-m", "asymflow", "sample", "--model", str(model), "--out", str(tmp_path / "out")]

@@ -454,6 +454,7 @@ def start(*argv, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     """While one large image is read under 10,000 names, for a minute or more."""

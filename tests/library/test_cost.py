@@ -177,6 +177,7 @@ def kept(tokens=16, batch=1, precision="float32", **sizes):
     return cost.activation_bytes(model, (CHANNELS, 4, 4 * tokens), batch, precision)[0]
 
 
+@pytest.mark.slow
 def test_grows_with_the_batch_but_for_the_copies_of_weights():
     fixed = {}
     for precision in cost.PRECISIONS:

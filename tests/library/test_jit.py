@@ -412,6 +412,7 @@ def test_attention_is_in_float32_in_the_published_precision(monkeypatch):
     assert seen == [(False, {torch.float32})] * layers
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_in_training_with_checkpointing():
     jit = random_jit(depth=2, dtype=torch.float32, checkpoint_every=2)
     inputs = random_inputs(jit, dtype=torch.float32)

@@ -281,7 +281,7 @@ def test_it_can_be_mapped_over_images_and_noise_levels():
     torch.testing.assert_close(tangent[1], numeric[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_compiles_without_a_break(training):
     """To 1e-4 / sigma: compilers may fuse."""
     flow, (x, sigma, labels) = jit_flow().train(training), jit_inputs()

@@ -264,6 +264,7 @@ def test_killed_twenty_times_and_none_the_worse(tmp_path):
         assert (killed / "samples" / picture.name).read_bytes() == picture.read_bytes()
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_and_stages_continue_and_say_so(tmp_path):
     stage = "deepspeed.zero_optimization.stage={}".format
     assert Launched(1, tmp_path / "alone", "train.steps=8", "checkpoint.every=4", stage(1)).wait() == [0]
@@ -678,7 +679,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, rank, how):
     assert f"rank {rank} died without a word" in launched.said()[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_in_one_rank_is_shown_once(tmp_path, rank):
     launched = Launched(
         3, tmp_path / "run", "train.global_batch_size=9", *ENDLESS, patch=partial(dies, rank, 3, "raise")

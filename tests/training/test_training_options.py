@@ -47,7 +47,7 @@ HALF = {
 }
 AUTOCAST = {f"autocast{number}": [*stage(number), "train.precision=bf16"] for number in range(4)}
 RESUMED = ("offload1", "offload2-fourtimes", "offload3-all", *HALF)
-QUICK = ("plain", "offload3-all", "twice", "half0", "half2", "autocast1", "autocast3", "kept", "recomputed")
+QUICK = ("plain", "offload3-all", "half2", "autocast1", "autocast3")
 RECOMPUTED = {  # with dropout, whose draws have to be the same again
     name: [*stage(3), *DROPOUT, f"model.checkpoint_every={every}"] for name, every in (("kept", 0), ("recomputed", 1))
 }
@@ -173,6 +173,7 @@ def test_it_does_what_a_plain_loop_of_torch_does(tmp_path):
     assert (found - ours).norm() < 1e-3 * (ours - begun).norm()
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_no_bit(runs):
     assert metrics(runs / "kept") == metrics(runs / "recomputed")
     assert same_bits(tensors(runs / "kept", STEPS), tensors(runs / "recomputed", STEPS))
