@@ -203,10 +203,8 @@ def test_every_way_to_share_the_work_gives_the_same_curve(runs, name):
         assert m["lr"] == e["lr"]
 
 
-@pytest.mark.parametrize(
-    ("half", "whole"),
-    [pytest.param("bf16", "alone", marks=pytest.mark.slow), pytest.param("bf16-full", "full", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("half", "whole"), [("bf16", "alone"), ("bf16-full", "full")])
 def test_in_bfloat16_it_is_about_the_same_curve(runs, half, whole):
     for m, e in zip(metrics(runs / half), metrics(runs / whole), strict=True):
         assert m["loss"] == pytest.approx(e["loss"], rel=0.05)
