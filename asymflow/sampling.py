@@ -167,8 +167,11 @@ def on_host(values: Tensor) -> bool:
 
 
 def on_device_of(x: Tensor, values: Tensor) -> Tensor:
-    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them."""
-    return values.to(x.device, non_blocking=on_host(values))
+    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them.
+
+    CUDA only: MPS would read a temporary of the CPU after it was freed (pytorch#139550).
+    """
+    return values.to(x.device, non_blocking=x.is_cuda and on_host(values))
 
 
 def entries(values: object, rows: Tensor) -> object:
