@@ -157,7 +157,9 @@ def guided(
             torch.cat([sigma, levels]),
             **{name: entries(value, needed) for name, value in both.items()},
         ).split([len(x), len(rows)])
-        return u.index_copy(0, on_device_of(x, rows), pushed(entries(u, rows), u_uncond, some, levels))
+        guided_rows = pushed(entries(u, rows), u_uncond, some, levels)
+        dtype = torch.promote_types(u.dtype, guided_rows.dtype)  # a flow may compute in less than x is in
+        return u.to(dtype).index_copy(0, on_device_of(x, rows), guided_rows.to(dtype))
 
     return velocity
 

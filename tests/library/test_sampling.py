@@ -303,6 +303,17 @@ def test_only_a_copy_to_cuda_is_not_waited_for(device, waits):
     assert on_device_of(x, host) is not waits
 
 
+@pytest.mark.parametrize("orthogonal", [0.0, 1.0])
+def test_a_flow_may_compute_in_less_than_the_images_are_in(orthogonal):
+    model = lambda x, sigma, c: (x * c[:, None]).bfloat16()
+    conditions = [{"c": torch.full((3,), c)} for c in (0.5, 0.25)]
+    velocity = guided(model, *conditions, 2.0, (0.2, 0.6), orthogonal)
+    x, sigma = torch.ones(3, 4), torch.tensor([0.9, 0.5, 0.1])
+    with_sigma_seen = velocity(x, sigma)
+    assert with_sigma_seen.dtype == (torch.float32 if orthogonal else torch.bfloat16)
+    assert torch.equal(with_sigma_seen[[0, 2]].float(), torch.full((2, 4), 0.5))
+
+
 def test_conditions_that_are_not_tensors_are_passed_on_as_they_are():
     seen = []
     model = lambda x, sigma, c, mode: seen.append((len(c), mode)) or x
