@@ -197,7 +197,7 @@ def test_all_names_of_the_library_can_be_had():
         asymflow.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["asymflow.nothing", "toy.nothing", "no_such_package", None])
+@pytest.mark.parametrize("name", ["asymflow.nothing", "toy.nothing", "no_such_package", "diffusers.nothing", None])
 def test_what_no_extra_brings_is_no_forgotten_extra(name):
     """A bug, or a broken installation: the traceback says where."""
     assert advice(ModuleNotFoundError("No module", name=name)) is None
