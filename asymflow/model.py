@@ -232,7 +232,7 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
             backbone = make_backbone(network["class"], network["config"])
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
-        shapes |= {SPECTRUM: (tokens["dim"],)} if SPECTRUM in tensors else {}
+        shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # of any length
         files.check_tensors(tensors, shapes, source)
         subspace = Subspace(
             tensors["subspace.basis"],

@@ -952,6 +952,22 @@ def test_the_spectrum_of_its_subspace_stays_with_a_model(tmp_path):
     assert loaded.to("meta").subspace.spectrum.is_meta
 
 
+@pytest.mark.parametrize("shape", [(0,), (5,), (99,)])
+def test_a_spectrum_of_any_length_comes_back(tmp_path, shape):
+    flow = jit_flow()
+    flow.subspace.spectrum = torch.rand(shape)
+    flow.save_pretrained(tmp_path)
+    assert torch.equal(AsymFlow.from_pretrained(tmp_path).subspace.spectrum, flow.subspace.spectrum)
+
+
+def test_a_spectrum_that_is_no_row_of_numbers_is_refused(tmp_path):
+    flow = jit_flow()
+    flow.subspace.spectrum = torch.rand(4, 2)
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="subspace.spectrum"):
+        AsymFlow.from_pretrained(tmp_path)
+
+
 def test_an_option_that_does_not_exist_is_not_passed_over(tmp_path):
     jit_flow().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="dtpye"):
