@@ -349,8 +349,9 @@ def test_a_device_without_float64_never_sees_it(precision, monkeypatch):
             flow = AsymFlow(backbone, subspace).to("meta")
             assert all(t.is_meta for t in (*flow.parameters(), *flow.buffers()))
             x, labels = torch.empty(2, 3, 16, 16, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
-            u = flow(x, torch.ones(2), labels=labels)
-            assert (u.is_meta, u.dtype) == (True, torch.float32)
+            for sigma in (torch.ones(2), torch.ones(2, **DOUBLE)):
+                u = flow(x, sigma, labels=labels)
+                assert (u.is_meta, u.dtype) == (True, torch.float32)
             u.mean().backward()
     finally:
         torch.set_float32_matmul_precision(before)
