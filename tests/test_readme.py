@@ -47,6 +47,20 @@ def test_its_commands_of_the_library_exist():
         assert make_parser(words[0]).parse_args(words).run
 
 
+def test_the_commands_in_docs_exist():
+    """Those on lines of their own, and those within a sentence that have an option."""
+    found = 0
+    for page in sorted(ROOT.glob("docs/*.md")):
+        text = page.read_text()
+        lines = re.findall(r"^asymflow (.*?)(?: +#.*)?$", text, re.MULTILINE)
+        lines += [line for line in re.findall(r"`asymflow ([^`\n]+)`", text) if " --" in line and "..." not in line]
+        for line in lines:
+            words = shlex.split(line)
+            assert make_parser(words[0]).parse_args(words).run
+        found += len(lines)
+    assert found >= 5
+
+
 def test_its_links_lead_to_files():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert links
