@@ -21,6 +21,7 @@ from asymflow import AsymFlow, Subspace, cost, published
 from asymflow.backbones.jit import JiT, sincos_positions
 from asymflow.cli import import_, main
 from asymflow.cli.info import as_text, memory
+from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
 from asymflow.model import CONFIG, WEIGHTS
 from asymflow.published import published_name, published_positions
@@ -343,6 +344,17 @@ def test_a_backbone_from_elsewhere(run, tmp_path):
     assert found["parameters"]["total"] == 48 * 49
     assert "flops" not in found
     assert found["training_memory"]["states_on_each_gpu"][0]["total"] == 20 * 48 * 49
+
+
+def test_a_model_with_the_configuration_of_its_training_beside_it_is_a_model(run, tmp_path):
+    flow().save_pretrained(tmp_path)
+    (tmp_path / "config.yaml").write_text("base: imagenet256_h16\n")
+    assert info(run, tmp_path)["kind"] == "a folder of save_pretrained"
+    (tmp_path / "checkpoints").mkdir()
+    assert is_run(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / CONFIG).unlink()
+    assert is_run(tmp_path)
 
 
 def test_what_cannot_be_described(refused, tmp_path):
