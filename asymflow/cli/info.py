@@ -22,7 +22,8 @@ from asymflow.sampling import guided, sample, sigma_grid
 from asymflow.subspace import Subspace
 
 TEXT = """Say what a model is, and what it costs to run and to train. Its weights are not read, and need not even exist:
-operations and memory are counted on tensors without numbers. It takes seconds."""
+operations and memory are counted on tensors without numbers. It takes seconds. A model that is on the Hugging Face Hub,
+and not here, is downloaded first."""
 
 EXAMPLES = f"""\
 examples:

@@ -357,6 +357,12 @@ def test_a_model_with_the_configuration_of_its_training_beside_it_is_a_model(run
     assert is_run(tmp_path)
 
 
+def test_the_help_says_what_is_downloaded(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    assert "is downloaded first" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_cannot_be_described(refused, tmp_path):
     assert "config.json does not exist" in refused("info", tmp_path)
     (tmp_path / CONFIG).write_text('{"format": "asymflow 1", "network": 3}')
