@@ -132,7 +132,11 @@ def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
     kind = "a folder of save_pretrained"
     config = read_config(path / CONFIG)
     parts = [config.get(name) for name in ("network", "tokens", "flow")]
-    if not all(isinstance(part, dict) for part in parts) or parts[0].get("class", "JiT") in BACKBONES:
+    whole = all(isinstance(part, dict) for part in parts)
+    name, sizes = (parts[0].get("class", "JiT"), parts[0].get("config", {})) if whole else (None, None)
+    if whole and not (isinstance(name, str) and isinstance(sizes, dict)):
+        raise InputError(f"{path / CONFIG}: in network, class must be text and config an object")
+    if not whole or name in BACKBONES:
         return kind, AsymFlow.from_pretrained(path)  # safetensors are mapped into memory, and read only where needed
     tensors = files.read_tensors(path / WEIGHTS)[0]
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))

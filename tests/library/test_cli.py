@@ -363,6 +363,15 @@ def test_the_help_says_what_is_downloaded(capsys):
     assert "is downloaded first" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("wrong", [{"class": []}, {"class": 3}, {"config": [1]}, {"class": "Other", "config": [1]}])
+def test_a_network_that_is_described_wrongly_is_one_line(refused, tmp_path, wrong):
+    flow().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["network"] |= wrong
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert "class must be text and config an object" in refused("info", tmp_path)
+
+
 def test_what_cannot_be_described(refused, tmp_path):
     assert "config.json does not exist" in refused("info", tmp_path)
     (tmp_path / CONFIG).write_text('{"format": "asymflow 1", "network": 3}')
