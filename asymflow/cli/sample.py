@@ -299,10 +299,8 @@ def open_record(
     if path.exists():
         try:
             record = json.loads(path.read_text())
-            before, images = (
-                with_precision(record["settings"]),
-                {entry["index"]: entry[kind] for entry in record["images"]},
-            )
+            before = with_precision(record["settings"])
+            images = {entry["index"]: entry[kind] for entry in record["images"]}
             differing = [
                 f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
             ]
