@@ -372,6 +372,18 @@ def test_a_network_that_is_described_wrongly_is_one_line(refused, tmp_path, wron
     assert "class must be text and config an object" in refused("info", tmp_path)
 
 
+def test_an_adapter_says_what_it_is(run, refused, tmp_path):
+    tensors = {"proj_buffer": torch.eye(48, 6), "scale_buffer": torch.tensor(0.5), "a.lora_A.weight": torch.ones(4, 9)}
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, file, {"scale": "0.5", "base": "FLUX.2-klein-base-9B"})
+    (tmp_path / CONFIG).write_text('{"_class_name": "AsymFlux2Transformer2DModel"}')
+    said = "an adapter of a FLUX.2 klein: LoRA of rank 4, subspace of rank 6, scale 0.5, base FLUX.2-klein-base-9B"
+    assert run("info", tmp_path) == f"{tmp_path}, {said}\n"
+    assert info(run, tmp_path)["lora_rank"] == 4
+    save_file({"x": torch.zeros(1)}, file)
+    assert "proj_buffer" in refused("info", tmp_path)
+
+
 def test_what_cannot_be_described(refused, tmp_path):
     assert "config.json does not exist" in refused("info", tmp_path)
     (tmp_path / CONFIG).write_text('{"format": "asymflow 1", "network": 3}')
