@@ -1,6 +1,7 @@
 """Asymmetric flow models (arXiv 2605.12964) for any backbone: the parameterization, subspaces, models and samplers."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from asymflow import packages
 
@@ -28,9 +29,11 @@ __all__ = [*MODULES]
 
 
 def __getattr__(name: str):
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        if name not in MODULES:
+            if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return import_module(f"{__name__}.{name}")
         value = globals()[name] = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(packages.advice(e) or str(e), name=e.name) from None

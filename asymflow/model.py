@@ -18,7 +18,7 @@ from asymflow.backbones.jit import JiT
 from asymflow.errors import InputError
 from asymflow.parameterization import calibration, recover_velocity
 from asymflow.patches import CHANNEL_LAST, check_patch_size, check_token_order, patchify, token_grid, unpatchify
-from asymflow.subspace import Subspace, at_least_float32, no_autocast
+from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 BACKBONES = {"JiT": JiT}  # what `from_pretrained` may build; a name in a file is looked up here, never imported
@@ -108,6 +108,8 @@ class AsymFlow(
             )
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
+        if sigma.dtype == torch.float64 and not has_float64(x_sigma.device):
+            sigma = sigma.float()
         sigma = sigma.to(x_sigma.device, non_blocking=x_sigma.is_cuda)  # else the CPU waits for the GPU
         if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
             raise InputError(
@@ -232,7 +234,7 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
             backbone = make_backbone(network["class"], network["config"])
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
-        shapes |= {SPECTRUM: (tokens["dim"],)} if SPECTRUM in tensors else {}
+        shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # of any length
         files.check_tensors(tensors, shapes, source)
         subspace = Subspace(
             tensors["subspace.basis"],

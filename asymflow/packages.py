@@ -19,8 +19,11 @@ EXTRAS = {
 
 
 def advice(e: ModuleNotFoundError) -> str | None:
-    """How to install what is missing, in one line. None if no extra brings it: then nobody forgot an extra."""
-    package = (e.name or "").partition(".")[0]
+    """How to install what is missing, in one line. None if no extra brings it: then nobody forgot an extra.
+
+    None too if a module within a package is missing: the package is there, in a version that does not have it.
+    """
+    package = e.name
     for extra, packages in EXTRAS.items():
         if package in packages:
             what = f'".[{extra}]"' if extra else "."

@@ -157,7 +157,9 @@ def guided(
             torch.cat([sigma, levels]),
             **{name: entries(value, needed) for name, value in both.items()},
         ).split([len(x), len(rows)])
-        return u.index_copy(0, on_device_of(x, rows), pushed(entries(u, rows), u_uncond, some, levels))
+        guided_rows = pushed(entries(u, rows), u_uncond, some, levels)
+        dtype = torch.promote_types(u.dtype, guided_rows.dtype)  # a flow may compute in less than x is in
+        return u.to(dtype).index_copy(0, on_device_of(x, rows), guided_rows.to(dtype))
 
     return velocity
 
@@ -167,8 +169,11 @@ def on_host(values: Tensor) -> bool:
 
 
 def on_device_of(x: Tensor, values: Tensor) -> Tensor:
-    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them."""
-    return values.to(x.device, non_blocking=on_host(values))
+    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them.
+
+    CUDA only: MPS would read a temporary of the CPU after it was freed (pytorch#139550).
+    """
+    return values.to(x.device, non_blocking=x.is_cuda and on_host(values))
 
 
 def entries(values: object, rows: Tensor) -> object:

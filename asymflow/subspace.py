@@ -146,7 +146,15 @@ class Subspace(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         scale = state_dict.pop(f"{prefix}scale", None)
         if scale is not None:
-            self.scale = float(scale)
+            try:
+                value = float(scale)
+            except (RuntimeError, TypeError, ValueError):  # not one number
+                value = math.nan
+            if math.isfinite(value) and value > 0:
+                self.scale = value
+            else:
+                found = value if getattr(scale, "ndim", 0) == 0 else f"of the shape {tuple(scale.shape)}"
+                errors.append(f"{prefix}scale must be one finite number above 0, but it is {found}")
         elif strict:
             missing.append(f"{prefix}scale")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asymflow import fitting, subspace
+from asymflow import fitting, model, subspace
 from asymflow.backbones import jit
 
 
@@ -13,7 +13,7 @@ class NoFloat64(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        for module in (fitting, subspace, jit):
+        for module in (fitting, model, subspace, jit):
             monkeypatch.setattr(module, "has_float64", lambda device: torch.device(device).type != "meta")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

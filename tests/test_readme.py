@@ -47,6 +47,20 @@ def test_its_commands_of_the_library_exist():
         assert make_parser(words[0]).parse_args(words).run
 
 
+def test_the_commands_in_docs_exist():
+    """Those on lines of their own, and those within a sentence that are whole: that have two options or more."""
+    found = 0
+    for page in sorted(ROOT.glob("docs/*.md")):
+        text = page.read_text()
+        lines = re.findall(r"^asymflow (.*?)(?: +#.*)?$", text, re.MULTILINE)
+        lines += [line for line in re.findall(r"`asymflow ([^`\n]+)`", text) if line.count(" --") > 1]
+        for line in lines:
+            words = shlex.split(line)
+            assert make_parser(words[0]).parse_args(words).run
+        found += len(lines)
+    assert found >= 4
+
+
 def test_its_links_lead_to_files():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert links

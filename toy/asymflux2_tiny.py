@@ -16,7 +16,8 @@ The adapters are there as well, each with its base: pixel-adapter goes with pixe
 scratch-base. The folder autoencoder is a base whose transformer knows nothing yet, and no adapter's.
 
     asymflow sample --base runs/toy/asymflux2_tiny/pixel-base --adapter runs/toy/asymflux2_tiny/pixel-adapter \\
-        --prompt "a red square" --width 32 --height 32 --max-length 32 --dtype float32 --guidance 2 --out runs/square
+        --prompt "a red square" --width 32 --height 32 --max-length 32 --precision float32 --guidance 2 \\
+        --out runs/square
 """
 
 import json

@@ -245,12 +245,12 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention with RMSNorm and rotary positions on queries and keys."""
 
-    float32_attention = False
-    """Whether queries, keys and values meet in float32, also under autocast: see `asymflow.precision`."""
-
     def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float):
         super().__init__()
         self.heads, self.attention_dropout = heads, attention_dropout
+        # Whether queries, keys and values meet in float32, also under autocast: see `asymflow.precision`. Not of the
+        # class: where it became one of the instance, Dynamo would compile every block anew.
+        self.float32_attention = False
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)

@@ -17,6 +17,7 @@ from asymflow.cli.info import INTERVAL, operations
 from asymflow.cli.info import STEPS as SAMPLER_STEPS
 from asymflow.model import AsymFlow
 from asymflow.parameterization import recover_velocity
+from asymflow.precision import computing
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
 
@@ -135,21 +136,21 @@ def waiting_for_data(kit: Kit) -> tuple[str, dict]:
 
 
 def sampling(kit: Kit) -> tuple[str, dict]:
-    """As `asymflow sample --dtype bfloat16`: guided on the interval, Heun."""
+    """As `asymflow sample --precision bf16`: guided on the interval, Heun, over weights in float32."""
     size, batch, steps = ("tiny/16", 2, 3) if kit.tiny else ("H/16", 16, SAMPLER_STEPS)
     with torch.device(kit.device):
         jit = JiT.from_name(size)
     flow = AsymFlow(jit, Subspace.random(jit.dim, 8)).to(kit.device).eval()
     counted, side = without_numbers(size)
     each = operations(counted, (3, side, side))["sampling"]["guided"] * steps / SAMPLER_STEPS
-    flow.backbone.to(torch.bfloat16)
     options = dict(guidance=GUIDANCE, interval=INTERVAL)
     draw = lambda steps: generate(flow, list(range(batch)), range(batch), seed=0, steps=steps, **options)
-    draw(2)
-    synchronize(kit.device)
-    started = time.perf_counter()
-    images = draw(steps)
-    synchronize(kit.device)
+    with computing(flow, "bf16"):
+        draw(2)
+        synchronize(kit.device)
+        started = time.perf_counter()
+        images = draw(steps)
+        synchronize(kit.device)
     a_picture = (time.perf_counter() - started) / batch
     if not images.isfinite().all():
         raise ValueError("samples are not finite")

@@ -104,7 +104,7 @@ def rounding(subspace: Subspace, sigma: float, *vectors: Tensor) -> Tensor:
 
 
 def plain_recovery(u_a: Tensor, x_sigma: Tensor, sigma: float, subspace: Subspace) -> Tensor:
-    basis, s = subspace.basis, subspace.scale.float()
+    basis, s = subspace.basis, subspace.scale
     k = 1 / (s + (1 - s) * sigma)
     rest = x_sigma + s * u_a
     outside = (rest - (rest @ basis) @ basis.mT) / sigma

@@ -22,7 +22,8 @@ from asymflow.sampling import guided, sample, sigma_grid
 from asymflow.subspace import Subspace
 
 TEXT = """Say what a model is, and what it costs to run and to train. Its weights are not read, and need not even exist:
-operations and memory are counted on tensors without numbers. It takes seconds."""
+operations and memory are counted on tensors without numbers. It takes seconds. A model that is on the Hugging Face Hub,
+and not here, is downloaded first."""
 
 EXAMPLES = f"""\
 examples:
@@ -46,6 +47,8 @@ are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
 RANK, BATCH, PRECISION = 8, 32, "autocast"
+# Of asymflow.adapters, whose import needs diffusers.
+ADAPTER_CLASS, ADAPTER_WEIGHTS = "AsymFlux2Transformer2DModel", "diffusion_pytorch_model.safetensors"
 LABEL = 15  # characters of the first column
 
 
@@ -95,6 +98,8 @@ def describe(args: argparse.Namespace) -> dict:
     if named:
         kind, model = "a model that could be trained", from_name(args.model, RANK if args.rank is None else args.rank)
     else:
+        if known := adapter(path):
+            return {"model": args.model} | known
         place = find_model(path, args.step, args.ema)
         kind, model = from_run(place) if isinstance(place, Choice) else from_place(place, args.in_context_start)
     found = {"model": args.model, "kind": kind}
@@ -123,6 +128,27 @@ def from_run(choice: Choice) -> tuple[str, AsymFlow]:
     return f"a training run, step {choice.step}, average {choice.average}", model_of_run(choice, read=False)
 
 
+def adapter(folder: Path) -> dict | None:
+    """What the folder of an adapter says of itself; None if it is none. InputError if it is damaged."""
+    try:
+        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["_class_name"] != ADAPTER_CLASS:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    file = folder / ADAPTER_WEIGHTS
+    tensors, metadata = files.read_tensors(file)
+    try:
+        rank, scale = tensors["proj_buffer"].shape[1], float(metadata.get("scale") or tensors["scale_buffer"])
+    except (KeyError, IndexError, ValueError, RuntimeError):
+        raise InputError(
+            f"{file} does not fit: an adapter has proj_buffer (D, r), scale_buffer () and a scale"
+        ) from None
+    ranks = [len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim]
+    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # of a file of somebody else
+    about = {"rank": rank, "scale": scale, "lora_rank": max(ranks, default=None), "base": base or None}
+    return {"kind": "an adapter of a FLUX.2 klein"} | about
+
+
 def from_place(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow | Subspace | dict]:
     return from_folder(path) if path.is_dir() else from_file(path, in_context_start)
 
@@ -131,7 +157,11 @@ def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
     kind = "a folder of save_pretrained"
     config = read_config(path / CONFIG)
     parts = [config.get(name) for name in ("network", "tokens", "flow")]
-    if not all(isinstance(part, dict) for part in parts) or parts[0].get("class", "JiT") in BACKBONES:
+    whole = all(isinstance(part, dict) for part in parts)
+    name, sizes = (parts[0].get("class", "JiT"), parts[0].get("config", {})) if whole else (None, None)
+    if whole and not (isinstance(name, str) and isinstance(sizes, dict)):
+        raise InputError(f"{path / CONFIG}: in network, class must be text and config an object")
+    if not whole or name in BACKBONES:
         return kind, AsymFlow.from_pretrained(path)  # safetensors are mapped into memory, and read only where needed
     tensors = files.read_tensors(path / WEIGHTS)[0]
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
@@ -220,6 +250,10 @@ def activations(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace
 # ---- For people ------------------------------------------------------------------------------------------------------
 def as_text(found: dict) -> str:
     lines = {"model": f"{found['model']}, {found['kind']}"}
+    if "lora_rank" in found:
+        adapted = f"LoRA of rank {found['lora_rank']}" if found["lora_rank"] else "all weights"
+        base = f"base {found['base']}" if found["base"] else "base not said"
+        return f"{lines['model']}: {adapted}, subspace of rank {found['rank']}, scale {found['scale']:.6g}, {base}"
     if "dim" in found:
         lines["subspace"] = f"rank {found['rank']} of {found['dim']} dimensions, scale {found['scale']:.6g}"
         return aligned(lines | {"more": f"asymflow subspace show {found['model']}"})

@@ -43,7 +43,10 @@ class Choice(NamedTuple):
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()  # asymflow.training.run.CONFIG, whose import needs more than [library]
+    """A model may have a config.yaml too: that of its training, kept beside it."""
+    # The names of asymflow.training.run, whose import needs more than [library].
+    is_model = (folder / CONFIG).is_file() and not (folder / "checkpoints").is_dir()
+    return (folder / "config.yaml").is_file() and not is_model
 
 
 def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:

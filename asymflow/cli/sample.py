@@ -299,7 +299,8 @@ def open_record(
     if path.exists():
         try:
             record = json.loads(path.read_text())
-            before, images = record["settings"], {entry["index"]: entry[kind] for entry in record["images"]}
+            before = with_precision(record["settings"])
+            images = {entry["index"]: entry[kind] for entry in record["images"]}
             differing = [
                 f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
             ]
@@ -326,6 +327,12 @@ def open_record(
             raise
         # Another process was first, of this run or of another.
         open_record(args, now, plan, again, kind)
+
+
+def with_precision(settings: dict) -> dict:
+    """Of a folder from before --precision, when --dtype float32 was what --precision float32 is."""
+    old = "precision" not in settings and settings.get("dtype") == "float32"
+    return settings | {"precision": "float32"} if old else settings
 
 
 def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:

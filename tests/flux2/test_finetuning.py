@@ -270,7 +270,7 @@ def test_the_learning_rate_of_proj_out_is_multiplied(runs):
     assert moved["proj_out"] / moved["x_embedder"] == pytest.approx(3, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["alone", "stage3", "accumulated", "bf16", "full", "plain"])
+@pytest.mark.parametrize("name", ["alone", *slow_unless_quick(["stage3", "accumulated", "bf16", "full", "plain"])])
 def test_every_tensor_that_is_trained_moves_as_far_as_its_learning_rate(runs, name):
     """Adam moves what is pushed one way all the time by the learning rate in each step, or a little less at first.
 

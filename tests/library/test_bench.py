@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,19 @@ def test_a_device_that_is_not_there_is_answered_in_one_line(capsys):
         noise.main(["--device", "tpu9"])
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sampling_is_timed_as_the_command_computes(monkeypatch):
+    seen = []
+
+    def generate(flow, labels, indices, **options):
+        attention = {m.float32_attention for m in flow.modules() if hasattr(m, "float32_attention")}
+        seen.append((flow.backbone_dtype, torch.is_autocast_enabled("cpu"), attention))
+        return torch.zeros(len(labels), 3, 4, 4)
+
+    monkeypatch.setattr(fast, "generate", generate)
+    fast.sampling(SimpleNamespace(device=torch.device("cpu"), tiny=True, limits={}))
+    assert seen == [(torch.float32, True, {True})] * 2
 
 
 # ---- The wrapper -----------------------------------------------------------------------------------------------------

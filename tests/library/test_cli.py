@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -17,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
+import asymflow
 from asymflow import AsymFlow, Subspace, cost, published
 from asymflow.backbones.jit import JiT, sincos_positions
-from asymflow.cli import import_, main
+from asymflow.cli import export, import_, main
 from asymflow.cli.info import as_text, memory
+from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
 from asymflow.model import CONFIG, WEIGHTS
 from asymflow.published import published_name, published_positions
@@ -345,6 +348,57 @@ def test_a_backbone_from_elsewhere(run, tmp_path):
     assert found["parameters"]["total"] == 48 * 49
     assert "flops" not in found
     assert found["training_memory"]["states_on_each_gpu"][0]["total"] == 20 * 48 * 49
+
+
+def test_a_model_with_the_configuration_of_its_training_beside_it_is_a_model(run, tmp_path):
+    flow().save_pretrained(tmp_path)
+    (tmp_path / "config.yaml").write_text("base: imagenet256_h16\n")
+    assert info(run, tmp_path)["kind"] == "a folder of save_pretrained"
+    (tmp_path / "checkpoints").mkdir()
+    assert is_run(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / CONFIG).unlink()
+    assert is_run(tmp_path)
+
+
+def test_the_help_says_what_is_downloaded(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    assert "is downloaded first" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("wrong", [{"class": []}, {"class": 3}, {"config": [1]}, {"class": "Other", "config": [1]}])
+def test_a_network_that_is_described_wrongly_is_one_line(refused, tmp_path, wrong):
+    flow().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["network"] |= wrong
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert "class must be text and config an object" in refused("info", tmp_path)
+
+
+def test_an_adapter_says_what_it_is(run, refused, tmp_path):
+    tensors = {"proj_buffer": torch.eye(48, 6), "scale_buffer": torch.tensor(0.5), "a.lora_A.weight": torch.ones(4, 9)}
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, file, {"scale": "0.5", "base": "FLUX.2-klein-base-9B"})
+    (tmp_path / CONFIG).write_text('{"_class_name": "AsymFlux2Transformer2DModel"}')
+    said = "an adapter of a FLUX.2 klein: LoRA of rank 4, subspace of rank 6, scale 0.5, base FLUX.2-klein-base-9B"
+    assert run("info", tmp_path) == f"{tmp_path}, {said}\n"
+    assert info(run, tmp_path)["lora_rank"] == 4
+    save_file({"x": torch.zeros(1)}, file)
+    assert "proj_buffer" in refused("info", tmp_path)
+
+
+def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypatch):
+    named = []
+    writer = SimpleNamespace(write_adapter=lambda *_, base_name: named.append(base_name))
+    monkeypatch.setitem(sys.modules, "asymflow.adapters", writer)
+    monkeypatch.setattr(asymflow, "adapters", writer, raising=False)
+    finetuning = SimpleNamespace(published=lambda weights: weights, transformer_config=lambda base: {})
+    monkeypatch.setitem(sys.modules, "asymflow.training.finetuning", finetuning)
+    config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
+    for base in (None, tmp_path / "elsewhere/other-base"):
+        export.write_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")
+    assert named == ["FLUX.2-klein", "other-base"]
 
 
 def test_what_cannot_be_described(refused, tmp_path):

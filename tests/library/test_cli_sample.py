@@ -127,6 +127,17 @@ def test_it_goes_on_where_it_stopped(model, tmp_path, capsys):
     assert json.loads((out / "samples.json").read_text()) == json.loads((whole / "samples.json").read_text())
 
 
+@pytest.mark.parametrize(("dtype", "status"), [("float32", 0), ("bfloat16", 2)])
+def test_a_folder_from_before_there_was_precision_can_be_continued(model, tmp_path, dtype, status):
+    out = tmp_path / "out"
+    assert run(model, out, num=1, steps=1, precision="float32") == 0
+    record = json.loads((out / "samples.json").read_text())
+    del record["settings"]["precision"]
+    record["settings"]["dtype"] = dtype
+    (out / "samples.json").write_text(json.dumps(record))
+    assert run(model, out, num=2, steps=1, precision="float32") == status
+
+
 def test_a_complete_run_is_left_as_it_is(model, tmp_path):
     assert run(model, tmp_path / "out") == 0
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in NAMES}

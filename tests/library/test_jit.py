@@ -412,6 +412,16 @@ def test_attention_is_in_float32_in_the_published_precision(monkeypatch):
     assert seen == [(False, {torch.float32})] * layers
 
 
+def test_computing_in_a_precision_leaves_every_layer_as_it_was():
+    """Not only by value: an attribute that moves from the class into the instance makes Dynamo compile anew."""
+    jit = random_jit(dtype=torch.float32)
+    before = [dict(vars(module)) for module in jit.modules()]
+    with computing(AsymFlow(jit, Subspace.random(jit.dim, 3)).eval(), "bf16"):
+        pass
+    assert [vars(module).keys() for module in jit.modules()] == [was.keys() for was in before]
+    assert all(module.float32_attention is False for module in jit.modules() if hasattr(module, "float32_attention"))
+
+
 @pytest.mark.slow
 def test_compiles_to_one_graph_in_training_with_checkpointing():
     jit = random_jit(depth=2, dtype=torch.float32, checkpoint_every=2)

@@ -349,8 +349,9 @@ def test_a_device_without_float64_never_sees_it(precision, monkeypatch):
             flow = AsymFlow(backbone, subspace).to("meta")
             assert all(t.is_meta for t in (*flow.parameters(), *flow.buffers()))
             x, labels = torch.empty(2, 3, 16, 16, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
-            u = flow(x, torch.ones(2), labels=labels)
-            assert (u.is_meta, u.dtype) == (True, torch.float32)
+            for sigma in (torch.ones(2), torch.ones(2, **DOUBLE)):
+                u = flow(x, sigma, labels=labels)
+                assert (u.is_meta, u.dtype) == (True, torch.float32)
             u.mean().backward()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -950,6 +951,22 @@ def test_the_spectrum_of_its_subspace_stays_with_a_model(tmp_path):
     assert loaded.state_dict().keys() == jit_flow().state_dict().keys()  # a model with it goes into one without
     assert_same(loaded, flow)
     assert loaded.to("meta").subspace.spectrum.is_meta
+
+
+@pytest.mark.parametrize("shape", [(0,), (5,), (99,)])
+def test_a_spectrum_of_any_length_comes_back(tmp_path, shape):
+    flow = jit_flow()
+    flow.subspace.spectrum = torch.rand(shape)
+    flow.save_pretrained(tmp_path)
+    assert torch.equal(AsymFlow.from_pretrained(tmp_path).subspace.spectrum, flow.subspace.spectrum)
+
+
+def test_a_spectrum_that_is_no_row_of_numbers_is_refused(tmp_path):
+    flow = jit_flow()
+    flow.subspace.spectrum = torch.rand(4, 2)
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"subspace\.spectrum"):
+        AsymFlow.from_pretrained(tmp_path)
 
 
 def test_an_option_that_does_not_exist_is_not_passed_over(tmp_path):

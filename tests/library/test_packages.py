@@ -197,7 +197,18 @@ def test_all_names_of_the_library_can_be_had():
         asymflow.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["asymflow.nothing", "toy.nothing", "no_such_package", None])
+def test_its_modules_are_there_without_an_import_of_their_own(monkeypatch):
+    import asymflow
+
+    for name in ("sampling", "precision", "backbones"):
+        module = getattr(asymflow, name)
+        monkeypatch.delattr(asymflow, name)
+        assert getattr(asymflow, name) is module
+        assert module.__name__ == f"asymflow.{name}"
+    assert not hasattr(asymflow, "__path_of_nothing__")
+
+
+@pytest.mark.parametrize("name", ["asymflow.nothing", "toy.nothing", "no_such_package", "diffusers.nothing", None])
 def test_what_no_extra_brings_is_no_forgotten_extra(name):
     """A bug, or a broken installation: the traceback says where."""
     assert advice(ModuleNotFoundError("No module", name=name)) is None

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from asymflow import AsymFlow, InputError, Subspace
 from asymflow.backbones.jit import JiT
-from asymflow.sampling import generate, guided, image_noise, parallel, sample, sigma_grid, time_shift
+from asymflow.sampling import generate, guided, image_noise, on_device_of, parallel, sample, sigma_grid, time_shift
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -292,6 +293,25 @@ def test_a_sigma_whose_values_are_out_of_sight_is_as_good(flow, monkeypatch):
     seen = velocity(x, sigma)
     monkeypatch.setattr("asymflow.sampling.on_host", lambda values: False)
     assert torch.allclose(velocity(x, sigma), seen, rtol=1e-9, atol=1e-9 * seen.abs().max().item())
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_a_copy_to_cuda_is_not_waited_for(device, waits):
+    """On MPS, what is copied without waiting may be freed before it is read."""
+    host = SimpleNamespace(device=torch.device("cpu"), to=lambda device, non_blocking: non_blocking)
+    x = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda")
+    assert on_device_of(x, host) is not waits
+
+
+@pytest.mark.parametrize("orthogonal", [0.0, 1.0])
+def test_a_flow_may_compute_in_less_than_the_images_are_in(orthogonal):
+    model = lambda x, sigma, c: (x * c[:, None]).bfloat16()
+    conditions = [{"c": torch.full((3,), c)} for c in (0.5, 0.25)]
+    velocity = guided(model, *conditions, 2.0, (0.2, 0.6), orthogonal)
+    x, sigma = torch.ones(3, 4), torch.tensor([0.9, 0.5, 0.1])
+    with_sigma_seen = velocity(x, sigma)
+    assert with_sigma_seen.dtype == (torch.float32 if orthogonal else torch.bfloat16)
+    assert torch.equal(with_sigma_seen[[0, 2]].float(), torch.full((2, 4), 0.5))
 
 
 def test_conditions_that_are_not_tensors_are_passed_on_as_they_are():

@@ -571,3 +571,12 @@ def test_the_same_subspace_makes_the_same_bytes(tmp_path):
         subspace.save(tmp_path / f"{i}.safetensors")
         written.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), [1.0, 2.0]])
+def test_a_state_dict_with_an_impossible_scale_is_refused_by_name(scale):
+    subspace = Subspace.random(6, 2, scale=0.5)
+    state = subspace.state_dict() | {"scale": torch.tensor(scale)}
+    with pytest.raises(RuntimeError, match="scale must be one finite number above 0"):
+        subspace.load_state_dict(state)
+    assert subspace.scale == 0.5
