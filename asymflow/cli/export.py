@@ -127,6 +127,5 @@ def write_adapter(
     from asymflow.training.finetuning import published, transformer_config
 
     base = args.base or Path(config.finetune.base)
-    adapters.write_adapter(
-        folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=str(base)
-    )
+    name = base.absolute().name  # not where it is: that is nobody's business who gets the adapter
+    adapters.write_adapter(folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=name)

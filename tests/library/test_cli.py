@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -17,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
+import asymflow
 from asymflow import AsymFlow, Subspace, cost, published
 from asymflow.backbones.jit import JiT, sincos_positions
-from asymflow.cli import import_, main
+from asymflow.cli import export, import_, main
 from asymflow.cli.info import as_text, memory
 from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
@@ -382,6 +384,18 @@ def test_an_adapter_says_what_it_is(run, refused, tmp_path):
     assert info(run, tmp_path)["lora_rank"] == 4
     save_file({"x": torch.zeros(1)}, file)
     assert "proj_buffer" in refused("info", tmp_path)
+
+
+def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypatch):
+    named = []
+    writer = SimpleNamespace(write_adapter=lambda *_, base_name: named.append(base_name))
+    monkeypatch.setitem(vars(asymflow), "adapters", writer)
+    finetuning = SimpleNamespace(published=lambda weights: weights, transformer_config=lambda base: {})
+    monkeypatch.setitem(sys.modules, "asymflow.training.finetuning", finetuning)
+    config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
+    for base in (None, tmp_path / "elsewhere/other-base"):
+        export.write_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")
+    assert named == ["FLUX.2-klein", "other-base"]
 
 
 def test_what_cannot_be_described(refused, tmp_path):
