@@ -566,5 +566,5 @@ def test_an_adapter_needs_its_own_base(made, runs, tmp_path):
     other = Flux2Transformer2DModel.from_pretrained(made / "base/transformer")
     with torch.no_grad():
         other.x_embedder.weight.mul_(1.5)
-    with pytest.raises(InputError, match=rf"another base model .*trained on base\)"):
+    with pytest.raises(InputError, match=r"another base model .*trained on base\)"):
         load_adapter(other, tmp_path / "adapter")

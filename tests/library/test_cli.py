@@ -393,7 +393,6 @@ def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypa
     writer = SimpleNamespace(write_adapter=lambda *_, base_name: named.append(base_name))
     monkeypatch.setitem(vars(asymflow), "adapters", writer)
     monkeypatch.setitem(sys.modules, "asymflow.adapters", writer)
-    monkeypatch.setattr(asymflow, "adapters", writer, raising=False)
     finetuning = SimpleNamespace(published=lambda weights: weights, transformer_config=lambda base: {})
     monkeypatch.setitem(sys.modules, "asymflow.training.finetuning", finetuning)
     config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
