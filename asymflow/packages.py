@@ -21,9 +21,11 @@ EXTRAS = {
 def advice(e: ModuleNotFoundError) -> str | None:
     """How to install what is missing, in one line. None if no extra brings it: then nobody forgot an extra.
 
-    None too if a module within a package is missing: the package is there, in a version that does not have it.
+    None too if the package is there, and only a module within it is missing: its version is another.
     """
-    package = e.name
+    package, _, module = (e.name or "").partition(".")
+    if module and find_spec(package):
+        return None
     for extra, packages in EXTRAS.items():
         if package in packages:
             what = f'".[{extra}]"' if extra else "."

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import huggingface_hub.hub_mixin  # noqa: F401 (needs yaml itself, and would say so)
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
