@@ -1,10 +1,8 @@
 """The claim itself, at the default settings: minutes of training, so it runs only with `-m slow`."""
 
 import json
-import os
 
 import pytest
-import torch
 
 from nano_asymflow import main
 
@@ -16,7 +14,6 @@ def test_asymmetric_prediction_reaches_the_sample_floor_and_the_others_do_not(se
 
     The recovery's bound is that of 4,096 uniform noise levels, derived in test_parameterization.py.
     """
-    torch.set_num_threads(os.cpu_count())  # unlike elsewhere, the tensors are large enough
     assert main(["--prediction", "all", "--seed", str(seed), "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     swd = {run["prediction"]: run["swd"] for run in results["runs"]}
