@@ -76,7 +76,7 @@ class Flux2(nn.Module):
             ids.append(positions(size, tokens.device, REFERENCE_TIME * number))
         text = encoder_hidden_states.to(dtype)
         text_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64, device=tokens.device)
-        text_ids[:, 3] = torch.arange(text.shape[1])
+        text_ids[:, 3] = torch.arange(text.shape[1], device=tokens.device)
         output = self.transformer(
             hidden_states=torch.cat(parts, dim=1).to(dtype),
             encoder_hidden_states=text,
@@ -91,8 +91,11 @@ class Flux2(nn.Module):
 
 def positions(grid: Sequence[int], device: torch.device, time: int = 0) -> Tensor:
     """Position ids (h w, 4) of the tokens of an image: time, row, column, and 0, the place in a text."""
-    axes = [torch.tensor([time]), *(torch.arange(n) for n in grid), torch.tensor([0])]
-    return torch.cartesian_prod(*axes).to(device)
+    ids = torch.zeros(*grid, 4, dtype=torch.int64, device=device)
+    ids[..., 0] = time
+    ids[..., 1] = torch.arange(grid[0], device=device)[:, None]
+    ids[..., 2] = torch.arange(grid[1], device=device)
+    return ids.flatten(0, 1)
 
 
 def latent_flow(transformer: Flux2Transformer2DModel) -> AsymFlow:

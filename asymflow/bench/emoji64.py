@@ -72,7 +72,7 @@ def compare(args: argparse.Namespace) -> dict:
             for rank in RANKS:
                 train(rank, TRIAL, until - time.monotonic())
             print(f"{TRIAL} steps of both took {time.monotonic() - began:.0f} s", flush=True)
-            batch = load_config("emoji64").train.global_batch_size
+            batch = load_config("emoji64", args.set).train.global_batch_size
             each = sum(batch / images_per_second(metrics(run)[WARM_UP:]) for run in runs.values())
             steps = TRIAL + max(0, int(0.9 * (until - time.monotonic() - 2 * RESERVE) / each))
         for number, rank in enumerate(RANKS):

@@ -21,7 +21,9 @@ from asymflow.precision import computing
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
 
-WARM_UP, TIMED = 4, 12  # steps of a training
+WARM_UP = 4  # steps of a training
+TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
+WORKERS = 16  # each makes two batches ahead, which are used up before anything is timed
 ON_EACH = 128  # images in a step on each GPU: 1,024 on eight
 GUIDANCE = 2.3
 
@@ -77,9 +79,11 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
 
     def check(kit: Kit) -> tuple[str, dict]:
         """One of eight GPUs with the recipe of the paper: its share of a batch of 1,024, compiled."""
+        first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS
         settings = shapes() | {
             "train.global_batch_size": 8 if kit.tiny else ON_EACH,
-            "train.steps": WARM_UP + (2 if kit.tiny else TIMED),
+            "train.steps": first + (2 if kit.tiny else TIMED[size]),
+            "data.workers": WORKERS,
         }
         if kit.tiny:
             settings |= {
@@ -91,10 +95,11 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
         found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True)
         flow, side = without_numbers("tiny/16" if kit.tiny else size)
         each = cost.flops(flow, (3, side, side), training=True, recomputed=False)
-        rate = images_per_second(found["metrics"][WARM_UP:])
-        figures = {"images_per_second": rate, "flops_an_image": each, "memory": found["memory"]}
+        rate, waiting = images_per_second(timed := found["metrics"][first:]), share_of_waiting(timed)
+        figures = {"images_per_second": rate, "flops_an_image": each, "memory": found["memory"], "waiting": waiting}
         figures["steps"] = [step["images_per_second"] for step in found["metrics"]]
-        return f"{rate:.4g} images/s, {shares(kit, each * rate)}{peak(found)}", figures
+        shown = f"{rate:.4g} images/s, {shares(kit, each * rate)}{peak(found)}"
+        return f"{shown}; {waiting:.1%} of the time was waiting for data", figures
 
     return check
 
@@ -107,25 +112,31 @@ def shares(kit: Kit, rate: float) -> str:
     return f"{rate / 1e12:.4g} TFLOP/s: {', '.join(shown) or 'no peak is known'}"
 
 
+def share_of_waiting(steps: list[dict]) -> float:
+    seconds = [1 / step["images_per_second"] for step in steps]
+    return sum(step["waiting"] * s for step, s in zip(steps, seconds, strict=True)) / sum(seconds)
+
+
 def peak(found: dict) -> str:
     return f"; {found['memory']['peak'] / 2**30:.1f} GiB at most" if "peak" in found["memory"] else ""
 
 
 def waiting_for_data(kit: Kit) -> tuple[str, dict]:
     """The same steps with images that come from the loader, and with one batch that is on the GPU already."""
+    first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS
     size = small(kit) | {"checkpoint.every": 10**6} if kit.tiny else shapes() | {"model.size": "B/16"}
     settings = size | {
-        "train.steps": 8 if kit.tiny else 24,
+        "train.steps": first + (4 if kit.tiny else 50),
         "train.global_batch_size": 8 if kit.tiny else 64,
         "train.micro_batch_size": 8 if kit.tiny else 64,
         "train.compile": False,
-        "data.workers": 1 if kit.tiny else 12,
+        "data.workers": 1 if kit.tiny else WORKERS,
     }
     config = "shapes_tiny" if kit.tiny else "imagenet256_b16"
     rates, figures = {}, {}
     for name, resident in (("loaded", False), ("resident", True)):
         found = kit.train(name, settings, config=config, unsaved=True, resident=resident)
-        rates[name] = images_per_second(found["metrics"][WARM_UP:])
+        rates[name] = images_per_second(found["metrics"][first:])
     figures["milliseconds_an_image"] = measure_noise(kit.device, *([(16,), 2] if kit.tiny else []))
     lost = 1 - rates["loaded"] / rates["resident"]
     return (
@@ -162,7 +173,7 @@ def sampling(kit: Kit) -> tuple[str, dict]:
 
 
 def finetuning(kit: Kit) -> tuple[str, dict]:
-    kit.need("deepspeed", "diffusers", "peft")
+    kit.need("deepspeed", "diffusers", "peft", "accelerate")
     from asymflow.bench import flux2
 
     if kit.cuda:
@@ -173,7 +184,8 @@ def finetuning(kit: Kit) -> tuple[str, dict]:
     size = "tiny" if kit.tiny else sizes[0] if kit.cuda else None
     if size is None:
         raise NotRunError("not on a CPU")
-    lpips = importlib.util.find_spec("lpips") is not None and not kit.tiny  # a CPU takes long for bfloat16 convolutions
+    packages = all(importlib.util.find_spec(name) for name in ("lpips", "torchvision"))
+    lpips = packages and not kit.tiny  # a CPU takes long for convolutions in bfloat16
     options = dict(image_size=None, text_length=None, lora_rank=None, no_checkpointing=False, no_lpips=not lpips)
     args = argparse.Namespace(size=size, batch=1, steps=2 if kit.tiny else 5, **options)
     found = flux2.measure(args, kit.trainings, kit.work, timeout=max(kit.left, 5))

@@ -7,6 +7,7 @@ from asymflow import cost
 from asymflow.backbones.jit import JiT
 from asymflow.bench.kit import Check, Kit, WrongError, matmul_precision
 from asymflow.bench.trainings import FailedError
+from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.parameterization import asymmetric_velocity, recover_velocity
 from asymflow.subspace import Subspace
@@ -111,6 +112,34 @@ def plain_recovery(u_a: Tensor, x_sigma: Tensor, sigma: float, subspace: Subspac
     return outside + ((k * (s * u_a + (1 - s) * x_sigma) - outside) @ basis) @ basis.mT
 
 
+# ---- Data ------------------------------------------------------------------------------------------------------------
+def copies(kit: Kit) -> tuple[str, dict]:
+    """What arrives on the device while it computes is what was made, from the first batch to the last."""
+    count, side, n = (4, 16, 64) if kit.tiny else (24, 256, 8192)
+    generator, busy = torch.Generator().manual_seed(0), torch.randn(n, n, device=kit.device)
+
+    def made(number: int) -> Batch:
+        eps = torch.randn(8, 3, side, side, generator=generator)
+        pixels = (eps * 40 + 128).clamp(0, 255).byte()
+        batch = Batch(pixels, eps, torch.arange(8), eps[:, 0, 0, 0].clone(), [number], [])
+        return batch.pin_memory() if kit.cuda else batch
+
+    batches, seen = [made(number) for number in range(count)], []
+    for batch in on_device(iter(batches), kit.device):
+        busy = (busy @ busy).tanh_()  # so that the next copy is done before this batch is read
+        seen.append(batch.each(torch.clone))
+    there = [batch.each(Tensor.cpu) for batch in seen]
+    wrong = [batch.samples[0] for batch, other in zip(batches, there, strict=True) if not same(batch, other)]
+    if wrong:
+        raise WrongError(f"of {count} batches, these are others on the device: {wrong}")
+    return f"{count} batches arrived as they were made, copied beside a computation", {}
+
+
+def same(batch: Batch, other: Batch) -> bool:
+    pairs = zip(vars(batch).values(), vars(other).values(), strict=True)
+    return all(torch.equal(one, two) if isinstance(one, Tensor) else one == two for one, two in pairs)
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 def autocast(kit: Kit) -> tuple[str, dict]:
     figures = {}
@@ -168,6 +197,8 @@ def zero_stages(kit: Kit) -> tuple[str, dict]:
 
 def resume(kit: Kit) -> tuple[str, dict]:
     """Killed in the seventh step, after a checkpoint at the fourth, against never stopped."""
+    from asymflow.training import checkpoint
+
     settings = small(kit) | {"data.workers": 2, "train.precision": "bf16"}
     figures = {}
     for how, options in (("deterministic algorithms", {"deterministic": True}), ("as it is", {})):
@@ -178,7 +209,12 @@ def resume(kit: Kit) -> tuple[str, dict]:
             raise WrongError("the training that was to be killed went on to its end")
         except FailedError as e:
             figures[f"{how}: killed"] = str(e)
+        left = checkpoint.steps(kit.work / names[1] / "checkpoints")
+        if left != [CHECKPOINT] or "died with -9" not in figures[f"{how}: killed"]:
+            raise WrongError(f"it was to be killed after a checkpoint at {CHECKPOINT}, but left {left}", figures)
         killed = kit.train(names[1], settings, **options)
+        if killed["begun_at"] != CHECKPOINT:
+            raise WrongError(f"it was to go on from step {CHECKPOINT}, not {killed['begun_at']}", figures)
         same_losses = without_speed(straight["metrics"]) == without_speed(killed["metrics"])
         figures[how] = {"losses": same_losses, "weights": same_bits(kit, *names)}
         if kit.left < 30:
@@ -244,10 +280,10 @@ def memory(kit: Kit) -> tuple[str, dict]:
         raise WrongError("weights, originals, moments or averages are not as large as counted", figures)
     if not kit.cuda:
         return "states as counted, to the byte; the allocator: not on a CPU", figures
-    states = found["memory"]["before"] - found["memory"]["at_start"]
+    states = found["memory"]["before"]
     expected = sum(counted.values()) + found["states"]["buffers"]
     activations = cost.activation_bytes(flow, (3, side, side), micro)[1]
-    peak = found["memory"]["peak"] - found["memory"]["at_start"]
+    peak = found["memory"]["peak"]
     most = expected + 4 * trained + activations + 4 * 500_000_000  # gradients, and DeepSpeed's bucket for them
     figures |= {"states": states, "states_counted": expected, "activations_counted": activations, "peak": peak}
     figures |= {"peak_counted_without_bucket": most - 4 * 500_000_000}
@@ -284,6 +320,7 @@ def shapes() -> dict:
 
 CHECKS = [
     Check("recovery against float64", recovery, 5),
+    Check("copies beside a computation", copies, 3),
     Check("autocast inside of the engine", autocast, 30),
     Check("ZeRO 0 to 3 on one rank", zero_stages, 40),
     Check("killed and resumed", resume, 60),

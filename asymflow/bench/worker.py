@@ -48,7 +48,7 @@ class Watch:
     ):
         self.kill_at, self.deterministic, self.unsaved, self.resident = kill_at, deterministic, unsaved, resident
         self.dtypes, self.states, self.random_base, self.guided = dtypes, states, random_base, guided
-        self.found, self.passes, self.graphs = {"memory": {"at_start": allocated()}}, 0, None
+        self.found, self.passes, self.graphs, self.at_start = {"memory": {}}, 0, None, allocated()
 
     @contextmanager
     def looking_on(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Watch:
 
     def before(self, training: Training) -> None:
         module = training.engine.module
-        self.found["device"] = str(training.device)
+        self.found |= {"device": str(training.device), "begun_at": training.step}
         if self.dtypes:
             self.note_dtypes(module)
         if self.states:
@@ -85,7 +85,7 @@ class Watch:
         if self.resident:
             self.make_resident(training)
         module.register_forward_pre_hook(self.each_pass)
-        self.found["memory"]["before"] = allocated()
+        self.found["memory"]["before"] = self.grown()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -99,15 +99,20 @@ class Watch:
     def after(self, training: Training) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.found["memory"]["peak"] = torch.cuda.max_memory_allocated()
+            self.found["memory"]["peak"] = torch.cuda.max_memory_allocated() - self.at_start
             self.found["memory"]["reserved"] = torch.cuda.max_memory_reserved()
-        self.found["memory"]["after"] = allocated()
+        self.found["memory"]["after"] = self.grown()
         if self.graphs is not None:
             self.found["graphs"] = {"warm": self.graphs, "end": compiled_graphs()}
         if self.guided:
             from asymflow.bench.flux2 import guided_seconds
 
             self.found["guided_seconds"] = guided_seconds(training, self.guided)
+        training.engine.destroy()  # else its hooks keep all weights: the next training would find them on the GPU
+
+    def grown(self) -> int | None:
+        """Bytes that are allocated on the GPU since the watch began."""
+        return None if self.at_start is None else allocated() - self.at_start
 
     def note_dtypes(self, module: torch.nn.Module) -> None:
         """Of what goes out of linear layers, which are where autocast acts."""

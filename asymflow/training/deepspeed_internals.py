@@ -28,6 +28,8 @@ def compile_no_communication() -> None:
 
     That needs a compiler, and a process killed meanwhile leaves a lock behind that all later ones wait for.
     """
+    if torch.cuda.is_available():  # where to look at the table would be to try a compiler for each of its entries
+        return
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

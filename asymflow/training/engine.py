@@ -126,7 +126,7 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
     """Take the accumulated step, unless a number in `sums` or in its gradient is not finite: then nothing changes.
 
     sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
-    finite. Both are read at once, just before Adam: a step waits for the GPU here and nowhere else.
+    finite. Both are read at once, just before Adam: beside what DeepSpeed does, a step waits for the GPU only here.
     """
     optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
     adam = optimizer.step
@@ -159,16 +159,17 @@ def norm_at_stage_0(engine) -> Tensor | None:
 # ---- Other weights ---------------------------------------------------------------------------------------------------
 @contextmanager
 def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
-    """Within it the model has an average as its weights; afterwards the weights are back, bit for bit."""
+    """Within it the model has an average as its weights; afterwards the weights are back, bit for bit.
+
+    But not after an error: to bring them back takes all ranks, and the others, who know nothing of it, would wait.
+    """
     held = shards.held_fragments(engine)
     kept = [f.weight.clone() for f in held]
     load_weights(engine, averages.named_pieces(profile))
-    try:
-        yield
-    finally:
-        for f, weight in zip(held, kept, strict=True):
-            f.weight.copy_(weight)
-        internals.spread_weights(engine)
+    yield
+    for f, weight in zip(held, kept, strict=True):
+        f.weight.copy_(weight)
+    internals.spread_weights(engine)
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ class Training:
         """Train to the configured number of steps and save. Returns the name of the signal that ended it early."""
         c = self.config
         first, last = self.step * self.accumulation, c.train.steps * self.accumulation
-        stream = on_device(self.objective.batches(self.dataset, self.rank, self.world).run(first, last), self.device)
+        batches = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
+        stream = on_device(self.waited_for(batches), self.device)
         with Signals() as self.signals, Progress(c, self.step, silent=self.rank > 0) as self.progress:
             if self.step == 0 and c.sample.every:
                 self.draw()
@@ -108,11 +109,10 @@ class Training:
         lr = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
-        waited, samples, problems, losses = 0.0, [], [], []  # of a micro-batch nothing else is kept: there may be many
+        self.waited = 0.0
+        samples, problems, losses = [], [], []  # of a micro-batch nothing else is kept: there may be many
         for part in range(1, self.accumulation + 1):
-            asked = time.perf_counter()
             batch = next(stream)
-            waited += time.perf_counter() - asked
             terms = self.objective.losses(self.engine, batch)
             self.engine.backward((terms * self.term_weights).sum(1).mean())
             samples += batch.samples
@@ -122,7 +122,7 @@ class Training:
                 self.engine.step()  # which only accumulates
         losses = torch.cat(losses)
         flags = [self.signals.received == number for number in CAUGHT]
-        sums = self.summed(losses.sum(0) / self.config.train.global_batch_size, [waited, len(problems), *flags])
+        sums = self.summed(losses.sum(0) / self.config.train.global_batch_size, [self.waited, len(problems), *flags])
         values, norm = step_if_finite(self.engine, sums)
         terms, (waited, unreadable, *flags) = values[: losses.shape[1]], values[losses.shape[1] :]
         finite = all(map(math.isfinite, terms))
@@ -143,6 +143,14 @@ class Training:
         if unreadable:
             self.problems.add(self.step, problems)
         return next((number.name for number, count in zip(CAUGHT, flags, strict=True) if count), None)
+
+    def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches. How long each was waited for is added to `self.waited`, in seconds."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def summed(self, terms: Tensor, numbers: Sequence[float]) -> Tensor:
         """Both in one tensor, summed over the ranks: a step talks to the others here and nowhere else.

@@ -132,11 +132,13 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     subspace = get_subspace(config, dataset, args.out, folder, brought, device)
     torch.manual_seed(config.train.seed)
     flow = each(lambda: make_flow(config, subspace))
+    if rank == 0:  # before anything of DeepSpeed's is used
+        for remark in deepspeed_internals.remarks():
+            print(remark, file=sys.stderr)
     training = Training(config, args.out, flow, dataset, device, objective_for(flow))
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:
         training.restore(folder)
-    remarks += deepspeed_internals.remarks()
     if config.finetune:
         remarks += rare_buckets(dataset, config.train.global_batch_size)
         remarks += only_first(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
