@@ -207,6 +207,6 @@ CHECKS = [
     Check("sampling H/16", sampling, 12, measures=True),
     Check("finetuning FLUX.2", finetuning, 60, measures=True),
     Check("training B/16", training("B/16"), 35, measures=True),
-    Check("training L/16", training("L/16"), 40, measures=True),
     Check("waiting for data", waiting_for_data, 30, measures=True),
+    Check("training L/16", training("L/16"), 40, measures=True),
 ]

@@ -85,7 +85,7 @@ def description(device: torch.device) -> dict:
         "driver": asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
         "cuda": torch.version.cuda if cuda else None,
         "versions": versions,
-        "commit": asked("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": asked("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

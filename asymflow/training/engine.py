@@ -22,6 +22,7 @@ from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.ranks import each, together
 
+ALIGNMENT = 16  # bytes
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
 
 
@@ -43,11 +44,13 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
     together(lambda: prepare_monitors(options, out))
+    bf16, whole = bf16_weights(config), 1
     if config.train.compile:
-        compile_blocks(flow)
-    originals = float32_copies(flow) if bf16_weights(config) else {}
+        whole = ALIGNMENT // (2 if bf16 else 4)
+        compile_blocks(flow, options.get("zero_optimization", {}).get("stage", 0), whole)
+    originals = float32_copies(flow) if bf16 else {}
     o = config.optimizer
-    groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
+    groups = each(lambda: parameter_groups(flow, o.multipliers, whole), "optimizer.multipliers")
     options_of_adam = dict(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, **options_of_adam, fused=True)  # a kernel for all; also on CPUs
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
@@ -62,10 +65,12 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     return engine
 
 
-def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
+def parameter_groups(flow: nn.Module, multipliers: dict[str, float], whole: int = 1) -> list[dict]:
     """For an optimizer: the trained parameters, in groups that share a multiplier of the learning rate.
 
     multipliers: by names of layers, such as proj_out; those below them have it too. InputError if one trains nothing.
+    whole: a parameter whose size is no multiple of this is a group of its own. DeepSpeed lays those of a group out one
+    after the other, so none begins in between.
     """
     groups, unused = {}, dict(multipliers)
     for name, p in flow.named_parameters():
@@ -73,11 +78,12 @@ def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dic
             path = f".{name}."
             layers = [layer for layer in multipliers if f".{layer}." in path]
             factor = max(layers, key=len, default=None)
-            groups.setdefault(multipliers.get(factor, 1.0), []).append(p)
+            alone = name if p.numel() % whole else None
+            groups.setdefault((multipliers.get(factor, 1.0), alone), []).append(p)
             unused = {layer: m for layer, m in unused.items() if layer not in layers}
     if unused:
         raise InputError(f"no trained parameter is in a layer called {' or '.join(unused)}")
-    return [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()]
+    return [{"params": params, "multiplier": multiplier} for (multiplier, _), params in groups.items()]
 
 
 def prepare_monitors(options: dict, out: Path) -> None:
@@ -98,16 +104,23 @@ def prepare_monitors(options: dict, out: Path) -> None:
             os.environ.setdefault("WANDB_DIR", str(out))
 
 
-def compile_blocks(flow: nn.Module) -> None:
+def compile_blocks(flow: nn.Module, stage: int, whole: int) -> None:
     """torch.compile for each block: alike as they are, a few graphs do for all, however deep the network is.
 
     What is left outside is small. Under ZeRO-3 a block's weights are gathered at once, before it is entered: where that
     happens, inside, at every layer, a graph would be cut.
+
+    Where the weights of the first block begin at multiples of 16 bytes, torch reads 16 bytes at a time, also from the
+    weights of the others, and does not look where those begin (pytorch/pytorch#193054). `parameter_groups` sees to it
+    that all do, but at stage 3 DeepSpeed puts them together in other ways: there torch may not, if sizes are uneven.
     """
     import deepspeed
 
-    for block in (module for module in flow.modules() if isinstance(module, Block)):
-        block.forward = torch.compile(block.forward, dynamic=False)
+    blocks = [module for module in flow.modules() if isinstance(module, Block)]
+    uneven = any(p.numel() % whole for block in blocks for p in block.parameters())
+    options = {"triton.divisible_by_16": False} if uneven and stage == 3 else None
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False, options=options)
     deepspeed.utils.set_z3_leaf_modules(flow, [Block])
 
 

@@ -168,6 +168,29 @@ def test_a_step_waits_once_and_talks_to_the_others_once(training, monkeypatch, n
     assert steps == [["all_reduce", "tolist"]] * 3
 
 
+# ---- Compiled --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("number", range(4))
+def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, number, bf16):
+    """All weights begin at multiples of 16 bytes, as torch assumes, or it is told not to assume so."""
+    seen, compile_ = [], torch.compile
+
+    def noted(function, **options):
+        seen.append(options["options"])
+        return compile_(function, **options)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    blocks = training(*stage(number, bf16), "train.compile=true").engine.module.backbone.blocks
+    assert len(seen) == len(blocks)
+    sizes = [p.numel() if number < 3 else p.ds_numel for p in blocks.parameters()]
+    assert any(size % 8 for size in sizes)  # else there would be nothing to see to
+    if number == 3:
+        assert seen == [{"triton.divisible_by_16": False}] * len(blocks)
+    else:
+        assert not any(seen)
+        assert not any(p.data_ptr() % 16 for p in blocks.parameters())
+
+
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("aligned", [False, True])
 def test_memory_does_not_grow_with_the_number_of_micro_batches(training, tmp_path, monkeypatch, aligned):
