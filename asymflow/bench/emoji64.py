@@ -54,7 +54,8 @@ def compare(args: argparse.Namespace) -> dict:
     """Train both, and write what came out."""
     until = time.monotonic() + 60 * args.minutes
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
-    given = dict(setting.split("=", 1) for setting in args.set)
+    given = [f"data.path={args.data}", *args.set]
+    batch = load_config("emoji64", given).train.global_batch_size
     with (
         tempfile.TemporaryDirectory(prefix="asymflow-emoji64-") as work,
         Trainings(args.out / "emoji64.log", **hidden) as trainings,
@@ -62,8 +63,8 @@ def compare(args: argparse.Namespace) -> dict:
         runs = {rank: Path(work, f"rank-{rank}") for rank in RANKS}
 
         def train(rank: int, steps: int, timeout: float) -> None:
-            settings = {"data.path": args.data, "subspace.rank": rank, "train.steps": steps}
-            settings |= {"sample.every": 10**6, "checkpoint.every": 10**6, "ema.snapshot_every": None, **given}
+            settings = {"subspace.rank": rank, "train.steps": steps, "sample.every": 10**6, "checkpoint.every": 10**6}
+            settings |= {"ema.snapshot_every": None, **dict(setting.split("=", 1) for setting in given)}
             trainings.run(runs[rank], "emoji64", settings, max(timeout, 10))
 
         steps = args.steps
@@ -72,7 +73,6 @@ def compare(args: argparse.Namespace) -> dict:
             for rank in RANKS:
                 train(rank, TRIAL, until - time.monotonic())
             print(f"{TRIAL} steps of both took {time.monotonic() - began:.0f} s", flush=True)
-            batch = load_config("emoji64", args.set).train.global_batch_size
             each = sum(batch / images_per_second(metrics(run)[WARM_UP:]) for run in runs.values())
             steps = TRIAL + max(0, int(0.9 * (until - time.monotonic() - 2 * RESERVE) / each))
         for number, rank in enumerate(RANKS):

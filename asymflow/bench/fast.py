@@ -82,7 +82,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
         first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS
         settings = shapes() | {
             "train.global_batch_size": 8 if kit.tiny else ON_EACH,
-            "train.steps": first + (2 if kit.tiny else TIMED[size]),
+            "train.steps": first + (2 if kit.tiny else TIMED[size]) + 1,  # the last of which is profiled
             "data.workers": WORKERS,
         }
         if kit.tiny:
@@ -92,14 +92,16 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
                 "train.micro_batch_size": 4,
                 "data.workers": 0,
             }
-        found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True)
+        found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True, profiled=True)
         flow, side = without_numbers("tiny/16" if kit.tiny else size)
         each = cost.flops(flow, (3, side, side), training=True, recomputed=False)
-        rate, waiting = images_per_second(timed := found["metrics"][first:]), share_of_waiting(timed)
+        rate, waiting = images_per_second(timed := found["metrics"][first:-1]), share_of_waiting(timed)
+        busy = sum(kind["seconds"] for kind in found["spent"]) * rate / settings["train.global_batch_size"]
         figures = {"images_per_second": rate, "flops_an_image": each, "memory": found["memory"], "waiting": waiting}
+        figures |= {"busy": busy, "spent": found["spent"][:40]}
         figures["steps"] = [step["images_per_second"] for step in found["metrics"]]
         shown = f"{rate:.4g} images/s, {shares(kit, each * rate)}{peak(found)}"
-        return f"{shown}; {waiting:.1%} of the time was waiting for data", figures
+        return f"{shown}; computing {busy:.0%} of the time, waiting for data {waiting:.1%}", figures
 
     return check
 

@@ -110,8 +110,9 @@ class Trainings:
             file.seek(start)
             text = file.read().decode(errors="replace").replace("\r", "\n")
         lines = [line.strip() for line in text.split("\n") if line.strip()]
+        ours = [line for line in lines if line.startswith("train_ddp.py: error:")]
         errors = [line for line in lines if "error:" in line.lower()]
-        return (errors or lines or ["it said nothing"])[-1][:500]
+        return (ours or errors or lines or ["it said nothing"])[-1][:500]
 
 
 def in_yaml(value: object) -> str:

@@ -18,7 +18,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
+from asymflow.bench.trainings import synchronize
 from asymflow.training import deepspeed_internals, shards, start
 from asymflow.training.loop import Training
 
@@ -32,7 +34,8 @@ class Watch:
     unsaved: no checkpoint is written (a JiT-H's has 23 GB). resident: the first batch again and again, from the memory
     of the GPU. dtypes: note those of activations and weights. states: note the bytes of the tensors that it keeps.
     random_base: the transformer is not read, but drawn on the GPU, in the sizes of the configuration that is there.
-    guided: time so many guided evaluations of a finetuned model afterwards.
+    guided: time so many guided evaluations of a finetuned model afterwards. profiled: note what the last step spent
+    its time in.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class Watch:
         states: bool = False,
         random_base: bool = False,
         guided: int = 0,
+        profiled: bool = False,
     ):
         self.kill_at, self.deterministic, self.unsaved, self.resident = kill_at, deterministic, unsaved, resident
         self.dtypes, self.states, self.random_base, self.guided = dtypes, states, random_base, guided
+        self.profiled = profiled
         self.found, self.passes, self.graphs, self.at_start = {"memory": {}}, 0, None, allocated()
 
     @contextmanager
@@ -84,6 +89,8 @@ class Watch:
             self.found["states"] = states(training)
         if self.resident:
             self.make_resident(training)
+        if self.profiled:
+            self.profile_last(training)
         module.register_forward_pre_hook(self.each_pass)
         self.found["memory"]["before"] = self.grown()
         if torch.cuda.is_available():
@@ -128,6 +135,21 @@ class Watch:
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(lambda layer, given, out: note("linear", out.dtype))
 
+    def profile_last(self, training: Training) -> None:
+        one_step, last = training.one_step, training.config.train.steps
+        kind = ProfilerActivity.CUDA if training.device.type == "cuda" else ProfilerActivity.CPU
+
+        def watched(stream: Iterator) -> str | None:
+            if training.step + 1 < last:
+                return one_step(stream)
+            with profile(activities=[kind]) as seen:
+                stopped_by = one_step(stream)
+                synchronize(training.device)
+            self.found["spent"] = spent(seen, training.device)
+            return stopped_by
+
+        training.one_step = watched
+
     def make_resident(self, training: Training) -> None:
         batches = training.objective.batches(training.dataset, training.rank, training.world)
         batch = batches[0].to(training.device)
@@ -154,6 +176,13 @@ def states(training: Training) -> dict[str, int]:
                 seen.add(place)
                 sizes[kind] += tensor.numel() * tensor.element_size()
     return sizes
+
+
+def spent(seen: profile, device: torch.device) -> list[dict]:
+    """By each kernel of the GPU, or operator of a CPU: the longest first."""
+    seconds = lambda e: (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e6
+    kinds = [{"name": e.key[:120], "calls": e.count, "seconds": seconds(e)} for e in seen.key_averages()]
+    return sorted(kinds, key=lambda kind: -kind["seconds"])
 
 
 def allocated() -> int | None:

@@ -156,7 +156,10 @@ def test_all_checks_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_emoji64_leaves_pictures_and_curves(tmp_path):
+@pytest.mark.parametrize("given", [["--steps", 3], []])
+def test_emoji64_leaves_pictures_and_curves(monkeypatch, tmp_path, given):
+    for name, value in {"TRIAL": 3, "WARM_UP": 1, "RESERVE": 30}.items():  # so that no more than the trial fits
+        monkeypatch.setattr(emoji64, name, value)
     with tarfile.open(tmp_path / "some.tar", "w") as tar:
         for i in range(64):
             pixels, picture = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8), io.BytesIO()
@@ -170,7 +173,7 @@ def test_emoji64_leaves_pictures_and_curves(tmp_path):
     ]
     settings += ["data.workers=0", "sample.num=4", "sample.steps=2", "train.precision=fp32"]
     words = [word for setting in settings for word in ("--set", setting)]
-    options = ["--data", tmp_path / "some.tar", "--out", tmp_path / "out", "--steps", 3, "--device", "cpu"]
+    options = ["--data", tmp_path / "some.tar", "--out", tmp_path / "out", "--minutes", 1, "--device", "cpu", *given]
     assert emoji64.main([*map(str, options), *words]) == 0
     found = json.loads((tmp_path / "out/emoji64.json").read_text())
     assert found["steps"] == 3
