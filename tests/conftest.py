@@ -1,9 +1,12 @@
-"""Settings for every test: the same examples on every machine, no deadline on a slow one, and one thread.
+"""Settings for every test: no network, the same examples on every machine, no deadline on a slow one, one thread.
 
 The tensors here are small: further threads would only wait for each other.
 """
 
+import os
 import signal
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; without a network each question takes long
 
 import pytest
 import torch

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

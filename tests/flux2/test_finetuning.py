@@ -1,11 +1,8 @@
 """Finetuning a latent model to pixels under DeepSpeed: the same curve in every stage, and nothing but what is meant."""
 
 import json
-import os
 import shutil
 from types import SimpleNamespace
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

@@ -1,12 +1,10 @@
 """A latent FLUX.2 lifted to pixels begins as exactly what it was."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from asymflow import InputError, Subspace, calibration, patchify, sample, sigma_grid, unpatchify
 from asymflow.backbones.flux2 import Flux2, latent_flow, latent_to_pixel, positions
@@ -118,6 +116,28 @@ def test_reference_images_inside_are_reference_latents(precision):
     assert not torch.allclose(run(lifted), run(lifted[::-1]))
     assert not torch.allclose(run(lifted), run(lifted[:1]))
     assert torch.equal(run([]), pixel(x, sigma, encoder_hidden_states=text))
+
+
+class NothingFromTheCpu(TorchDispatchMode):
+    """Within it no tensor goes to another device: what is not in pinned memory is waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        assert len(devices) <= 1, func
+        return result
+
+
+def test_a_gpu_is_not_waited_for(transformer, monkeypatch):
+    with torch.device("meta"):
+        there = Flux2Transformer2DModel.from_config(transformer.config)
+    flow = latent_to_pixel(there, subspace_of(torch.float32))
+    monkeypatch.setattr(flow.backbone.transformer, "forward", lambda hidden_states, **rest: [hidden_states])
+    prompt = torch.zeros(2, 5, transformer.config.joint_attention_dim, device="meta")
+    x, tau = torch.zeros(2, 12, 768, device="meta"), torch.ones(2, device="meta")
+    reference = torch.zeros(2, 3, 32, 16, device="meta")
+    with NothingFromTheCpu():
+        assert flow.backbone(x, tau, prompt, (3, 4), [reference]).shape == x.shape
 
 
 def test_positions_are_those_of_the_stock_pipeline():

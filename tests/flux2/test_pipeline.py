@@ -1,9 +1,5 @@
 """asymflow/pipelines/flux2.py and `asymflow sample --base`: the samplers agree, and diffusers' own features work."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import json
 import shlex
 import shutil

@@ -10,8 +10,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from safetensors import safe_open

@@ -292,6 +292,31 @@ def test_a_signal_ends_an_evaluation_and_nothing_is_lost(tmp_path, classifier):
     assert [entry["step"] for entry in evaluations(tmp_path / "run")] == [2, 4]
 
 
+def failing():
+    """The second rank fails at its second batch of samples."""
+    from asymflow.training.evaluate import Evaluation
+
+    measure = Evaluation.measure
+
+    def replaced(self, images, count, title, stop):
+        def images_until(indices):
+            if indices[0] != first:
+                raise ValueError("such is life")
+            return images(indices)
+
+        first = self.rank * -(-count // self.world)
+        return measure(self, images_until if self.rank == 1 and title == "evaluating" else images, count, title, stop)
+
+    Evaluation.measure = replaced
+
+
+def test_an_evaluation_that_fails_on_one_rank_ends_them_all(tmp_path, classifier):
+    """Its weights are those of an average by then: to bring the own ones back, it would have to talk to the others."""
+    launched = Launched(2, tmp_path / "run", *settings(classifier), patch=failing)
+    assert launched.wait() == [1, 1]
+    assert launched.said()[-1] == "train_ddp.py: error: rank 1: ValueError: such is life"
+
+
 def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training(tmp_path, classifier):
     features = load_extractor(CLASSIFIER, classifier)(images(40))
     save_statistics(tmp_path / "reference.npz", statistics(features), "")

@@ -1,5 +1,6 @@
 """Single steps of a training in this process: what they keep, wait for and say."""
 
+import gc
 import io
 import json
 import math
@@ -18,8 +19,10 @@ from PIL import Image
 from processes import environment_of, metrics, same_bits, tensors, words
 from test_repa import save_dinov2
 
+from asymflow.bench import worker
 from asymflow.data.batches import Batches
 from asymflow.pictures import image_grid
+from asymflow.training import loop
 from asymflow.training.ema import Profile
 from asymflow.training.loop import Training
 from asymflow.training.objectives import ClassConditional
@@ -51,9 +54,14 @@ def training(device, tmp_path):
     return make
 
 
-def stage(number, bf16=False):
-    half = ["train.precision=bf16", "deepspeed.bf16.enabled=true"] if bf16 else []
-    return [f"deepspeed.zero_optimization.stage={number}", *half]
+def stage(number, kind=""):
+    half = ["train.precision=bf16", "deepspeed.bf16.enabled=true"]
+    more = {
+        "bf16": half,
+        "float32 sums": [*half, "deepspeed.data_types={grad_accum_dtype: fp32}"],
+        "offload": ["deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+    }
+    return [f"deepspeed.zero_optimization.stage={number}", *more.get(kind, [])]
 
 
 # ---- Not finite ------------------------------------------------------------------------------------------------------
@@ -81,17 +89,20 @@ def counts_of_adam(one):
     return {int(f.state["step"]) for f in held_fragments(one.engine)}
 
 
+FURTHER = [*product((1, 2), ["float32 sums"]), (2, "offload")]
+
+
 @pytest.mark.parametrize(
-    ("number", "bf16"),
+    ("number", "kind"),
     [
-        pytest.param(number, bf16, marks=[] if (number, bf16) in ((0, False), (2, True)) else pytest.mark.slow)
-        for number, bf16 in product(range(4), (False, True))
+        pytest.param(*case, marks=[] if case in ((0, ""), (2, "float32 sums")) else pytest.mark.slow)
+        for case in [*product(range(4), ("", "bf16")), *FURTHER]
     ],
 )
-def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monkeypatch, capfd, number, bf16):
+def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monkeypatch, capfd, number, kind):
     """Weights and moments are those of a training that never saw the data of steps 3 and 4; so is the way on."""
     settings = [
-        *stage(number, bf16),
+        *stage(number, kind),
         "checkpoint={every: 1, keep_last: 9}",
         "train.micro_batch_size=4",
         "train.skip_nonfinite=2",
@@ -169,9 +180,8 @@ def test_a_step_waits_once_and_talks_to_the_others_once(training, monkeypatch, n
 
 
 # ---- Compiled --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("number", range(4))
-def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, number, bf16):
+@pytest.mark.parametrize(("number", "kind"), product(range(4), ("", "bf16")))
+def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, number, kind):
     """All weights begin at multiples of 16 bytes, as torch assumes, or it is told not to assume so."""
     seen, compile_ = [], torch.compile
 
@@ -180,7 +190,7 @@ def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, numb
         return compile_(function, **options)
 
     monkeypatch.setattr(torch, "compile", noted)
-    blocks = training(*stage(number, bf16), "train.compile=true").engine.module.backbone.blocks
+    blocks = training(*stage(number, kind), "train.compile=true").engine.module.backbone.blocks
     assert len(seen) == len(blocks)
     sizes = [p.numel() if number < 3 else p.ds_numel for p in blocks.parameters()]
     assert any(size % 8 for size in sizes)  # else there would be nothing to see to
@@ -269,3 +279,29 @@ def test_the_share_of_a_step_that_was_spent_waiting_for_data(training, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = 8 / lines[1]["images_per_second"]
     assert 3 <= lines[1]["waiting"] * seconds <= seconds
+
+
+def test_what_the_gpu_is_waited_for_is_not_waiting_for_data(training, tmp_path, monkeypatch):
+    def slow(batches, device):
+        for batch in batches:
+            time.sleep(3)  # as `on_device` waits for a copy, which waits for the computation
+            yield batch
+
+    monkeypatch.setattr(loop, "on_device", slow)
+    training("train.steps=1", "checkpoint.every=1").fit()
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 8 / line["images_per_second"] >= 3
+    assert line["waiting"] < 0.5
+
+
+# ---- Watched ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_nothing_is_left_of_a_training_that_a_benchmark_watched(training, number):
+    """The next one would find its weights on the GPU. (After stage 3 the process is ended.)"""
+    one, watch = training(*stage(number)), worker.Watch()
+    left = weakref.ref(next(one.engine.module.parameters()))
+    watch.before(one)
+    watch.after(one)
+    del one
+    gc.collect()
+    assert left() is None
