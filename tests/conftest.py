@@ -17,11 +17,35 @@ settings.register_profile(
     "reproducible",
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=40,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("reproducible")
+
+
+# ---- Trainings that many tests look at: CASES of a module, by name; those in its QUICK in the default suite ----------
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def quick_runs(request, train_all):
+    """train_all: of the module; it runs the trainings of these names, in the folder."""
+    train_all(request.module.QUICK)
+
+
+@pytest.fixture(scope="module")
+def other_runs(request, quick_runs, train_all):
+    train_all([name for name in request.module.CASES if name not in request.module.QUICK])
+
+
+@pytest.fixture
+def runs(request, folder):
+    """Where the runs are: those in QUICK, and all if the test is slow."""
+    request.getfixturevalue("other_runs" if request.node.get_closest_marker("slow") else "quick_runs")
+    return folder
 
 
 @pytest.fixture

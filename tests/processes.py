@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -59,6 +60,11 @@ def train(world, *trainings, patch=None, timeout=GUARD):
     launched = Launched(world, trainings=trainings, patch=patch)
     assert launched.wait(timeout) == [0] * world, launched.said()
     return launched.said()
+
+
+def slow_unless(quick, names):
+    """The names as parameters of a test, which is slow for those that are not in `quick`."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
 def wait_for(event, said=lambda: ""):

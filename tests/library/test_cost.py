@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from asymflow import AsymFlow, InputError, Subspace, cost
 from asymflow.backbones.jit import JiT, swiglu_width
 
-SIZES = dict(patch_size=4, width=32, depth=3, heads=2, bottleneck=16, in_context_start=1, in_context_tokens=3)
+SIZES = dict(patch_size=4, width=32, depth=2, heads=2, bottleneck=16, in_context_start=1, in_context_tokens=3)
 CHANNELS, DIM = 3, 48
 
 

@@ -15,16 +15,14 @@ STAGES = (0, 1, 2, 3)
 
 
 def stage_runs(folder, stage):
-    common = [f"deepspeed.zero_optimization.stage={stage}", "checkpoint.every=4", "checkpoint.keep_last=9"]
-    straight = words(folder / f"stage{stage}", "train.steps=8", *common)
-    first = words(folder / f"resumed{stage}", "train.steps=4", *common)
-    rest = words(folder / f"resumed{stage}", "train.steps=8", *common)
-    return [straight, first, rest]
+    settings = f"deepspeed.zero_optimization.stage={stage}", "train.steps=8", "checkpoint={every: 4, keep_last: 9}"
+    straight, resumed = words(folder / f"stage{stage}", *settings), words(folder / f"resumed{stage}", *settings)
+    return [straight, [*resumed, "--resume", str(folder / f"stage{stage}/checkpoints/00000004")]]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Eight steps in each stage on two ranks, straight and resumed; and on one rank at stage 1."""
+    """Eight steps in each stage on two ranks, and the last four once more; and on one rank at stage 1."""
     folder = tmp_path_factory.mktemp("runs")
     train(2, *(arguments for stage in STAGES for arguments in stage_runs(folder, stage)))
     train(1, words(folder / "alone", "train.steps=8", "checkpoint.every=4", "deepspeed.zero_optimization.stage=1"))
@@ -46,8 +44,7 @@ def test_every_stage_and_number_of_ranks_gives_the_same_curve(runs):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_training_has_the_same_bits(runs, stage):
     straight, resumed = runs / f"stage{stage}", runs / f"resumed{stage}"
-    keys = ("step", "loss", "grad_norm", "lr")
-    assert [[m[k] for k in keys] for m in metrics(straight)] == [[m[k] for k in keys] for m in metrics(resumed)]
+    assert metrics(straight)[4:] == metrics(resumed)
     a, b = tensors(straight, 8), tensors(resumed, 8)
     assert a.keys() == b.keys()
     assert {kind for kind, _ in a} == {

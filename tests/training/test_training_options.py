@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from processes import TINY, Launched, metrics, same_bits, tensors, train, words
+from processes import TINY, Launched, metrics, same_bits, slow_unless, tensors, train, words
 
 from asymflow import cost
 from asymflow.data.batches import Batches
@@ -63,37 +63,16 @@ def middle(run):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-def train_all(folder, names):
+def train_all(folder):
     """On two ranks; those in RESUMED once more from the checkpoint in the middle, as NAME-resumed."""
-    todo = [arguments(folder / name, *CASES[name]) for name in names]
-    resumed = [name for name in names if name in RESUMED]
-    todo += [arguments(folder / f"{name}-resumed", *CASES[name], resume=middle(folder / name)) for name in resumed]
-    train(2, *todo)
 
+    def run(names):
+        todo = [arguments(folder / name, *CASES[name]) for name in names]
+        resumed = [name for name in names if name in RESUMED]
+        todo += [arguments(folder / f"{name}-resumed", *CASES[name], resume=middle(folder / name)) for name in resumed]
+        train(2, *todo)
 
-@pytest.fixture(scope="module")
-def quick_runs(folder):
-    train_all(folder, QUICK)
-
-
-@pytest.fixture(scope="module")
-def other_runs(quick_runs, folder):
-    train_all(folder, [name for name in CASES if name not in QUICK])
-
-
-@pytest.fixture
-def runs(request, folder):
-    """Where the runs are: those in QUICK, and all if the test is slow."""
-    request.getfixturevalue("other_runs" if request.node.get_closest_marker("slow") else "quick_runs")
-    return folder
-
-
-def slow_unless_quick(names):
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+    return run
 
 
 def compare(run, expected, first=0, **tolerance):
@@ -106,7 +85,7 @@ def compare(run, expected, first=0, **tolerance):
 
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", slow_unless_quick([*SINGLE][1:]))
+@pytest.mark.parametrize("name", slow_unless(QUICK, [*SINGLE][1:]))
 def test_offloading_and_accumulation_change_rounding_alone(runs, name):
     compare(runs / name, runs / "plain", rel=1e-4)
     expected, found = tensors(runs / "plain", STEPS), tensors(runs / name, STEPS)
@@ -115,13 +94,13 @@ def test_offloading_and_accumulation_change_rounding_alone(runs, name):
             assert torch.allclose(value, found[key], rtol=0, atol=2e-4), key
 
 
-@pytest.mark.parametrize("name", slow_unless_quick([*HALF, *AUTOCAST]))
+@pytest.mark.parametrize("name", slow_unless(QUICK, [*HALF, *AUTOCAST]))
 def test_bfloat16_stays_close_to_float32(runs, name):
     """Its numbers have 8 bits: each is off by up to 0.4 %, and a mean over many by less."""
     compare(runs / name, runs / "plain", rel=5e-3)
 
 
-@pytest.mark.parametrize("name", slow_unless_quick(AUTOCAST))
+@pytest.mark.parametrize("name", slow_unless(QUICK, AUTOCAST))
 def test_autocast_keeps_weights_in_float32(runs, name):
     compare(runs / name, runs / "autocast1", rel=1e-3)
     assert metrics(runs / name) != metrics(runs / "plain")  # it does something
@@ -179,7 +158,7 @@ def test_recomputing_activations_changes_no_bit(runs):
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", slow_unless_quick(RESUMED))
+@pytest.mark.parametrize("name", slow_unless(QUICK, RESUMED))
 def test_a_resumed_training_has_the_same_bits(runs, name):
     resumed = runs / f"{name}-resumed"
     assert metrics(runs / name)[BETWEEN:] == metrics(resumed)
@@ -193,7 +172,7 @@ def test_weights_in_bfloat16_go_on_in_another_stage(runs, tmp_path, of, then):
 
 
 # ---- Averages --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", slow_unless_quick(["plain", "offload3-all", *HALF]))
+@pytest.mark.parametrize("name", slow_unless(QUICK, ["plain", "offload3-all", *HALF]))
 def test_averages_are_of_the_float32_weights(runs, name):
     """Tracked again from the weights of every step, which bfloat16 would have rounded."""
     average = {}
