@@ -79,7 +79,12 @@ def test_operations_of_a_forward_pass_of_the_9b():
 
 
 @pytest.mark.parametrize(
-    ("full", "checkpointing", "lpips"), [(False, False, True), (False, True, False), (True, True, False)]
+    ("full", "checkpointing", "lpips"),
+    [
+        (False, True, False),
+        pytest.param(False, False, True, marks=pytest.mark.slow),
+        pytest.param(True, True, False, marks=pytest.mark.slow),
+    ],
 )
 def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lpips):
     step = tiny_step(full=full, checkpointing=checkpointing, lpips=lpips)
@@ -151,7 +156,12 @@ def with_gradients(step):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize(
-    ("full", "checkpointing", "lpips"), [(False, True, True), (False, False, False), (True, True, False)]
+    ("full", "checkpointing", "lpips"),
+    [
+        (True, True, False),
+        pytest.param(False, True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, False, marks=pytest.mark.slow),
+    ],
 )
 def test_activations_counted_without_numbers_as_with_them(full, checkpointing, lpips):
     step = with_gradients(tiny_step(full=full, checkpointing=checkpointing, lpips=lpips))
@@ -164,7 +174,7 @@ def test_activations_counted_without_numbers_as_with_them(full, checkpointing, l
     assert (kept, live.peak) == expected
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_peak_is_that_of_the_allocator(checkpointing):
     step = with_gradients(tiny_step(checkpointing=checkpointing))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -31,7 +31,11 @@ def test_a_shared_parameter_counts_once_and_a_frozen_one_is_not_trainable():
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "giga_multiply_adds"), [("B/16", 131, 25), ("L/16", 459, 88), ("H/16", 953, 182)]
+    ("name", "millions", "giga_multiply_adds"),
+    [
+        ("B/16", 131, 25),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("L/16", 459, 88), ("H/16", 953, 182))),
+    ],
 )
 def test_published_figures_of_jit(name, millions, giga_multiply_adds):
     """arXiv 2511.13720, which counts a multiply-add as one. The table gives whole numbers."""

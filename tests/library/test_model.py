@@ -239,6 +239,7 @@ def test_only_a_backbone_that_names_the_grid_gets_it():
     assert backbone.conditions == {}
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_gets_the_grid_too():
     """8 x 32 pixels are 2 x 8 tokens, as many as the 4 x 4 that the JiT was made for: wrong positions, no error."""
     flow, x = jit_flow(), torch.randn(2, 3, 8, 32)
@@ -281,7 +282,8 @@ def test_it_can_be_mapped_over_images_and_noise_levels():
     torch.testing.assert_close(tangent[1], numeric[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 def test_it_compiles_without_a_break(training):
     """To 1e-4 / sigma: compilers may fuse."""
     flow, (x, sigma, labels) = jit_flow().train(training), jit_inputs()

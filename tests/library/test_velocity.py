@@ -541,6 +541,7 @@ def test_everything_compiles_without_a_break(backend):
         assert within(a, e, tolerance if a.ndim == 3 else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3, 12])
 @pytest.mark.parametrize("sigma_min", [0.0, 0.04])
 def test_compiled_gradients_are_those_of_eager_mode(rank, sigma_min):
