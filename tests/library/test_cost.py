@@ -209,13 +209,13 @@ def test_of_a_checkpointed_block_only_the_input_is_kept():
 
 def test_recomputing_one_block_is_part_of_the_peak():
     """With n blocks checkpointed, all but one block's activations are spared at the peak."""
-    big = dict(depth=7, in_context_start=0)
+    big = dict(depth=5, in_context_start=0)
     shape, batch = (CHANNELS, 16, 16), 8
     per_block = kept(batch=batch, depth=2) - kept(batch=batch, depth=1)
     every = cost.activation_bytes(flow(**big), shape, batch, "float32")
     spared = cost.activation_bytes(flow(checkpoint_every=1, **big), shape, batch, "float32")
     assert spared[0] < every[0]
-    assert spared[0] + 0.8 * per_block < spared[1] < every[1] - 4 * per_block
+    assert spared[0] + 0.8 * per_block < spared[1] < every[1] - 2 * per_block
 
 
 def test_the_model_is_left_as_it_is():

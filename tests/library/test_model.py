@@ -754,7 +754,7 @@ PLACES += [("tokens", name) for name in ("dim", "rank", "color_space", "fitted_o
 PLACES += [("network", "config", name) for name in inspect.signature(JiT).parameters if name != "checkpoint_every"]
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.sampled_from(PLACES), JSON, st.booleans())
 def test_a_configuration_with_one_changed_value_is_refused_or_runs(saved, place, value, remove):
     with tempfile.TemporaryDirectory() as name:
