@@ -92,7 +92,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
                 "train.micro_batch_size": 4,
                 "data.workers": 0,
             }
-        found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True, profiled=True)
+        found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True, profiled=True, loading=True)
         flow, side = without_numbers("tiny/16" if kit.tiny else size)
         each = cost.flops(flow, (3, side, side), training=True, recomputed=False)
         rate, waiting = images_per_second(timed := found["metrics"][first:-1]), share_of_waiting(timed)
@@ -137,7 +137,7 @@ def waiting_for_data(kit: Kit) -> tuple[str, dict]:
     config = "shapes_tiny" if kit.tiny else "imagenet256_b16"
     rates, figures = {}, {}
     for name, resident in (("loaded", False), ("resident", True)):
-        found = kit.train(name, settings, config=config, unsaved=True, resident=resident)
+        found = kit.train(name, settings, config=config, unsaved=True, resident=resident, loading=not resident)
         rates[name] = images_per_second(found["metrics"][first:])
     figures["milliseconds_an_image"] = measure_noise(kit.device, *([(16,), 2] if kit.tiny else []))
     lost = 1 - rates["loaded"] / rates["resident"]
@@ -205,10 +205,10 @@ def finetuning(kit: Kit) -> tuple[str, dict]:
 CHECKS = [
     Check("limits", limits, 2, measures=True),
     Check("recovery", recovery, 3, measures=True),
-    Check("training H/16", training("H/16"), 50, measures=True),
+    Check("training H/16", training("H/16"), 135, measures=True),
     Check("sampling H/16", sampling, 12, measures=True),
-    Check("finetuning FLUX.2", finetuning, 60, measures=True),
-    Check("training B/16", training("B/16"), 35, measures=True),
-    Check("waiting for data", waiting_for_data, 30, measures=True),
-    Check("training L/16", training("L/16"), 40, measures=True),
+    Check("finetuning FLUX.2", finetuning, 80, measures=True),
+    Check("training B/16", training("B/16"), 65, measures=True),
+    Check("waiting for data", waiting_for_data, 45, measures=True),
+    Check("training L/16", training("L/16"), 85, measures=True),
 ]

@@ -34,6 +34,8 @@ class Watch:
     unsaved: no checkpoint is written (a JiT-H's has 23 GB). resident: the first batch again and again, from the memory
     of the GPU. dtypes: note those of activations and weights. states: note the bytes of the tensors that it keeps.
     random_base: the transformer is not read, but drawn on the GPU, in the sizes of the configuration that is there.
+    loading: the loader makes batches to the very end, also such as are not trained on: else its processes would have
+    nothing to do in the last steps, which are faster then.
     guided: time so many guided evaluations of a finetuned model afterwards. profiled: note what the last step spent
     its time in.
     """
@@ -49,10 +51,11 @@ class Watch:
         random_base: bool = False,
         guided: int = 0,
         profiled: bool = False,
+        loading: bool = False,
     ):
         self.kill_at, self.deterministic, self.unsaved, self.resident = kill_at, deterministic, unsaved, resident
         self.dtypes, self.states, self.random_base, self.guided = dtypes, states, random_base, guided
-        self.profiled = profiled
+        self.profiled, self.loading = profiled, loading
         self.found, self.passes, self.graphs, self.at_start = {"memory": {}}, 0, None, allocated()
 
     @contextmanager
@@ -89,6 +92,8 @@ class Watch:
             self.found["states"] = states(training)
         if self.resident:
             self.make_resident(training)
+        if self.loading:
+            keep_loading(training)
         if self.profiled:
             self.profile_last(training)
         module.register_forward_pre_hook(self.each_pass)
@@ -106,7 +111,7 @@ class Watch:
     def after(self, training: Training) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.found["memory"]["peak"] = torch.cuda.max_memory_allocated() - self.at_start
+            self.found["memory"]["peak"] = torch.cuda.memory_stats()["requested_bytes.all.peak"] - self.at_start
             self.found["memory"]["reserved"] = torch.cuda.max_memory_reserved()
         self.found["memory"]["after"] = self.grown()
         if self.graphs is not None:
@@ -156,6 +161,16 @@ class Watch:
         repeated = mock.Mock()
         repeated.run = lambda first, last: (batch for _ in range(first, last))
         training.objective.batches = lambda *_: repeated
+
+
+def keep_loading(training: Training) -> None:
+    batches = training.objective.batches
+
+    def more(*args: object) -> mock.Mock:
+        made = batches(*args)
+        return mock.Mock(run=lambda first, last: made.run(first, last + 2 * training.config.data.workers))
+
+    training.objective.batches = more
 
 
 def states(training: Training) -> dict[str, int]:

@@ -22,7 +22,6 @@ from asymflow.training.config.reading import Config
 from asymflow.training.ema import Averages, Profile
 from asymflow.training.ranks import each, together
 
-ALIGNMENT = 16  # bytes
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
 
 
@@ -44,13 +43,11 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
     together(lambda: prepare_monitors(options, out))
-    bf16, whole = bf16_weights(config), 1
     if config.train.compile:
-        whole = ALIGNMENT // (2 if bf16 else 4)
-        compile_blocks(flow, options.get("zero_optimization", {}).get("stage", 0), whole)
-    originals = float32_copies(flow) if bf16 else {}
+        prepare_compiling(flow, options)
+    originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
-    groups = each(lambda: parameter_groups(flow, o.multipliers, whole), "optimizer.multipliers")
+    groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
     options_of_adam = dict(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=o.lr, **options_of_adam, fused=True)  # a kernel for all; also on CPUs
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
@@ -62,15 +59,15 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
         internals.spread_weights(engine)
     internals.take_monitor(engine)
+    if config.train.compile:
+        compile_blocks(engine.module)
     return engine
 
 
-def parameter_groups(flow: nn.Module, multipliers: dict[str, float], whole: int = 1) -> list[dict]:
+def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
     """For an optimizer: the trained parameters, in groups that share a multiplier of the learning rate.
 
     multipliers: by names of layers, such as proj_out; those below them have it too. InputError if one trains nothing.
-    whole: a parameter whose size is no multiple of this is a group of its own. DeepSpeed lays those of a group out one
-    after the other, so none begins in between.
     """
     groups, unused = {}, dict(multipliers)
     for name, p in flow.named_parameters():
@@ -78,12 +75,11 @@ def parameter_groups(flow: nn.Module, multipliers: dict[str, float], whole: int 
             path = f".{name}."
             layers = [layer for layer in multipliers if f".{layer}." in path]
             factor = max(layers, key=len, default=None)
-            alone = name if p.numel() % whole else None
-            groups.setdefault((multipliers.get(factor, 1.0), alone), []).append(p)
+            groups.setdefault(multipliers.get(factor, 1.0), []).append(p)
             unused = {layer: m for layer, m in unused.items() if layer not in layers}
     if unused:
         raise InputError(f"no trained parameter is in a layer called {' or '.join(unused)}")
-    return [{"params": params, "multiplier": multiplier} for (multiplier, _), params in groups.items()]
+    return [{"params": params, "multiplier": multiplier} for multiplier, params in groups.items()]
 
 
 def prepare_monitors(options: dict, out: Path) -> None:
@@ -104,24 +100,32 @@ def prepare_monitors(options: dict, out: Path) -> None:
             os.environ.setdefault("WANDB_DIR", str(out))
 
 
-def compile_blocks(flow: nn.Module, stage: int, whole: int) -> None:
-    """torch.compile for each block: alike as they are, a few graphs do for all, however deep the network is.
+def prepare_compiling(flow: nn.Module, options: dict) -> None:
+    """What DeepSpeed has to know of it beforehand.
 
-    What is left outside is small. Under ZeRO-3 a block's weights are gathered at once, before it is entered: where that
-    happens, inside, at every layer, a graph would be cut.
-
-    Where the weights of the first block begin at multiples of 16 bytes, torch reads 16 bytes at a time, also from the
-    weights of the others, and does not look where those begin (pytorch/pytorch#193054). `parameter_groups` sees to it
-    that all do, but at stage 3 DeepSpeed puts them together in other ways: there torch may not, if sizes are uneven.
+    Under ZeRO-3 a block's weights are gathered at once, before it is entered: where that happens, inside, at every
+    layer, a graph would be cut. At stages 1 and 2, where weights lie one after the other, each begins at a multiple of
+    16 bytes: see `compile_blocks`.
     """
     import deepspeed
 
-    blocks = [module for module in flow.modules() if isinstance(module, Block)]
-    uneven = any(p.numel() % whole for block in blocks for p in block.parameters())
-    options = {"triton.divisible_by_16": False} if uneven and stage == 3 else None
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, options=options)
     deepspeed.utils.set_z3_leaf_modules(flow, [Block])
+    zero = options.get("zero_optimization", {})
+    if zero.get("stage") in (1, 2):
+        zero.setdefault("parameter_alignment", True)
+
+
+def compile_blocks(flow: nn.Module) -> None:
+    """torch.compile for each block: alike as they are, a few graphs do for all, however deep the network is.
+
+    What is left outside is small. Where the weights of the first block begin at multiples of 16 bytes, torch reads 16
+    bytes at a time, from the weights of the other blocks as well, and does not look where those begin
+    (pytorch/pytorch#193054). So unless all begin so, it must not.
+    """
+    in_between = any(internals.kept(p).data_ptr() % 16 for p in flow.parameters())
+    options = {"triton.divisible_by_16": False} if in_between else None
+    for block in (module for module in flow.modules() if isinstance(module, Block)):
+        block.forward = torch.compile(block.forward, dynamic=False, options=options)
 
 
 def float32_copies(flow: nn.Module) -> dict[str, Tensor]:

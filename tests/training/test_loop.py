@@ -19,10 +19,12 @@ from PIL import Image
 from processes import environment_of, metrics, same_bits, tensors, words
 from test_repa import save_dinov2
 
+from asymflow.backbones.jit import Block
 from asymflow.bench import worker
 from asymflow.data.batches import Batches
 from asymflow.pictures import image_grid
 from asymflow.training import loop
+from asymflow.training.deepspeed_internals import kept
 from asymflow.training.ema import Profile
 from asymflow.training.loop import Training
 from asymflow.training.objectives import ClassConditional
@@ -180,25 +182,23 @@ def test_a_step_waits_once_and_talks_to_the_others_once(training, monkeypatch, n
 
 
 # ---- Compiled --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("number", "kind"), product(range(4), ("", "bf16")))
+@pytest.mark.parametrize(("number", "kind"), [*product(range(4), ("", "bf16")), *FURTHER])
 def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, number, kind):
-    """All weights begin at multiples of 16 bytes, as torch assumes, or it is told not to assume so."""
+    """Only if all weights begin at multiples of 16 bytes: in all stages but a few rare cases, and the graphs differ."""
     seen, compile_ = [], torch.compile
 
     def noted(function, **options):
-        seen.append(options["options"])
+        if isinstance(getattr(function, "__self__", None), Block):  # DeepSpeed compiles something as well
+            seen.append(options["options"])
         return compile_(function, **options)
 
     monkeypatch.setattr(torch, "compile", noted)
-    blocks = training(*stage(number, kind), "train.compile=true").engine.module.backbone.blocks
-    assert len(seen) == len(blocks)
-    sizes = [p.numel() if number < 3 else p.ds_numel for p in blocks.parameters()]
-    assert any(size % 8 for size in sizes)  # else there would be nothing to see to
-    if number == 3:
-        assert seen == [{"triton.divisible_by_16": False}] * len(blocks)
-    else:
-        assert not any(seen)
-        assert not any(p.data_ptr() % 16 for p in blocks.parameters())
+    flow = training(*stage(number, kind), "train.compile=true", "optimizer.multipliers={w12: 2.0}").engine.module
+    assert len(seen) == len(flow.backbone.blocks)
+    assert number == 3 or any(p.numel() % 8 for p in flow.backbone.blocks.parameters())  # which could shift others
+    aligned = not any(kept(p).data_ptr() % 16 for p in flow.parameters())
+    assert seen == [None if aligned else {"triton.divisible_by_16": False}] * len(seen)
+    assert aligned == (number < 3 and (number, kind) != (1, "float32 sums"))
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
