@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from asymflow import InputError
+from asymflow.color import oklab_to_rgb
 from asymflow.training.loss import flow_matching_loss, noisy
 from asymflow.training.variance import (
     Perceptual,
@@ -108,6 +110,16 @@ def test_a_reference_that_is_right_takes_away_variance():
     assert reduced.var() / d.var() == pytest.approx(signal_share(sigma).item() ** 2, rel=0.01)
 
 
+def test_the_shift_of_the_share_is_that_of_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    x0, error = torch.randn(2, 3, 4, 12, generator=generator)
+    c, sigma = torch.rand(3, 4, 3, 1, generator=generator), torch.tensor([0.2, 0.5, 0.9])
+    for shift in (0.5, 5.0):
+        taken = (x0 - variance_reduced_target(x0, error, c, sigma, shift)).unflatten(-1, (3, 4))
+        share = (1 - signal_share(sigma, shift))[:, None, None, None]
+        torch.testing.assert_close(taken, share * c * error.unflatten(-1, (3, 4)))
+
+
 # ---- LPIPS -----------------------------------------------------------------------------------------------------------
 def test_a_random_vgg_is_always_the_same_and_draws_from_nobody(monkeypatch):
     monkeypatch.setattr("lpips.LPIPS", lambda **options: torch.nn.Linear(4, 4))  # the real one takes seconds
@@ -133,3 +145,33 @@ def test_torchvisions_file_is_taken_from_its_cache_or_asked_for(monkeypatch, tmp
     file = tmp_path / "checkpoints/vgg16-397923af.pth"
     file.touch()
     assert torchvision_vgg() == file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_file_are_those_that_lpips_computes_with(tmp_path, suffix):
+    """On images of which one half counts, and with the gradient that a loss wants."""
+    import lpips  # takes seconds
+
+    reference = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=True, verbose=False).eval()
+    vgg = {f"features.{name.split('.', 1)[1]}": value for name, value in reference.net.state_dict().items()}
+    file, extra = tmp_path / f"vgg{suffix}", {"classifier.0.weight": torch.zeros(2, 2)}
+    save_file(vgg | extra, file) if suffix == ".safetensors" else torch.save(vgg | extra, file)
+    ours = Perceptual(str(file), "cpu")
+    assert not any(p.requires_grad for p in ours.model.parameters())
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
+    weight = torch.zeros(2, 1, 32, 32)
+    weight[..., :16] = 3
+    x.requires_grad_()
+    found = ours(x, y, weight)
+    expected = (reference(oklab_to_rgb(x), oklab_to_rgb(y)) * weight).mean((1, 2, 3))
+    torch.testing.assert_close(found, expected)
+    assert found.min() > 0
+    assert torch.autograd.grad(found.sum(), x)[0].abs().max() > 0
+    half = Perceptual(str(file), "cpu", torch.bfloat16)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(half(x, y, weight), found, rtol=0.1, atol=0.01)
+    del vgg["features.0.weight"]
+    save_file(vgg, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"other.safetensors does not hold torchvision's weights of VGG16.*features.0"):
+        Perceptual(str(tmp_path / "other.safetensors"), "cpu")

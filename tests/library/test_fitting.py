@@ -405,6 +405,7 @@ def test_no_rank_has_a_smaller_modelled_error(energies, noise_scale):
     spectrum = sorted(energies, reverse=True)
     errors = modelled_errors(spectrum, noise_scale, *training_sigma())
     rank = auto_rank(torch.tensor(spectrum, dtype=torch.float64), noise_scale)
+    assert auto_rank(spectrum) == auto_rank(spectrum, 1.0)
     # Both rules for the means have errors of 2e-4 at most, as large as what a direction can lose that they misplace.
     assert errors[rank] <= min(errors) * (1 + 4e-4)
 

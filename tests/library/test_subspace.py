@@ -108,6 +108,7 @@ def test_a_seed_makes_one_orthonormal_basis(dim, data, seed):
     skew = exact.mT @ exact - torch.eye(rank, **DOUBLE)
     assert (skew.abs() <= 2 * dim**0.5 * 2**-24).all()
     assert same(subspace, Subspace.random(dim, rank, seed, scale=0.5, fitted_on="nothing"))
+    assert same(Subspace.random(dim, rank), Subspace.random(dim, rank, seed=0, scale=1.0))
     torch.manual_seed(seed % 1000)
     before = torch.get_rng_state()
     Subspace.random(dim, rank, seed)
@@ -577,6 +578,22 @@ def test_the_same_subspace_makes_the_same_bytes(tmp_path):
 def test_a_state_dict_with_an_impossible_scale_is_refused_by_name(scale):
     subspace = Subspace.random(6, 2, scale=0.5)
     state = subspace.state_dict() | {"scale": torch.tensor(scale)}
-    with pytest.raises(RuntimeError, match="scale must be one finite number above 0"):
+    said = r"of the shape \(2,\)" if isinstance(scale, list) else str(scale)
+    with pytest.raises(RuntimeError, match=f"scale must be one finite number above 0, but it is {said}"):
         subspace.load_state_dict(state)
     assert subspace.scale == 0.5
+
+
+def test_a_state_dict_of_another_subspace_is_refused_by_name():
+    subspace = Subspace.random(6, 2)
+    state = subspace.state_dict()
+    for other, said in (
+        (state | {"basis": torch.zeros(6, 3)}, "size mismatch for basis"),
+        ({"scale": state["scale"]}, 'Missing.*"basis"'),
+        ({"basis": state["basis"]}, 'Missing.*"scale"'),
+        (state | {"more": torch.zeros(2)}, 'Unexpected.*"more"'),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            subspace.load_state_dict(other)
+    found = subspace.load_state_dict({}, strict=False)
+    assert (sorted(found.missing_keys), found.unexpected_keys) == (["basis", "scale"], [])
