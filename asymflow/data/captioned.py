@@ -42,7 +42,10 @@ class Photo(NamedTuple):
 
     def caption(self) -> str:
         """Without white space around it. UnreadableError if there is none, or nothing in it."""
-        text = self.text.read().decode("utf-8-sig", errors="replace") if isinstance(self.text, Entry) else self.text
+        try:
+            text = self.text.read().decode("utf-8-sig") if isinstance(self.text, Entry) else self.text
+        except UnicodeDecodeError as e:
+            raise UnreadableError(f"{self}: its caption, {self.text}, is not UTF-8 (byte {e.start})") from None
         if isinstance(self.text, Entry) and is_json(self.text):
             try:
                 found = json.loads(text)
@@ -51,7 +54,11 @@ class Photo(NamedTuple):
             text = first(found, CAPTION_KEYS) if isinstance(found, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UnreadableError(f"{self} has {'an empty' if isinstance(text, str) else 'no'} caption")
-        return text.strip().encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, is no text
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold, or a byte that is not UTF-8
+            raise UnreadableError(f"{self}: its caption is not text in UTF-8") from None
+        return text.strip()
 
     def pixels(self) -> Image.Image:
         """In RGB, upright. UnreadableError if it is damaged."""
@@ -127,7 +134,7 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
 def json_lines(path: Path) -> Iterator[Photo]:
     if not path.is_file():  # to open a pipe is to wait for someone to write to it
         raise InputError(f"{path} is not a file")
-    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -25,7 +25,7 @@ from asymflow.cli import subspace as command
 from asymflow.color import rgb_to_oklab
 from asymflow.data import encode as encoding
 from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket
-from asymflow.data.captioned import find_captioned
+from asymflow.data.captioned import find_captioned, json_lines
 from asymflow.data.encode import base_fingerprint, decode_latents, encode, encode_image
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.images import Entry, UnreadableError
@@ -356,7 +356,8 @@ def test_captions_that_are_no_text_are_problems(tmp_path):
     for photo in (none, other):
         with pytest.raises(UnreadableError, match="no caption"):
             photo.caption()
-    assert half.caption() == "? b"
+    with pytest.raises(UnreadableError, match="not text in UTF-8"):
+        half.caption()
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     (tmp_path / "b.json").write_text(DEEP)
     with pytest.raises(UnreadableError, match="is not JSON"):
@@ -795,3 +796,15 @@ def test_shards_and_data_exclude_each_other_and_patch_and_rank_are_theirs(shards
     for option in ("--patch-size=8", "--rank=8"):
         assert main([*argv, "--shards", str(shards), option]) == 2
         assert f"{option.replace('=', ' ')} does not fit: it is 16 in" in capsys.readouterr().err
+
+
+def test_a_caption_that_is_not_utf8_is_not_embedded_as_something_else(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("Käfer".encode("latin-1"))
+    listed = tmp_path / "list.jsonl"
+    listed.write_bytes(b'{"image": "a.png", "caption": "K\xe4fer"}\n{"image": "a.png", "caption": "\\ud800"}\n')
+    photos = [*find_captioned([str(tmp_path)], 8), *json_lines(listed)]
+    assert len(photos) == 3
+    for photo in photos:
+        with pytest.raises(UnreadableError, match="UTF-8"):
+            photo.caption()
