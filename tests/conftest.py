@@ -1,18 +1,17 @@
 """Settings for every test: no network, the same examples on every machine, no deadline on a slow one, one thread.
 
-The tensors here are small: further threads would only wait for each other.
+The tensors here are small: further threads, also in the processes that tests start, would only wait for each other.
 """
 
 import os
 import signal
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; without a network each question takes long
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
 settings.register_profile(
     "reproducible",
     deadline=None,

@@ -48,8 +48,8 @@ def environment_of(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    return {**common, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    return {**place, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def train(world, *trainings, patch=None, timeout=GUARD):

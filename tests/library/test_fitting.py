@@ -552,7 +552,6 @@ def numbers_of(fit):
 
 
 def run_scenarios(process, folder):
-    torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", f"file://{folder}/meeting", timeout, world_size=2, rank=process)
     results = {}

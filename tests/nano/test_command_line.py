@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import signal
 import subprocess
@@ -240,8 +239,8 @@ def under_way(tmp_path):
 
     def start(width=128):
         argv = ["--dim=8", f"--width={width}", "--batch=16", "--steps=10000000", "--prediction=all", "--out", tmp_path]
-        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen([sys.executable, FILE, *argv], **options))
+        command = [sys.executable, FILE, *argv]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         shows(processes[0], b"step/s, loss")
         return processes[0]
 

@@ -86,7 +86,6 @@ def test_equal_packages_make_equal_bytes_and_nothing_is_overwritten(package, sha
 
 @pytest.mark.slow
 def test_the_study_goes_from_the_shard_to_its_figure(shard, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = "{width: 32, depth: 2, heads: 2, bottleneck: 16, in_context_start: 1, in_context_tokens: 2}"
     small = [
         f"model.options={options}",

@@ -59,7 +59,7 @@ def execute(command, folder, *settings):
     if program in ("deepspeed", "torchrun"):
         rest = ["--master_port", environment_of(2)["MASTER_PORT"], *rest]
     line = shlex.join([program, *rest, *(word for setting in settings for word in ("--set", setting))])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "ASYMFLOW_TEST": mark}
+    environment = {**os.environ, "PATH": PATH, "ASYMFLOW_TEST": mark}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(line, shell=True, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
@@ -122,7 +122,7 @@ NODES = {
 def test_a_rank_that_dies_ends_those_on_other_nodes(tmp_path, launcher):
     out, mark, port = tmp_path / "run", secrets.token_hex(8), environment_of(2)["MASTER_PORT"]
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "ASYMFLOW_TEST": mark}
+    environment = {**os.environ, "PATH": PATH, "ASYMFLOW_TEST": mark}
     arguments = [str(ROOT / "train_ddp.py"), *words(out, *ENDLESS, "data.workers=1")]
     nodes = []
     for n in range(2):
@@ -157,7 +157,7 @@ def launch(launcher, out, patch=""):
         "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port],
         "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port],
     }[launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH}
+    environment = {**os.environ, "PATH": PATH}
     log = (out.parent / "log").open("w")
     settings = words(out, *ENDLESS)
     command = [sys.executable, "-m", *command, str(driver), *settings]
