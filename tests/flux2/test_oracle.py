@@ -73,7 +73,7 @@ def test_a_text_that_no_scene_has_is_refused(text):
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("size", "count"),
-    [(24, 100), (32, 100), (48, 60), (64, 40), (96, 10), pytest.param(128, 20, marks=pytest.mark.slow)],
+    [(24, 50), (32, 50), (48, 30), (64, 20), (96, 5), pytest.param(128, 20, marks=pytest.mark.slow)],
 )
 def test_every_clean_picture_is_read_as_it_was_drawn(size, count):
     scenes = [make_scene(SEED, index) for index in range(count)]
@@ -92,7 +92,7 @@ def test_the_corners_of_the_world_are_read_too():
 
 
 def test_dtypes_and_conventions_agree():
-    for index in range(20):
+    for index in range(8):
         picture = render(make_scene(SEED, index), 64)
         image = picture.float() / 127.5 - 1
         reading = read_scene(picture)
@@ -207,7 +207,6 @@ def test_rubbish_has_a_reading_always_the_same_but_no_caption(seed, size, kind):
     assert fit_scene(image).residual == fit.residual
 
 
-@settings(max_examples=30)
 @given(st.integers(0, 999), st.sampled_from([24, 37, 64]), st.sampled_from([0, 10, 20]))
 def test_of_a_recognized_scene_the_caption_says_all_and_edges_are_no_sharper_than_ideal(index, size, deviation):
     image = noisy(render(make_scene(SEED, index), size), deviation, index)

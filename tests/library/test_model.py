@@ -126,7 +126,6 @@ def test_a_perfect_backbone_gives_the_velocity_of_images_and_videos(problem, str
     torch.testing.assert_close(oracle.tokens, expected, rtol=1e-14, atol=0)
 
 
-@settings(max_examples=30)
 @given(SEEDS, SCALES, st.integers(0, 12))
 def test_the_order_within_tokens_is_a_change_of_coordinates(seed, scale, rank):
     """The same network and subspace in the coordinates of the other order: the same model, to 1e-10 / sigma."""
@@ -754,7 +753,7 @@ PLACES += [("tokens", name) for name in ("dim", "rank", "color_space", "fitted_o
 PLACES += [("network", "config", name) for name in inspect.signature(JiT).parameters if name != "checkpoint_every"]
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(st.sampled_from(PLACES), JSON, st.booleans())
 def test_a_configuration_with_one_changed_value_is_refused_or_runs(saved, place, value, remove):
     with tempfile.TemporaryDirectory() as name:

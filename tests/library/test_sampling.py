@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asymflow import AsymFlow, InputError, Subspace
@@ -346,7 +346,6 @@ def test_conditions_with_other_names_are_refused():
 
 # ---- One noise for each image ----------------------------------------------------------------------------------------
 @given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5))
-@settings(max_examples=20)
 def test_the_noise_of_an_image_depends_on_its_index_alone(seed, indices):
     together = image_noise(seed, indices, (3, 4, 5))
     for i, noise in zip(indices, together, strict=True):

@@ -254,7 +254,6 @@ def test_it_goes_to_the_meta_device_and_comes_back_empty():
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
 @given(subspaces())
 def test_a_file_keeps_every_bit(subspace):
     with tempfile.TemporaryDirectory() as folder:
@@ -446,7 +445,6 @@ def test_two_writers_do_not_meet(tmp_path):
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
 
 
-@settings(max_examples=30)
 @given(
     SEEDS, DTYPES, st.lists(st.integers(0, 3), max_size=3), st.dictionaries(st.text("ab", min_size=1), st.text("cd"))
 )

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,7 +103,6 @@ class TokenMLP(torch.nn.Module):
         return self.mlp(tokens.flatten(0, 1), tau.repeat_interleave(tokens.shape[1])[:, None]).view_as(tokens)
 
 
-@settings(max_examples=20)
 @given(SEEDS, st.integers(0, 12), st.sampled_from(["channel_first", "channel_last"]))
 def test_the_wrapper_around_an_mlp_is_nanos_flow_around_it(seed, rank, order):
     """Velocities and gradients, to 1e-12 of their size: 12 dimensions and width 8 make sums of some ten terms."""
@@ -302,7 +301,6 @@ def test_inside_the_subspace_a_lifted_model_is_the_latent_model(seed, scale, ran
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * (1 + scale + 1 / scale))
 
 
-@settings(max_examples=30)
 @given(SEEDS, SCALES, st.integers(0, 12), st.integers(1, 12))
 def test_an_euler_run_in_pixels_is_the_euler_run_of_the_latent_model(seed, scale, rank, steps):
     """On any grid: (k x, tau) is a projective map of (x, sigma), it takes lines to lines.

@@ -372,8 +372,8 @@ def seen(image):
 
 
 def test_captions_and_classes_say_what_the_pixels_show():
-    data = Shapes(200, 128)
-    for i in range(200):
+    data = Shapes(100, 128)
+    for i in range(100):
         assert seen(data[i].image) == (data[i].caption, data[i].label)
 
 

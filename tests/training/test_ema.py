@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asymflow.data.batches import Batches
@@ -73,7 +73,6 @@ def test_a_width_that_no_power_has_is_refused(sigma_rel):
 
 
 @given(WIDTHS, st.integers(1, 60))
-@settings(max_examples=25)
 def test_a_power_average_weighs_the_past_by_its_profile(sigma_rel, steps):
     a, weights = power_of(sigma_rel), history(steps)
     t = torch.arange(1, steps + 1, dtype=torch.float64)
@@ -84,7 +83,6 @@ def test_a_power_average_weighs_the_past_by_its_profile(sigma_rel, steps):
 
 
 @given(DECAYS, st.integers(1, 60))
-@settings(max_examples=25)
 def test_an_average_of_constant_decay_has_nothing_of_the_initial_weights(decay, steps):
     """`track` begins with 1e30: whatever the decay, weights that are the same from step 1 on are their own average."""
     weights = history(1).expand(steps, 5)
@@ -176,7 +174,6 @@ def test_what_is_among_the_snapshots_is_that_snapshot(snapshots, which):
 
 
 @given(st.floats(0.03, 0.15), st.sampled_from([0.9, 1.1]))
-@settings(max_examples=25)
 def test_a_mismatch_that_is_remarked_on_is_that_of_a_width_off_by_a_tenth(width, factor):
     _, unmatched = reconstruction([(1000, factor * width)], 1000, width)
     assert 0.65 * MISMATCH < unmatched < 1.2 * MISMATCH
