@@ -3,6 +3,7 @@
 The tensors here are small: further threads, also in the processes that tests start, would only wait for each other.
 """
 
+import gc
 import os
 import signal
 
@@ -21,6 +22,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("reproducible")
+gc.disable()  # until all tests are imported: then what they import need not be looked through again and again
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 # ---- Trainings that many tests look at: CASES of a module, by name; those in its QUICK in the default suite ----------
