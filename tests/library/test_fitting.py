@@ -570,7 +570,7 @@ def run_scenarios(process, folder):
 def together(tmp_path_factory):
     """What two processes got in each scenario: a list of two dicts."""
     folder = tmp_path_factory.mktemp("processes")
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("fork")  # nothing here goes backwards: autograd does not survive it
     processes = [context.Process(target=run_scenarios, args=(i, str(folder)), daemon=True) for i in range(2)]
     for p in processes:
         p.start()
