@@ -47,7 +47,9 @@ COLORS = {"0": "C1", "full": "C3", "8": "C0", "32": "C2"}
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser("toy.emoji64", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--data", type=Path, required=True, help="emoji64.tar: see the README")
-    p.add_argument("--out", type=Path, default=Path("runs/emoji64"), help="folder for the runs, figures and results")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/toy/emoji64"), help="folder for the runs, figures and results"
+    )
     p.add_argument("--ranks", default="8,0,full", help="of the subspace: 0 is x0-, full is u-prediction")
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--steps", type=int, default=1500, help="of each training")

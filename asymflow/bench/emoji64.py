@@ -25,6 +25,7 @@ from asymflow.training.config.reading import load_config
 RANKS = (8, 0)
 NAMES = {8: "asymmetric, rank 8", 0: "x0-prediction, rank 0"}
 TRIAL, WARM_UP = 60, 20  # steps that tell how many fit, and those of them that do not count
+OWN = ("data.path", "subspace.rank", "train.steps", "sample.every", "checkpoint.every")
 RESERVE = 15  # seconds for a start, the samples of the end, and the figure
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         existing_file(args.data)
         args.out.mkdir(parents=True, exist_ok=True)
         found = compare(args)
-    except (InputError, FailedError) as e:
+    except (InputError, FailedError, OSError) as e:
         p.error(str(e))
     for rank, run in found["ranks"].items():
         print(f"{NAMES[int(rank)]:22} loss {run['loss_of_last_100']:.4f}, {run['images_per_second']:.4g} images/s")
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> dict:
     """Train both, and write what came out."""
+    if taken := [setting for setting in args.set if setting.split("=")[0] in OWN]:
+        raise InputError(f"--set {taken[0]}: this is set here, by --data, --steps and --minutes")
     until = time.monotonic() + 60 * args.minutes
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     given = [f"data.path={args.data}", *args.set]
@@ -63,7 +66,9 @@ def compare(args: argparse.Namespace) -> dict:
         runs = {rank: Path(work, f"rank-{rank}") for rank in RANKS}
 
         def train(rank: int, steps: int, timeout: float) -> None:
-            settings = {"subspace.rank": rank, "train.steps": steps, "sample.every": 10**6, "checkpoint.every": 10**6}
+            # Of one that is cut off, there is at least the picture of three quarters.
+            settings = {"subspace.rank": rank, "train.steps": steps, "checkpoint.every": 10**6}
+            settings |= {"sample.every": max(TRIAL, steps // 4)}
             settings |= {"ema.snapshot_every": None, **dict(setting.split("=", 1) for setting in given)}
             trainings.run(runs[rank], "emoji64", settings, max(timeout, 10))
 
@@ -107,16 +112,17 @@ def report(args: argparse.Namespace, runs: dict[int, Path], logged: dict[int, li
         },
     }
     (args.out / "emoji64.json").write_text(json.dumps(found) + "\n")
-    picture(grids, losses).savefig(args.out / "emoji64.png", dpi=110)
+    titles = {rank: f"{NAMES[rank]}, step {int(grid.stem):,}" for rank, grid in drawn.items()}
+    picture(grids, losses, titles).savefig(args.out / "emoji64.png", dpi=110)
     return found
 
 
-def picture(grids: dict[int, np.ndarray], losses: dict[int, list[float]]) -> Figure:
+def picture(grids: dict[int, np.ndarray], losses: dict[int, list[float]], titles: dict[int, str]) -> Figure:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     *drawn, curves = figure.subplots(1, len(grids) + 1)
     for axis, (rank, grid) in zip(drawn, grids.items(), strict=True):
         axis.imshow(grid)
-        axis.set_title(NAMES[rank])
+        axis.set_title(titles[rank])
         axis.set_axis_off()
     for rank, values in losses.items():
         window = min(50, len(values))

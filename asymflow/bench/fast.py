@@ -23,7 +23,7 @@ from asymflow.subspace import Subspace
 
 WARM_UP = 4  # steps of a training
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
-WORKERS = 16  # each makes two batches ahead, which are used up before anything is timed
+WORKERS = {"B/16": 8, "L/16": 4, "H/16": 2}  # each makes two batches ahead, which are used up before timing
 ON_EACH = 128  # images in a step on each GPU: 1,024 on eight
 GUIDANCE = 2.3
 
@@ -79,11 +79,11 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
 
     def check(kit: Kit) -> tuple[str, dict]:
         """One of eight GPUs with the recipe of the paper: its share of a batch of 1,024, compiled."""
-        first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS
+        first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS[size]
         settings = shapes() | {
             "train.global_batch_size": 8 if kit.tiny else ON_EACH,
             "train.steps": first + (2 if kit.tiny else TIMED[size]) + 1,  # the last of which is profiled
-            "data.workers": WORKERS,
+            "data.workers": WORKERS[size],
         }
         if kit.tiny:
             settings |= {
@@ -125,14 +125,14 @@ def peak(found: dict) -> str:
 
 def waiting_for_data(kit: Kit) -> tuple[str, dict]:
     """The same steps with images that come from the loader, and with one batch that is on the GPU already."""
-    first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS
+    first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS["B/16"]
     size = small(kit) | {"checkpoint.every": 10**6} if kit.tiny else shapes() | {"model.size": "B/16"}
     settings = size | {
         "train.steps": first + (4 if kit.tiny else 50),
         "train.global_batch_size": 8 if kit.tiny else 64,
         "train.micro_batch_size": 8 if kit.tiny else 64,
         "train.compile": False,
-        "data.workers": 1 if kit.tiny else WORKERS,
+        "data.workers": 1 if kit.tiny else WORKERS["B/16"],
     }
     config = "shapes_tiny" if kit.tiny else "imagenet256_b16"
     rates, figures = {}, {}
@@ -205,10 +205,10 @@ def finetuning(kit: Kit) -> tuple[str, dict]:
 CHECKS = [
     Check("limits", limits, 2, measures=True),
     Check("recovery", recovery, 3, measures=True),
-    Check("training H/16", training("H/16"), 135, measures=True),
-    Check("sampling H/16", sampling, 12, measures=True),
-    Check("finetuning FLUX.2", finetuning, 80, measures=True),
-    Check("training B/16", training("B/16"), 65, measures=True),
+    Check("training H/16", training("H/16"), 108, measures=True),
+    Check("sampling H/16", sampling, 15, measures=True),
+    Check("finetuning FLUX.2", finetuning, 77, measures=True),
+    Check("training B/16", training("B/16"), 60, measures=True),
+    Check("training L/16", training("L/16"), 70, measures=True),
     Check("waiting for data", waiting_for_data, 45, measures=True),
-    Check("training L/16", training("L/16"), 85, measures=True),
 ]

@@ -2,7 +2,7 @@
 
 What is trained is trained by the real train_ddp.py, on generated images. DIR/gpu.json has all figures, DIR/gpu.md a
 table of them, both written anew after every check. The checks come in the order of their worth; what does not fit into
-the time is listed as not run. Exit code 1 if something is not right.
+the time is listed as not run. Exit code 1 if something is not right, or broke.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as torch.use_determini
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="python -m asymflow.bench gpu", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.md and gpu.log")
-    p.add_argument("--minutes", type=at_least(1), default=10, metavar="N", help="no check goes on after these")
+    p.add_argument("--minutes", type=at_least(1), default=8, metavar="N", help="no check goes on after these")
     p.add_argument("--tiny", action="store_true", help="the same in small, which takes a minute on a CPU")
     p.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     p.add_argument("--only", metavar="WORDS", help="the checks whose names have one of these, such as ZeRO,memory")
@@ -37,38 +37,43 @@ def main(argv: list[str] | None = None) -> int:
         device = usable_device(args.device)
         if device.type == "cpu" and not args.tiny:
             raise InputError("on a CPU it takes --tiny: the real sizes would take days")
-    except InputError as e:
+        checks = chosen(args.only)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (InputError, OSError) as e:
         p.error(str(e))
-    return run(args, device)
+    return run(args, device, checks)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> int:
+def run(args: argparse.Namespace, device: torch.device, checks: list[kit.Check]) -> int:
     deadline = time.monotonic() + 60 * args.minutes
-    args.out.mkdir(parents=True, exist_ok=True)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     about, results = description(device), []
     with (
         tempfile.TemporaryDirectory(prefix="asymflow-bench-") as work,
         Trainings(args.out / "gpu.log", **DETERMINISTIC, **hidden) as trainings,
     ):
-        checks = kit.Kit(device, args.tiny, Path(work), trainings, deadline)
-        for check in chosen(args.only):
-            print(f"{checks.left:5.0f} s left: {check.name} ...", flush=True)
-            results.append(kit.run(check, checks))
+        tools = kit.Kit(device, args.tiny, Path(work), trainings, deadline)
+        for check in checks:
+            print(f"{tools.left:5.0f} s left: {check.name} ...", flush=True)
+            results.append(kit.run(check, tools))
             result = results[-1]
             print(f"             {result.status} in {result.seconds:.0f} s: {result.summary}", flush=True)
-            kit.write(args.out, about, checks.limits, results)
-    failed = [result.name for result in results if result.status == kit.FAILED]
+            kit.write(args.out, about, tools.limits, results)
+    failed = [result.name for result in results if result.status in (kit.FAILED, kit.ERROR)]
     print(f"wrote {args.out / 'gpu.json'} and {args.out / 'gpu.md'}")
     print(f"FAILED: {', '.join(failed)}" if failed else "nothing that was checked is wrong")
     return 1 if failed else 0
 
 
 def chosen(only: str | None) -> list[kit.Check]:
-    words = only.split(",") if only else [""]
+    words = only.lower().split(",") if only else [""]
     checks = [*right.CHECKS, *fast.CHECKS]
+    for word in words:
+        if not any(word in check.name.lower() for check in checks):
+            names = ", ".join(check.name for check in checks)
+            raise InputError(f"--only {word}: in the name of no check, which are {names}")
     limits = fast.CHECKS[0]  # the others of speed are held against it
-    return [check for check in checks if check is limits or any(word.lower() in check.name.lower() for word in words)]
+    return [check for check in checks if check is limits or any(word in check.name.lower() for word in words)]
 
 
 def description(device: torch.device) -> dict:

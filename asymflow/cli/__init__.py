@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from asymflow import packages
 from asymflow.cli.common import Parser
-from asymflow.errors import InputError
+from asymflow.errors import InputError, out_of_memory
 
 COMMANDS = {  # of each module, with what the list of commands says; a module is imported for its own commands only
     "subspace": {"subspace": "fit the subspace of the noise, or look at one"},
@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         return complain(program, text)
     except OSError as e:
         return complain(program, f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        return complain(program, f"too little memory: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         return 130

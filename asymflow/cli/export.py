@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
-from asymflow.cli.models import about, add_choice, choose, make_model, whole
+from asymflow.cli.models import about, add_choice, check_run, choose, make_model, whole
 from asymflow.errors import InputError
 
 EXAMPLES = {
@@ -72,11 +72,15 @@ def run_ema(args: argparse.Namespace) -> None:
     from asymflow.training import checkpoint, ema, run
 
     new_folder(args.out)
+    check_run(args.folder)
     folder = args.folder / run.SNAPSHOTS
     steps = checkpoint.steps(folder)
     if not steps:
         raise InputError(f"{args.folder} has no snapshots: set ema.snapshot_every before training")
+    newest = max([*steps, *checkpoint.steps(args.folder / run.CHECKPOINTS)])
     end = steps[-1] if args.step is None else args.step
+    if end > newest:
+        raise InputError(f"--step {end} is beyond step {newest}, to which {args.folder} has come")
     snapshots = [
         (step, name, sigma_rel)
         for step in steps

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asymflow import cost, files, published
+from asymflow import cost, files, hub, published
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import info_flux2
 from asymflow.cli.common import at_least, image_size
 from asymflow.cli.info_flux2 import GPUS, STAGES
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, refuse_choice
+from asymflow.cli.models import about as about_run
 from asymflow.errors import InputError
 from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
@@ -101,6 +102,8 @@ def describe(args: argparse.Namespace) -> dict:
         if known := adapter(path):
             return {"model": args.model} | known
         place = find_model(path, args.step, args.ema)
+        if isinstance(place, Choice) and (known := finetuning(place)):
+            return {"model": args.model} | known
         kind, model = from_run(place) if isinstance(place, Choice) else from_place(place, args.in_context_start)
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
@@ -128,14 +131,27 @@ def from_run(choice: Choice) -> tuple[str, AsymFlow]:
     return f"a training run, step {choice.step}, average {choice.average}", model_of_run(choice, read=False)
 
 
-def adapter(folder: Path) -> dict | None:
-    """What the folder of an adapter says of itself; None if it is none. InputError if it is damaged."""
+def finetuning(choice: Choice) -> dict | None:
+    """What a run that finetunes a latent model is; None if it is another."""
+    config, subspace, _ = about_run(choice.run, choice.folder)
+    if not config.finetune:
+        return None
+    kind = f"a finetuning of a FLUX.2 klein, step {choice.step}, average {choice.average}"
+    lora = config.finetune.lora and config.finetune.lora.rank
+    about = {"rank": subspace.rank, "scale": subspace.scale, "lora_rank": lora, "base": config.finetune.base}
+    return {"kind": kind} | about
+
+
+def adapter(path: Path) -> dict | None:
+    """What an adapter, here or on the Hub, says of itself; None if it is none. InputError if it is damaged."""
+    path = path.parent if path.name == ADAPTER_WEIGHTS and path.is_file() else path
+    folder = hub.locate(path, CONFIG, what="a model")
     try:
         if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["_class_name"] != ADAPTER_CLASS:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    file = folder / ADAPTER_WEIGHTS
+    file = hub.locate(path, ADAPTER_WEIGHTS, what="an adapter") / ADAPTER_WEIGHTS
     tensors, metadata = files.read_tensors(file)
     try:
         rank, scale = tensors["proj_buffer"].shape[1], float(metadata.get("scale") or tensors["scale_buffer"])

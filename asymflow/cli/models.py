@@ -60,9 +60,20 @@ def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
             print(f"{path} is a training run: step {choice.step}, average {choice.average}", file=sys.stderr)
         return choice
     refuse_choice(path, step, ema)
+    refuse_checkpoint(path)
+    return hub.locate(path, CONFIG, WEIGHTS, what="a model")
+
+
+def refuse_checkpoint(path: Path) -> None:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         raise InputError(f"{path} is a checkpoint: give its run, {path.parent.parent}, and --step {int(path.name)}")
-    return hub.locate(path, CONFIG, WEIGHTS, what="a model")
+
+
+def check_run(folder: Path) -> None:
+    """Raises InputError for what is no training run."""
+    refuse_checkpoint(folder)
+    if not is_run(folder):
+        raise InputError(f"{folder} is no run of train_ddp.py: there is no config.yaml of a training in it")
 
 
 def refuse_choice(model: object, step: int | None, ema: str | None) -> None:
@@ -74,6 +85,7 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
     """What --step and --ema mean of a run, by default the newest checkpoint and its first average. InputError."""
     from asymflow.training import checkpoint, run
 
+    check_run(folder)
     checkpoints = folder / run.CHECKPOINTS
     steps = checkpoint.steps(checkpoints)
     if not steps:

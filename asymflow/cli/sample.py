@@ -21,7 +21,7 @@ from asymflow.cli.common import default_device, image_size, this_process, usable
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.data.images import to_image, to_tensor
-from asymflow.errors import InputError
+from asymflow.errors import InputError, out_of_memory
 from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
 from asymflow.pictures import image_grid
@@ -193,11 +193,13 @@ def draw_missing(
 
 @contextmanager
 def enough_memory(args: argparse.Namespace) -> Iterator[None]:
-    """Within it, a GPU that runs out of memory is an InputError."""
+    """Within it, running out of memory is an InputError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        less = "--offload, a smaller --batch or smaller images" if args.base else "a smaller --batch"
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        less = f"{'--offload, ' if args.base else ''}a smaller --batch or smaller images"
         raise InputError(f"{args.device} has too little memory for this: try {less}") from None
 
 

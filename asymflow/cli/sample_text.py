@@ -84,7 +84,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     try:
-        lines = files.existing_file(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = files.existing_file(args.prompts).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise InputError(f"--prompts {args.prompts} is not a text file in UTF-8: {e}") from None
     prompts = [line.strip() for line in lines if line.strip()]

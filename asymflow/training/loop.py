@@ -324,7 +324,7 @@ class Training:
         """
         c = self.config
         sampler = c.sample.model_dump(include={"steps", "method", "guidance", "interval"}, mode="json")
-        sampler["precision"] = sampling_precision(c, self.device)
+        sampler["precision"] = "bf16 weights" if bf16_weights(c) else sampling_precision(c, self.device)
         settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
         asked = {"step": self.step, **settings}
         if on_first(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):

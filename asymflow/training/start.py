@@ -21,7 +21,7 @@ from asymflow.data.datasets import make_dataset
 from asymflow.data.encode import folder_digest
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoded_batches import rare_buckets
-from asymflow.errors import InputError
+from asymflow.errors import InputError, out_of_memory
 from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
 from asymflow.patches import patchify
@@ -102,6 +102,9 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(e, RuntimeError) and str(e).startswith("DataLoader worker"):
         hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
         return f"train_ddp.py: error: {by}{' '.join(str(e).split())} ({hint})", 1
+    if out_of_memory(e):
+        hint = "a smaller train.micro_batch_size takes less, and so does model.checkpoint_every=1"
+        return f"train_ddp.py: error: {by}too little memory: {' '.join(str(e).split())} ({hint})", 1
     if isinstance(e, ModuleNotFoundError) and (text := packages.advice(e)):
         return f"train_ddp.py: error: {by}{text}", 2
     if isinstance(e, InputError | OSError):
@@ -118,6 +121,9 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
         if theirs != configs[0]:
             there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
             raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
+    if os.environ["LOCAL_RANK"] == "0":  # of each machine; before anything of DeepSpeed's is used
+        for remark in deepspeed_internals.remarks():
+            print(remark, file=sys.stderr)
     each(lambda: deepspeed_config(config, dist.get_world_size()))
     dataset = on_first(lambda: make_dataset(config))
     each(lambda: rank and dataset.check())  # each machine may have a copy of its own
@@ -132,9 +138,6 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     subspace = get_subspace(config, dataset, args.out, folder, brought, device)
     torch.manual_seed(config.train.seed)
     flow = each(lambda: make_flow(config, subspace))
-    if rank == 0:  # before anything of DeepSpeed's is used
-        for remark in deepspeed_internals.remarks():
-            print(remark, file=sys.stderr)
     training = Training(config, args.out, flow, dataset, device, objective_for(flow))
     training.held = lock  # of the folder, as long as there is a training
     if folder is not None:

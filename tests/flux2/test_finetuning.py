@@ -245,7 +245,9 @@ def test_the_learning_rate_of_proj_out_is_multiplied(runs):
     assert moved["proj_out"] / moved["x_embedder"] == pytest.approx(3, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["alone", *slow_unless(QUICK, ["stage3", "accumulated", "bf16", "full", "plain"])])
+@pytest.mark.parametrize(
+    "name", ["alone", *slow_unless(QUICK, ["stage3", "accumulated", "bf16", "full", "bf16-full", "plain"])]
+)
 def test_every_tensor_that_is_trained_moves_as_far_as_its_learning_rate(runs, name):
     """Adam moves what is pushed one way all the time by the learning rate in each step, or a little less at first.
 
@@ -277,6 +279,14 @@ def test_the_exported_adapter_is_the_model_that_was_trained(runs, made, name, tm
     with torch.no_grad():
         a, b = (flow(x, sigma, encoder_hidden_states=text) for flow in (loaded, model))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "trained"), [("alone", "LoRA of rank 4"), ("full", "all weights")])
+def test_info_of_a_run_says_what_it_is(runs, made, name, trained, capsys):
+    assert not asymflow(["info", str(runs / name)])
+    said = capsys.readouterr().out
+    assert f"a finetuning of a FLUX.2 klein, step 6, average 0.5: {trained}, subspace of rank " in said
+    assert said.endswith(f", base {made / 'base'}\n")
 
 
 # ---- The reference ---------------------------------------------------------------------------------------------------

@@ -404,7 +404,9 @@ PROMPT = ("--prompt", "a red square")
 
 
 def test_the_command_draws_each_prompt_and_goes_on_where_it_stopped(base, adapter, pipeline, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", "a green disc"]))
+    (tmp_path / "prompts.txt").write_text(
+        "\n".join([*PROMPTS, "", "a green disc"]), encoding="utf-8-sig"
+    )  # as Notepad does
     assert run(base, adapter, tmp_path / "a", prompts=tmp_path / "prompts.txt") == 0
     names = [f"{i:06d}.png" for i in range(3)]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*names, "grid.png", "samples.json"]

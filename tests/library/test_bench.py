@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,12 +119,41 @@ def test_each_check_is_by_itself(monkeypatch, tmp_path):
     assert len(rows) == 2 + len(found)
 
 
-def test_only_what_is_wrong_makes_the_exit_code(monkeypatch, tmp_path):
-    checks = [kit.Check("fine", fine, 0), kit.Check("measure", broken, 0, measures=True)]
-    assert run(monkeypatch, tmp_path, *checks)[0] == 0
-    code, found = run(monkeypatch, tmp_path, *checks, kit.Check("wrong", wrong, 0), options=["--only", "FINE"])
+def test_what_is_wrong_or_breaks_makes_the_exit_code(monkeypatch, tmp_path):
+    fine_ones = [kit.Check("fine", fine, 0), kit.Check("missing", without_package, 0), kit.Check("slow", fine, 10**6)]
+    bad_ones = [kit.Check("wrong", wrong, 0), kit.Check("broken measure", broken, 0, measures=True)]
+    assert run(monkeypatch, tmp_path, *fine_ones)[0] == 0
+    for bad in bad_ones:
+        assert run(monkeypatch, tmp_path, *fine_ones, bad)[0] == 1
+    code, found = run(monkeypatch, tmp_path, *fine_ones, *bad_ones, options=["--only", "FINE"])
     assert code == 0
     assert found.keys() == {"fine", "limits"}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (gpu, ["--tiny", "--only", "limits,reovery", "--out", "out"]),
+        (gpu, ["--tiny", "--out", "file"]),
+        (emoji64, ["--data", "file", "--out", "file"]),
+        (emoji64, ["--data", "file", "--out", ".", "--set", "sample.every=null"]),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        command.main(["--device", "cpu", *words])
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_is_asked_of_it_fits_into_the_time():
+    """With what was measured on an H100. How much of the loading is hidden, the last, is one question more."""
+    *checks, last = [*right.CHECKS, *fast.CHECKS]
+    assert last.name == "waiting for data"
+    assert sum(check.seconds for check in checks) <= 8 * 60
 
 
 def a_kit(folder):

@@ -374,16 +374,19 @@ def test_a_network_that_is_described_wrongly_is_one_line(refused, tmp_path, wron
     assert "class must be text and config an object" in refused("info", tmp_path)
 
 
-def test_an_adapter_says_what_it_is(run, refused, tmp_path):
+def test_an_adapter_says_what_it_is_here_and_on_the_hub(run, refused, hub):
+    name = "some-org/Some-Model-1.5"
     tensors = {"proj_buffer": torch.eye(48, 6), "scale_buffer": torch.tensor(0.5), "a.lora_A.weight": torch.ones(4, 9)}
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    (hub / name).mkdir(parents=True)
+    file = hub / name / "diffusion_pytorch_model.safetensors"
     save_file(tensors, file, {"scale": "0.5", "base": "FLUX.2-klein-base-9B"})
-    (tmp_path / CONFIG).write_text('{"_class_name": "AsymFlux2Transformer2DModel"}')
+    (hub / name / CONFIG).write_text('{"_class_name": "AsymFlux2Transformer2DModel"}')
     said = "an adapter of a FLUX.2 klein: LoRA of rank 4, subspace of rank 6, scale 0.5, base FLUX.2-klein-base-9B"
-    assert run("info", tmp_path) == f"{tmp_path}, {said}\n"
-    assert info(run, tmp_path)["lora_rank"] == 4
+    for place in (name, str(hub / name), str(file)):
+        assert run("info", place) == f"{place}, {said}\n"
+        assert info(run, place)["lora_rank"] == 4
     save_file({"x": torch.zeros(1)}, file)
-    assert "proj_buffer" in refused("info", tmp_path)
+    assert "proj_buffer" in refused("info", name)
 
 
 def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypatch):
@@ -450,14 +453,36 @@ def test_a_file_of_the_hub_is_the_file_that_is_here(run, hub):
     assert remote == here
 
 
+ASKED = "neither a model here nor one that the Hub gave"
+
+
 @pytest.mark.parametrize(
-    "model", ["nobody/nothing", "nobody/nothing.1", "nobody/no/file.safetensors", "no/such/folder", "/no/such/folder"]
+    ("model", "said"),
+    [
+        ("nobody/nothing", ASKED),
+        ("nobody/nothing.1", ASKED),
+        ("nobody/no/file.safetensors", ASKED),
+        ("no/such/folder", ASKED),
+        ("/no/such/folder", "does not exist"),
+        ("nowhere", "does not exist"),
+    ],
 )
 @pytest.mark.parametrize("command", [["info"], ["sample", "--out", "no", "--model"]])
-def test_what_is_neither_here_nor_on_the_hub_is_one_line(refused, command, model):
+def test_what_is_neither_here_nor_on_the_hub_is_one_line(refused, command, model, said):
     line = refused(*command, model)
-    assert model in line
-    assert "neither a model here nor one that the Hub gave" in line or "does not exist" in line
+    assert f"{model} " in line
+    assert said in line
+
+
+def test_too_little_memory_is_one_line(refused, monkeypatch):
+    def allocate(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 8 TiB")
+
+    monkeypatch.setattr("asymflow.cli.info.describe", allocate)
+    assert "too little memory: [enforce fail] DefaultCPUAllocator" in refused("info", "JiT-B/16")
+    monkeypatch.setattr("asymflow.cli.info.describe", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info", "JiT-B/16"])
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------

@@ -93,6 +93,28 @@ def test_every_option_reaches_the_library(model, tmp_path):
         assert differs(**{other: told[other] for other in told if other != name}), name
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(model, tmp_path, capsys, monkeypatch, error):
+    def draw(*args):
+        raise error
+
+    monkeypatch.setattr("asymflow.cli.sample.draw", draw)
+    assert run(model, tmp_path / "out") == 2
+    assert "cpu has too little memory for this: try a smaller --batch or smaller images" in capsys.readouterr().err
+    error.args = ("something else",)
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="something else"):
+            run(model, tmp_path / "out")
+
+
 def test_the_record_says_how_to_make_an_image_again(model, tmp_path):
     assert run(model, tmp_path / "a", "--clamp", seed=7, interval="0.1,0.9", size="8x24") == 0
     command = json.loads((tmp_path / "a" / "samples.json").read_text())["make_again"]

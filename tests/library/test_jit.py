@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from asymflow import AsymFlow, InputError, Subspace
 from asymflow.backbones.jit import SIZES, JiT, rope, rotate, sincos_positions
-from asymflow.precision import computing
+from asymflow.precision import computing, usual_precision
 
 TINY = dict(patch_size=2, width=16, depth=4, heads=2, bottleneck=6, in_context_start=1, in_context_tokens=3)
 TINY |= dict(image_size=6, num_classes=4)
@@ -410,6 +410,12 @@ def test_attention_is_in_float32_in_the_published_precision(monkeypatch):
         assert not torch.is_autocast_enabled("cpu")
         assert jit(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16
     assert seen == [(False, {torch.float32})] * layers
+
+
+@pytest.mark.parametrize(("device", "able"), [("cuda", True), ("cuda", False), ("cpu", True), ("mps", True)])
+def test_bf16_is_usual_on_a_gpu_that_has_it(monkeypatch, device, able):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    assert usual_precision(torch.device(device)) == ("bf16" if (device, able) == ("cuda", True) else "float32")
 
 
 def test_computing_in_a_precision_leaves_every_layer_as_it_was():

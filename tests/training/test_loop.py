@@ -195,7 +195,8 @@ def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, numb
     monkeypatch.setattr(torch, "compile", noted)
     flow = training(*stage(number, kind), "train.compile=true", "optimizer.multipliers={w12: 2.0}").engine.module
     assert len(seen) == len(flow.backbone.blocks)
-    assert number == 3 or any(p.numel() % 8 for p in flow.backbone.blocks.parameters())  # which could shift others
+    if number < 3:  # at stage 3 they are elsewhere
+        assert any(p.numel() % 8 for p in flow.backbone.blocks.parameters())  # which could shift others
     aligned = not any(kept(p).data_ptr() % 16 for p in flow.parameters())
     assert seen == [None if aligned else {"triton.divisible_by_16": False}] * len(seen)
     assert aligned == (number < 3 and (number, kind) != (1, "float32 sums"))
@@ -290,8 +291,8 @@ def test_what_the_gpu_is_waited_for_is_not_waiting_for_data(training, tmp_path, 
     monkeypatch.setattr(loop, "on_device", slow)
     training("train.steps=1", "checkpoint.every=1").fit()
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 8 / line["images_per_second"] >= 3
-    assert line["waiting"] < 0.5
+    seconds = 8 / line["images_per_second"]
+    assert line["waiting"] * seconds <= seconds - 3
 
 
 # ---- Watched ---------------------------------------------------------------------------------------------------------

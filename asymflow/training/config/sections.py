@@ -163,7 +163,9 @@ class Ema(Section):
     """Moving averages of the weights."""
 
     decays: tuple[BelowOne, ...] = listed(
-        0.9999, description="constant decays, each an average of its own; the initial weights have no share in it"
+        0.9999,
+        description="constant decays, each an average of its own; the initial weights have no share in it, unless the "
+        "first step is skipped",
     )
     sigma_rel: tuple[RelativeWidth, ...] = listed(
         0.05, 0.10, description="relative widths of the power-function averages that others are rebuilt from"
