@@ -76,6 +76,7 @@ def test_all_of_space_projects_to_itself_and_nothing_to_nothing():
     assert torch.equal(Subspace.full(6).project(v), v)
     assert torch.equal(Subspace.empty(6).project(v), torch.zeros(3, 6))
     assert (Subspace.full(6).rank, Subspace.empty(6).rank, Subspace.empty(6).dim) == (6, 0, 6)
+    assert Subspace.full(6).scale == Subspace.empty(6).scale == 1
 
 
 @pytest.mark.parametrize("rank", [0, 3, pytest.param(6)])
