@@ -430,6 +430,7 @@ def hub(tmp_path, monkeypatch):
         return str(tmp_path / repository / file)
 
     monkeypatch.setattr("asymflow.hub.hf_hub_download", download)
+    monkeypatch.setattr("asymflow.cli.info.activations", lambda *_: {})  # which take seconds
     return tmp_path
 
 
