@@ -422,6 +422,7 @@ def test_the_threshold_is_the_integral_that_it_claims():
     uniform = (torch.arange(20_000) + 0.5) / 20_000
     assert energy_threshold(sigma=uniform) == pytest.approx((0.95 + 0.05 / 3) / (39 - 0.95 - 0.05 / 3), rel=1e-4)
     assert energy_threshold(2.0) == pytest.approx(4 * energy_threshold())
+    assert energy_threshold(sigma=torch.tensor([0.0, 1.0])) == pytest.approx(0.5 / 200)
     assert auto_rank(torch.tensor([1e9]), sigma=torch.ones(3)) == 0  # at pure noise, the data is never divided
 
 
