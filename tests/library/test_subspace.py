@@ -79,6 +79,18 @@ def test_all_of_space_projects_to_itself_and_nothing_to_nothing():
     assert Subspace.full(6).scale == Subspace.empty(6).scale == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_basis_is_kept_in_float32_at_least(dtype):
+    basis = Subspace(torch.eye(6, 2, dtype=dtype)).basis
+    assert basis.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_tokens_are_of_whole_patches():
+    assert Subspace(torch.eye(12, 2), patch_size=2).patch_size == 2
+    with pytest.raises(InputError, match="tokens of dimension 12 cannot be for patches of 3 x 3"):
+        Subspace(torch.eye(12, 2), patch_size=3)
+
+
 @pytest.mark.parametrize("rank", [0, 3, pytest.param(6)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_projection_is_in_float32_or_better(rank, dtype):
