@@ -143,7 +143,8 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
     """Take the accumulated step, unless a number in `sums` or in its gradient is not finite: then nothing changes.
 
     sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
-    finite. Both are read at once, just before Adam: beside what DeepSpeed does, a step waits for the GPU only here.
+    finite. Both are read at once, just before Adam: but for DeepSpeed, and batches that may not run further ahead
+    (data/batches.py), a step waits for the GPU only here.
     """
     optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
     adam = optimizer.step
