@@ -1,6 +1,6 @@
 """Does it hold for a transformer on real images? 3,781 emoji of 64 x 64 pixels: velocity against x0 against asymmetric.
 
-    python -m toy.emoji64 --data emoji64.tar --out runs/emoji64       # hours on a CPU; may be stopped and started again
+    python -m toy.emoji64 --data emoji64.tar       # hours on a CPU; may be stopped and started again
 
 The README says how to make emoji64.tar, and `pip install -e ".[train]"` is needed. For every seed and rank,
 `train_ddp.py --config emoji64` trains the same JiT (width 256, depth 6, patch 16: D = 768) on the same images in the

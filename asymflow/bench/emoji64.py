@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace) -> dict:
         runs = {rank: Path(work, f"rank-{rank}") for rank in RANKS}
 
         def train(rank: int, steps: int, timeout: float) -> None:
-            # Of one that is cut off, there is at least the picture of three quarters.
+            # If it is cut off, its last picture is a quarter of the training old at most.
             settings = {"subspace.rank": rank, "train.steps": steps, "checkpoint.every": 10**6}
             settings |= {"sample.every": max(TRIAL, steps // 4)}
             settings |= {"ema.snapshot_every": None, **dict(setting.split("=", 1) for setting in given)}

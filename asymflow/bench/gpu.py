@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="python -m asymflow.bench gpu", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.md and gpu.log")
     p.add_argument("--minutes", type=at_least(1), default=8, metavar="N", help="no check goes on after these")
-    p.add_argument("--tiny", action="store_true", help="the same in small, which takes a minute on a CPU")
+    p.add_argument("--tiny", action="store_true", help="the same in small, which takes two minutes on a CPU")
     p.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     p.add_argument("--only", metavar="WORDS", help="the checks whose names have one of these, such as ZeRO,memory")
     args = p.parse_args(argv)

@@ -62,7 +62,7 @@ def new_file(path: Path) -> Path:
 
 def new_folder(path: Path) -> Path:
     """`path`, if nothing is there yet, or an empty folder. InputError otherwise."""
-    if path.absolute() == Path.cwd():
+    if path.resolve() == Path.cwd():
         raise InputError(f"{path} is the folder that you are in: choose a new one")
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise InputError(f"{path} exists already, and is not overwritten: choose another --out or remove it")

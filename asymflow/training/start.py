@@ -103,7 +103,7 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
         hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
         return f"train_ddp.py: error: {by}{' '.join(str(e).split())} ({hint})", 1
     if out_of_memory(e):
-        hint = "a smaller train.micro_batch_size takes less, and so does model.checkpoint_every=1"
+        hint = "train.micro_batch_size, model.checkpoint_every and finetune.checkpointing can make it take less"
         return f"train_ddp.py: error: {by}too little memory: {' '.join(str(e).split())} ({hint})", 1
     if isinstance(e, ModuleNotFoundError) and (text := packages.advice(e)):
         return f"train_ddp.py: error: {by}{text}", 2

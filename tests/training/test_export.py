@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,7 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
         (["ema", "--sigma-rel", "0.1", "--step", "2"], "no snapshot up to step 2: the first is of step 5"),
         (["ema", "--sigma-rel", "0.1", "--step", "0"], "no snapshot up to step 0"),
         (["ema", "--sigma-rel", "0.1", "--step", "13"], "--step 13 is beyond step 12, to which"),
+        (["export", "--out", "../" + Path.cwd().name], " is the folder that you are in"),
         (["export", "--out", "."], ". is the folder that you are in: choose a new one"),
         (["ema", "--sigma-rel", "0.1", "--run", "typo"], "typo is no run of train_ddp.py"),
         (["export", "--run", "checkpoints/00000006"], "is a checkpoint: give its run, ., and --step 6"),

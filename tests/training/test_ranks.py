@@ -18,6 +18,7 @@ from test_survival import one_line, this_rank
 from asymflow import files
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
+from asymflow.training import start
 from asymflow.training.config.reading import load_config
 from asymflow.training.ranks import AgreedError, each, on_first, only_first, take_place, together
 from asymflow.training.start import make_flow
@@ -291,3 +292,16 @@ def test_the_full_rank_is_the_same_model_in_every_basis():
     weight, usual = (flow.backbone.x_embedder.proj1.weight for flow in (rank_8, flows[0]))
     assert not torch.equal(weight[:8], usual[:8])
     assert torch.equal(weight[8:], usual[8:])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 TiB"), MemoryError("Unable to allocate")]
+)
+def test_too_little_memory_is_one_line_that_says_what_takes_less(error):
+    text, code = start.answer(error, rank=0)
+    assert code == 1
+    assert text.startswith("train_ddp.py: error: ")
+    assert "too little memory: " in text
+    assert "train.micro_batch_size" in text
+    assert "\n" not in text
+    assert "too little memory" not in start.answer(RuntimeError("something else"), rank=0)[0]
