@@ -69,8 +69,8 @@ class Training:
         batches = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
         stream = on_device(self.waited_for(batches), self.device)
         with Signals() as self.signals, Progress(c, self.step, silent=self.rank > 0) as self.progress:
-            if self.step == 0 and c.sample.every:
-                self.draw()
+            if self.due(c.sample.every) and on_first(lambda: not self.picture().exists()):
+                self.draw()  # the first, or one that was not drawn yet when the training was stopped or killed
             if self.step > 0 and self.due(c.evaluate.every):  # stopped before it was done, or only now asked for
                 self.evaluate()
             stopped_by = self.signalled()
@@ -299,8 +299,11 @@ class Training:
             parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]
         images = gathered(torch.cat(parts))
         if self.rank == 0:
-            with files.replacing(self.out / run.SAMPLES / f"{self.step:08d}.png") as beside:
+            with files.replacing(self.picture()) as beside:
                 image_grid(images[:count].cpu()).save(beside)
+
+    def picture(self) -> Path:
+        return self.out / run.SAMPLES / f"{self.step:08d}.png"
 
     @contextmanager
     def model_to_show(self) -> Iterator[AsymFlow]:

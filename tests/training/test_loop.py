@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import weakref
@@ -243,6 +244,34 @@ def test_a_grid_is_drawn_in_micro_batches(training, tmp_path):
     drawn = Image.open(tmp_path / "run" / "samples" / "00000000.png")
     difference = np.asarray(drawn).astype(int) - np.asarray(whole).astype(int)
     assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["killed", "stopped"])
+def test_a_picture_is_drawn_later_if_the_training_ends_between_saving_and_drawing(training, tmp_path, ending):
+    settings = ["train.steps=4", "checkpoint.every=2", "sample={every: 2, num: 2, steps: 1, method: euler}"]
+    training(*settings, out="straight").fit()
+    one = training(*settings)
+    save, losses = one.save, one.objective.losses
+
+    def save_and_die():
+        save()
+        raise SystemExit
+
+    if ending == "killed":
+        one.save = save_and_die
+        with pytest.raises(SystemExit):
+            one.fit()
+    else:
+        one.objective.losses = lambda *args: (one.step == 1 and signal.raise_signal(signal.SIGTERM)) or losses(*args)
+        assert one.fit() == "SIGTERM"
+    assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["00000000.png"]
+    one.held.close()
+    training(*settings).fit()
+    straight, later = (
+        {path.name: path.read_bytes() for path in (tmp_path / run / "samples").iterdir()} for run in ("straight", "run")
+    )
+    assert len(later) == 3
+    assert later == straight
 
 
 # ---- Saying ----------------------------------------------------------------------------------------------------------
