@@ -29,7 +29,7 @@ from toy.common import generate, main
 
 WIDTH, TOP = 64, 20  # TOP ends the axis of SWD / floor
 DIMS = (8, 16, 32, 64, 256, 1024)
-QUICK_DIMS = (8, 64, 256)
+QUICK_DIMS = (8, 64)
 
 
 def experiment(args: argparse.Namespace) -> tuple[Figure, dict]:

@@ -99,4 +99,4 @@ def draw(runs: list[dict], ranks: tuple[int, ...]) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(main("rank_sweep", experiment, __doc__, steps=3000, quick_steps=400))
+    sys.exit(main("rank_sweep", experiment, __doc__, steps=3000, quick_steps=200))

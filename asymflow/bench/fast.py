@@ -81,7 +81,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
         """One of eight GPUs with the recipe of the paper: its share of a batch of 1,024, compiled."""
         first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS[size]
         settings = shapes() | {
-            "train.global_batch_size": 8 if kit.tiny else ON_EACH,
+            "train.global_batch_size": 2 if kit.tiny else ON_EACH,
             "train.steps": first + (2 if kit.tiny else TIMED[size]) + 1,  # the last of which is profiled
             "data.workers": WORKERS[size],
         }
@@ -89,7 +89,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
             settings |= {
                 "model.size": "tiny/16",
                 "train.compile": False,
-                "train.micro_batch_size": 4,
+                "train.micro_batch_size": 1,
                 "data.workers": 0,
             }
         found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True, profiled=True, loading=True)

@@ -265,7 +265,7 @@ def compiled(kit: Kit) -> tuple[str, dict]:
 
 def memory(kit: Kit) -> tuple[str, dict]:
     """Of a JiT-B/16 at ZeRO-1 under autocast, in eager mode, beside what `asymflow info` counts."""
-    micro, size = (4, "tiny/16") if kit.tiny else (32, "B/16")
+    micro, size = (1, "tiny/16") if kit.tiny else (32, "B/16")
     settings = shapes() | {"model.size": size, "train.compile": False, "train.steps": 3, "data.workers": 0}
     settings |= {"train.global_batch_size": micro, "train.micro_batch_size": micro}
     found = kit.train("memory", settings, config="imagenet256_b16", states=True, unsaved=True)
