@@ -171,6 +171,31 @@ def test_recovery_is_checked_against_the_exact_one(monkeypatch, tmp_path):
         right.recovery(a_kit(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("loss", "graphs", "wrong"),
+    [
+        (0.5, {"warm": 2, "end": 2}, None),
+        (0.51, {"warm": 2, "end": 2}, "at stage 1 the losses differ by 2.0e-02"),
+        (0.5, {"warm": 2, "end": 3}, "at stage 1 something was compiled after the warm-up"),
+        (0.5, None, "at stage 1 something was compiled after the warm-up"),
+    ],
+)
+def test_what_is_compiled_is_held_against_what_is_not(monkeypatch, tmp_path, loss, graphs, wrong):
+    """With trainings that say this: to compile takes a minute on a CPU."""
+
+    def train(name, settings):
+        compiled = settings.get("train.compile", False)
+        return {"metrics": [{"loss": loss if compiled else 0.5}]} | ({"graphs": graphs} if compiled else {})
+
+    one = a_kit(tmp_path)
+    one.train, one.on_a_gpu, one.trainings = train, lambda: None, SimpleNamespace(end=lambda: None)
+    if wrong is None:
+        assert right.compiled(one)[1]["graphs at stage 3"] == graphs
+    else:
+        with pytest.raises(kit.WrongError, match=wrong):
+            right.compiled(one)
+
+
 @pytest.mark.slow
 def test_all_checks_on_a_cpu(tmp_path):
     """What can be checked on a CPU holds, and what cannot is listed."""

@@ -614,12 +614,12 @@ def test_two_processes_have_one_result_and_it_is_that_of_one_process(together, n
         ("rank too large", "InputError: process 0: rank must be at most"),
     ],
 )
-def test_what_fails_in_one_process_is_raised_in_both(together, name, message):
+def test_two_processes_raise_what_fails_in_one(together, name, message):
     for results in together:
         assert results[name].startswith(message)
 
 
-def test_a_group_is_all_that_takes_part(together):
+def test_two_processes_may_fit_each_alone(together):
     alone = fit_pca([normal(90, 6).float()[30:]], 3)
     assert together[0]["1 alone"] is None
     for one, other in zip(numbers_of(alone), together[1]["1 alone"], strict=True):

@@ -399,11 +399,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, stage):
-    settings = ("train.steps=9", "checkpoint.every=1", f"deepspeed.zero_optimization.stage={stage}")
-    launched = Launched(2, tmp_path / "run", *settings, patch=partial(bad_gradient, {8 * 3 + 5}))  # on rank 1
-    one_line(launched, "the gradient of step 4 is not finite", "checkpoints/00000003")
-    assert whole_steps(tmp_path / "run")[-1] == 3
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved_unless_it_may_be_skipped(tmp_path, stage):
+    run = tmp_path / "run"
+    settings = ("train.steps=5", "checkpoint={every: 1, keep_last: 9}", f"deepspeed.zero_optimization.stage={stage}")
+    bad = partial(bad_gradient, {8 * 3 + 5})  # on rank 1
+    one_line(Launched(2, run, *settings, patch=bad), "the gradient of step 4 is not finite", "checkpoints/00000003")
+    assert whole_steps(run)[-1] == 3
+    skipping = Launched(2, run, *settings, "train.skip_nonfinite=1", patch=bad)
+    assert skipping.wait() == [0, 0]
+    assert skipping.said()[1:] == ["the gradient of step 4 is not finite: skipped, 1 of 1"]
+    assert [m["grad_norm"] is None for m in metrics(run)] == [False, False, False, True, False]
+    assert all(m["loss"] for m in metrics(run))
+    before, after = tensors(run, 3), tensors(run, 4)
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if not key[0].startswith("ema"))
 
 
 def problems(run):
