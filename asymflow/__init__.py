@@ -17,7 +17,7 @@ MODULES = {  # of each name here; imported when it is first used, so that `asymf
     "generate": "sampling",
     "guided": "sampling",
     "image_noise": "sampling",
-    "load_published": "published",
+    "load_published": "backbones.jit.published",
     "patchify": "patches",
     "recover_velocity": "parameterization",
     "sample": "sampling",

@@ -7,8 +7,7 @@ the eye sees. Everything is computed in float32, or float64 if given, whatever a
 import torch
 from torch import Tensor
 
-from asymflow.parameterization import no_autocast
-from asymflow.subspace import at_least_float32
+from asymflow.numerics import at_least_float32, no_autocast
 
 # https://bottosson.github.io/posts/oklab: linear sRGB to the responses of the eye's cones (LMS), and their cube roots
 # to lightness L, green-red a and blue-yellow b. The inverses are computed here, so that they are inverses to the last

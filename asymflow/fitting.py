@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, has_float64
+from asymflow.numerics import has_float64
+from asymflow.subspace import Subspace
 
 CHUNK = 2**20  # numbers of a batch that are in float64 at a time: 8 MiB
 

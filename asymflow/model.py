@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,16 +13,16 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from asymflow import files
-from asymflow.backbones import forward_parameters
-from asymflow.backbones.jit import JiT
+from asymflow import backbones, files
+from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
+from asymflow.extensions import find
+from asymflow.numerics import at_least_float32, has_float64, no_autocast
 from asymflow.parameterization import calibration, recover_velocity
 from asymflow.patches import CHANNEL_LAST, check_patch_size, check_token_order, patchify, token_grid, unpatchify
-from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
+from asymflow.subspace import Subspace
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-BACKBONES = {"JiT": JiT}  # what `from_pretrained` may build; a name in a file is looked up here, never imported
 FORMAT = "asymflow 1"
 OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
 HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys()
@@ -195,14 +196,14 @@ class AsymFlow(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | Callable[..., nn.Module] | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         **hub_options,
     ) -> "AsymFlow":
         """A model in eval mode, from a folder that `save_pretrained` wrote or a repository of the Hugging Face Hub.
 
-        backbone: needed if its class is not in this library; it gets the weights of the file.
+        backbone: needed if its class is not in this library: that class, or a module to put the weights into.
         dtype: of the backbone's weights, if not as in the file. hub_options: revision, token, cache_dir, ...
         Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
         is missing, unexpected or misshaped.
@@ -226,12 +227,14 @@ class AsymFlow(
         return flow.to(device).eval()
 
 
-def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, source: str) -> AsymFlow:
+def build(
+    config: dict, tensors: dict[str, Tensor], backbone: nn.Module | Callable[..., nn.Module] | None, source: str
+) -> AsymFlow:
     """The model that `config` describes, with exactly these tensors."""
     try:
         options, tokens, network = config["flow"], config["tokens"], config["network"]
-        if backbone is None:
-            backbone = make_backbone(network["class"], network["config"])
+        if not isinstance(backbone, nn.Module):
+            backbone = make_backbone(network["class"], network["config"], backbone)
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
         shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # of any length
@@ -259,14 +262,16 @@ def build(config: dict, tensors: dict[str, Tensor], backbone: nn.Module | None, 
     return flow
 
 
-def make_backbone(name: str, config: dict) -> nn.Module:
-    if name not in BACKBONES:
+def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Without numbers: the weights come from the file. own: makes the backbone, if it is not one of this library."""
+    if own is None and name not in backbones.TABLE:
         raise InputError(
-            f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
-            f"{f', with {config!r},' if config else ''} and pass it as from_pretrained(..., backbone=...)"
+            f"the model has a backbone of the class {name}, which this library does not have: pass the class, or one "
+            f"made of it{f' with {config!r}' if config else ''}, as from_pretrained(..., backbone=...)"
         )
-    with torch.device("meta"):  # the weights come from the file: none are drawn, no memory is taken twice
-        return BACKBONES[name](**config)
+    make = own or find(name, backbones.TABLE, "the backbone")
+    with torch.device("meta"):  # none are drawn, no memory is taken twice
+        return make(**config)
 
 
 def read_config(path: Path) -> dict:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32, no_autocast
+from asymflow.numerics import at_least_float32, no_autocast
+from asymflow.subspace import Subspace
 
 
 def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.color import oklab_to_rgb
-from asymflow.data.images import to_image
 from asymflow.errors import InputError
 from asymflow.patches import CHANNEL_LAST, unpatchify
+from asymflow.pixels import to_image
 from asymflow.subspace import Subspace
 
 SHOWN = 64  # more patches than that are too small to see

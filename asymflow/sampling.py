@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow.backbones import check_labels
+from asymflow.conditions import check_labels
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
-from asymflow.subspace import at_least_float32
+from asymflow.numerics import at_least_float32
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Hook = Callable[[Tensor, Tensor], Tensor]
-METHODS = ("heun", "euler")
 
 
 # ---- The grid of noise levels ----------------------------------------------------------------------------------------
@@ -52,12 +51,34 @@ def dynamic_shift(height: int, width: int) -> float:
 
 
 # ---- Samplers --------------------------------------------------------------------------------------------------------
+# A sampler is a function of a velocity, x at the noise level sigmas[0], and decreasing levels within [0, 1]. It returns
+# x at the last of them. The velocity is a function of x and of one level, a number above 0.
+def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Of order 1."""
+    for sigma, target in pairwise(sigmas):
+        x = x + (target - sigma) * velocity(x, sigma)
+    return x
+
+
+def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Of order 2, with two evaluations a step; a step that ends at sigma = 0 is Euler's."""
+    for sigma, target in pairwise(sigmas):
+        u = velocity(x, sigma)
+        if target > 0:
+            u = (u + velocity(x + (target - sigma) * u, target)) / 2
+        x = x + (target - sigma) * u
+    return x
+
+
+METHODS = {"heun": heun, "euler": euler}
+
+
 @torch.no_grad()
 def sample(
     velocity: Velocity,
     x: Tensor,
     sigmas: Tensor | Sequence[float],
-    method: str = "heun",
+    method: str | Callable = "heun",
     denoised_hook: Hook | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -65,30 +86,28 @@ def sample(
 
     x: (B, ...) at the noise level sigmas[0]; pure noise if that is 1.
     sigmas: any strictly decreasing levels within [0, 1], see `sigma_grid`.
-    method: "euler" (order 1) or "heun" (order 2, two evaluations a step). A step that ends at sigma = 0 is Euler's
-        always: the velocity is never evaluated there.
+    method: "euler" (order 1), "heun" (order 2, two evaluations a step), or a function `(velocity, x, sigmas) -> x` of
+        your own, as those above. The velocity is never evaluated at sigma = 0.
     denoised_hook: gets the denoised image x0 = x - sigma u of every evaluation, and sigma (B,) on its device, and
         returns the one to steer towards, such as one clamped to displayable colours.
     Raises InputError if the grid or the method is not as described.
     """
     levels = checked_levels(sigmas)
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, but it is {method!r}")
+    if not callable(method) and method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, or a function, but it is {method!r}")
     x = x.to(at_least_float32(x))
+    bar = tqdm(total=len(levels) - 1, desc="sampling", unit="step", leave=False, disable=not progress)
 
     def steered(x: Tensor, sigma: float) -> Tensor:
+        bar.update(sum(level > sigma for level in levels) - bar.n)  # so many steps are done, or nearly
         u = velocity(x, torch.full(x.shape[:1], sigma, dtype=x.dtype)).to(x.dtype)
         if denoised_hook is None:
             return u
         x0 = x - sigma * u
         return u + (x0 - denoised_hook(x0, x.new_full(x.shape[:1], sigma))) / sigma
 
-    for sigma, target in tqdm(list(pairwise(levels)), desc="sampling", unit="step", leave=False, disable=not progress):
-        u = steered(x, sigma)
-        if method == "heun" and target > 0:
-            u = (u + steered(x + (target - sigma) * u, target)) / 2
-        x = x + (target - sigma) * u
-    return x
+    with bar:
+        return (method if callable(method) else METHODS[method])(steered, x, levels)
 
 
 def checked_levels(sigmas: Tensor | Sequence[float]) -> list[float]:
@@ -235,7 +254,7 @@ def generate(
     steps: int = 50,
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-    method: str = "heun",
+    method: str | Callable = "heun",
     shift: float = 1.0,
     orthogonal: float = 0.0,
     denoised_hook: Hook | None = None,

@@ -1,7 +1,6 @@
 """The low-rank subspace in which the noise is predicted: an orthonormal basis, a scale, and where they came from."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from asymflow import files
 from asymflow.errors import InputError
+from asymflow.numerics import at_least_float32, float32_products_are_exact, has_float64, no_autocast
 from asymflow.patches import check_patch_size, check_token_order
 
 TOLERANCE = 1e-4  # of orthonormality, in float32
@@ -177,27 +177,18 @@ def check_basis(basis: Tensor) -> None:
         )
 
 
-def float32_products_are_exact() -> bool:
+def checked_subspace(path: str | Path, basis: Tensor, scale: Tensor | float = 1.0, **record) -> Subspace:
     try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # somebody used the newer setting, fp32_precision, to which this older one has no answer
-        return False
+        return Subspace(orthonormal(basis), scale, **record)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise InputError(f"{path}: {e}") from None
 
 
-# What torch.compiler.assume_constant_result does: under torch.compile the answer is a constant, and what is compiled is
-# compiled anew when the setting changes. As a decorator it would import the compiler, for seconds, at every start.
-float32_products_are_exact._dynamo_marked_constant = True
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager:
-    device = like.device.type  # torch.amp.is_autocast_available would ask in general, but breaks the graph in torch 2.6
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def has_float64(device: torch.device) -> bool:
-    return device.type != "mps"
-
-
-def at_least_float32(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if one of the tensors has it, and float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def orthonormal(basis: Tensor) -> Tensor:
+    """The nearest orthonormal basis, if this one was rounded to 16 bits; any other as it is, for Subspace to check."""
+    exact = basis.double()
+    error = (exact.mT @ exact - torch.eye(basis.shape[-1])).abs()
+    if not (error.numel() and TOLERANCE < error.max() < 2**-6):
+        return basis
+    u, _, vh = torch.linalg.svd(exact, full_matrices=False)
+    return (u @ vh).float()

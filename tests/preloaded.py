@@ -6,7 +6,7 @@ import importlib
 
 NAMES = (
     "asymflow.training.start",
-    "asymflow.training.finetuning",  # diffusers and peft
+    "asymflow.training.objectives.finetuning",  # diffusers and peft
     "deepspeed.runtime.zero.muon.muon_optimizer",  # torch.compile, which takes seconds; not in every DeepSpeed
 )
 gc.disable()

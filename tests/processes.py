@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from asymflow.data.batches import end_with_parent
-from asymflow.training import checkpoint
+from asymflow.training.loader import end_with_parent
+from asymflow.training.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 GUARD = 600  # seconds after which a test that waits for something gives up: far more than it ever takes

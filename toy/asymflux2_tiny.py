@@ -10,7 +10,7 @@ the same noise:
     pixel     the pixel model, finetuned
     scratch   a pixel model of the same size, trained from scratch for as many steps
 
-What they drew is read by an oracle (asymflow/data/oracle.py): how often it is what the caption says, and how sharp it
+What they drew is read by an oracle (toy/oracle.py): how often it is what the caption says, and how sharp it
 is. Everything that takes long is kept in --out, and not done again. The last two are trained at the same time.
 The adapters are there as well, each with its base: pixel-adapter goes with pixel-base, scratch-adapter with
 scratch-base. The folder autoencoder is a base whose transformer knows nothing yet, and no adapter's.
@@ -39,28 +39,28 @@ with importing(__name__):
     from torch import Tensor
     from tqdm import trange
 
-    from asymflow.adapters import load_adapter
     from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+    from asymflow.backbones.flux2.adapter import load_adapter
     from asymflow.cli import main as asymflow
     from asymflow.color import oklab_to_rgb
     from asymflow.data.encode import decode_latents, encode_image, encode_prompts
     from asymflow.data.encoded import EncodedShards
-    from asymflow.data.encoded_batches import EncodedBatches
-    from asymflow.data.images import to_image
-    from asymflow.data.oracle import detail, score
     from asymflow.data.sample import Sample
     from asymflow.data.shapes import Shapes
     from asymflow.errors import InputError
     from asymflow.model import AsymFlow
     from asymflow.patches import patchify, unpatchify
     from asymflow.pictures import image_grid
+    from asymflow.pixels import to_image
     from asymflow.sampling import guided, image_noise, sample, sigma_grid
     from asymflow.subspace import Subspace
     from asymflow.training.config.reading import load_config
-    from asymflow.training.finetuning import Finetuned, make_finetuned, trained
-    from asymflow.training.loss import flow_matching_loss, noise_level, noisy
-    from asymflow.training.objectives import LatentToPixel
+    from asymflow.training.objectives.encoded_batches import EncodedBatches
+    from asymflow.training.objectives.finetuning import Finetuned, make_finetuned, trained
+    from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
+    from asymflow.training.objectives.latent_to_pixel import LatentToPixel
     from toy.common import main
+    from toy.oracle import detail, score
     from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
 SIZE, PATCH = 32, 8  # pixels; 4 x 4 tokens of D = 192

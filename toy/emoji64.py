@@ -8,11 +8,10 @@ same order with the same noise; only `subspace.rank` differs: 0 is x0-prediction
 judged by its loss, the flow-matching loss of the recovered velocity, and by the Fréchet distance between its samples
 (without guidance) and the images.
 
-The features for that distance are those of a small classifier (asymflow/classifier.py), which is trained here first, on
-the same images: Inception has never seen an emoji, and FIDs by fewer samples than it has features mean little. So these
-distances can be compared with each other, not with anybody's FID. The floor is that of a model which repeats the
-images: as many of them as there are samples, drawn with repetition, against all.
-"""
+The features for that distance are those of a small classifier (asymflow/evaluation/classifier.py), which is trained
+here first, on the same images: Inception has never seen an emoji, and FIDs by fewer samples than it has features mean
+little. So these distances can be compared with each other, not with anybody's FID. The floor is that of a model which
+repeats the images: as many of them as there are samples, drawn with repetition, against all."""
 
 import argparse
 import json
@@ -32,10 +31,10 @@ with importing(__name__):
     from tqdm import tqdm
 
     from asymflow import AsymFlow
-    from asymflow.classifier import Classifier
     from asymflow.data.shards import TarShards
     from asymflow.errors import InputError
-    from asymflow.evaluation import frechet_distance, statistics
+    from asymflow.evaluation.classifier import Classifier
+    from asymflow.evaluation.frechet import frechet_distance, statistics
     from asymflow.pictures import image_grid
     from asymflow.sampling import generate
 

@@ -20,42 +20,20 @@ tokens: k x_sigma in the backbone's dtype; tau: their noise level in [0, 1], in 
                             num_classes itself means "no class"                 for guidance; labels are not checked
     config                  a dict for config.json: the arguments that make     it is not in a saved model, and saving
                             the backbone again                                  warns of that
-    checkpoint_every        recompute every n-th block in the backward pass     nothing is recomputed by request
+    blocks                  a list of modules, all of one class: its repeated   train.compile, model.checkpoint_every
+                            layers, for torch.compile and ZeRO-3                are refused
+    argument                of its class: recompute every n-th block in the     train_ddp.py wraps its `blocks`
+    `checkpoint_every`      backward pass
+    seed_patch_embedding    a method of a `Subspace`, called before training    training starts from its own weights
     float32_attention       of any layer in it: whether its attention is in     it follows autocast
                             float32, see `asymflow.precision`
 
-A saved model whose backbone is not in this library is loaded by `AsymFlow.from_pretrained(folder, backbone=...)`, with
-a backbone of the same shapes: no code is ever taken from a file.
+To train one of your own, name it in the configuration, `model.backbone: mypackage.net:MyNet`, and give the arguments of
+its class in `model.options`; the page docs/backbones.md shows it. It needs a patch_size, and the condition `labels`.
+
+A saved model whose backbone is not in this library is loaded by `AsymFlow.from_pretrained(folder, backbone=MyNet)`: no
+code is ever taken from a file.
 """
 
-import inspect
-from collections.abc import Mapping
-
-from torch import Tensor, nn
-
-from asymflow.errors import InputError
-
-
-def forward_parameters(backbone: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of a backbone, or of what it wraps (as torch.compile and DistributedDataParallel do)."""
-    for module in backbone.modules():
-        parameters = inspect.signature(module.forward).parameters
-        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):  # not just passed on
-            return parameters
-    return {}
-
-
-def conditions_needed(backbone: nn.Module) -> list[str]:
-    """The conditions that its forward cannot do without, by name."""
-    named = [p for p in forward_parameters(backbone).values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [p.name for p in named[2:] if p.default is p.empty and p.name != "grid"]
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """InputError, naming the first, unless all labels are classes or `num_classes`, which means "no class"."""
-    wrong = labels[(labels < 0) | (labels > num_classes)]
-    if len(wrong):
-        raise InputError(
-            f"label {wrong[0].item()} is not a class: they run from 0 to {num_classes - 1}, and {num_classes} means no "
-            "class"
-        )
+TABLE = {"JiT": "asymflow.backbones.jit:JiT"}
+"""By the names that configurations and saved models have; what is in a file is looked up here, never imported."""

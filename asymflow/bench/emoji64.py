@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asymflow.bench.trainings import FailedError, Trainings, images_per_second, metrics
-from asymflow.cli.common import Parser, at_least, default_device, usable_device
+from asymflow.cli.common import at_least, default_device, usable_device
 from asymflow.errors import InputError
 from asymflow.files import existing_file
+from asymflow.parser import Parser
 from asymflow.training.config.reading import load_config
 
 RANKS = (8, 0)

@@ -19,15 +19,16 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from asymflow import cost
-from asymflow import cost_flux2 as counted
 from asymflow.bench.trainings import FailedError, Trainings, median, synchronize
-from asymflow.cli.common import Parser, at_least, default_device, image_size, usable_device
+from asymflow.cli.common import at_least, default_device, image_size, usable_device
 from asymflow.data import encode
 from asymflow.data.encoded import EMPTY_PROMPT, FORMAT, shard_path
 from asymflow.data.shards import META
 from asymflow.errors import InputError
+from asymflow.parser import Parser
 from asymflow.sampling import guided
 from asymflow.subspace import Subspace
+from asymflow.training.objectives import cost as counted
 
 TINY = dict(
     in_channels=16,

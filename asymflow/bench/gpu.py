@@ -18,8 +18,9 @@ import torch
 
 from asymflow.bench import fast, kit, right
 from asymflow.bench.trainings import Trainings
-from asymflow.cli.common import Parser, at_least, default_device, usable_device
+from asymflow.cli.common import at_least, default_device, usable_device
 from asymflow.errors import InputError
+from asymflow.parser import Parser
 
 VERSIONS = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "lpips", "numpy")
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as torch.use_deterministic_algorithms asks for

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from asymflow.cli.common import Parser, default_device, usable_device
+from asymflow import streams
+from asymflow.cli.common import default_device, usable_device
 from asymflow.data.folder import to_uint8
 from asymflow.errors import InputError
-from asymflow.training import streams
+from asymflow.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> None:

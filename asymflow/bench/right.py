@@ -7,10 +7,10 @@ from asymflow import cost
 from asymflow.backbones.jit import JiT
 from asymflow.bench.kit import Check, Kit, WrongError, matmul_precision
 from asymflow.bench.trainings import FailedError
-from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.parameterization import asymmetric_velocity, recover_velocity
 from asymflow.subspace import Subspace
+from asymflow.training.loader import Batch, on_device
 
 STEPS, CHECKPOINT = 8, 4
 SAME_SUMS = 1e-4  # relative: float32 sums in another order, which 8 steps of Adam amplify
@@ -202,7 +202,7 @@ def zero_stages(kit: Kit) -> tuple[str, dict]:
 
 def resume(kit: Kit) -> tuple[str, dict]:
     """Killed in the seventh step, after a checkpoint at the fourth, against never stopped."""
-    from asymflow.training import checkpoint
+    from asymflow.training.run import checkpoint
 
     settings = small(kit) | {"data.workers": 2, "train.precision": "bf16"}
     figures = {}
@@ -236,7 +236,7 @@ def without_speed(metrics: list[dict]) -> list[dict]:
 
 
 def same_bits(kit: Kit, *runs: str) -> bool:
-    from asymflow.training import checkpoint
+    from asymflow.training.run import checkpoint
 
     def tensors(run: str) -> dict[tuple[str, str], Tensor]:
         reader = checkpoint.Reader(checkpoint.folder_of(kit.work / run / "checkpoints", STEPS))

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from asymflow.bench.trainings import synchronize
-from asymflow.training import deepspeed_internals, shards, start
+from asymflow.training import start
 from asymflow.training.loop import Training
+from asymflow.training.zero import internals as deepspeed_internals
+from asymflow.training.zero import shards
 
 WARM = 3  # forward passes after which nothing is to be compiled any more
 
@@ -74,7 +76,7 @@ class Watch:
                 changes.enter_context(mock.patch.object(Training, "save", return_value=None))
             if self.random_base:
                 from asymflow.bench.flux2 import random_transformer
-                from asymflow.training import finetuning
+                from asymflow.training.objectives import finetuning
 
                 changes.enter_context(mock.patch.object(finetuning, "load_transformer", random_transformer))
             if self.deterministic:

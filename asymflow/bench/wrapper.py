@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 
 from asymflow.backbones.jit import JiT
-from asymflow.cli.common import Parser, at_least, default_device, usable_device
+from asymflow.cli.common import at_least, default_device, usable_device
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.parameterization import recover_velocity
+from asymflow.parser import Parser
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
 

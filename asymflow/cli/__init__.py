@@ -9,8 +9,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from asymflow import packages
-from asymflow.cli.common import Parser
 from asymflow.errors import InputError, out_of_memory
+from asymflow.parser import Parser
 
 COMMANDS = {  # of each module, with what the list of commands says; a module is imported for its own commands only
     "subspace": {"subspace": "fit the subspace of the noise, or look at one"},

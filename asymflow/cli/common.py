@@ -16,24 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with defaults in its help, and errors of one line that say where to find the help."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that are worth showing, and keeps the line breaks of a description (its examples)."""
-
-    def _get_help_string(self, action):
-        worth_showing = action.default is not None and action.default is not False and not action.required
-        return super()._get_help_string(action) if worth_showing else action.help
-
-
 def at_least(lowest: int) -> Callable[[str], int]:
     """The type of an option that is a whole number, and no smaller than `lowest`."""
 

@@ -16,7 +16,7 @@ from asymflow.data.encode import FORMATS as LOSSLESS
 from asymflow.data.encode import encode
 from asymflow.data.pack import FORMATS, PROBLEMS, pack
 from asymflow.errors import InputError
-from asymflow.training.ranks import SIZES
+from asymflow.training.run.ranks import SIZES
 
 GROUP = """Prepare images for training.
 

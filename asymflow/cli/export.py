@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
-from asymflow.cli.models import about, add_choice, check_run, choose, make_model, whole
+from asymflow.cli.models import about, add_backbone, add_choice, check_run, choose, make_model, whole
 from asymflow.errors import InputError
 
 EXAMPLES = {
@@ -51,6 +51,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--sigma-rel", type=float, required=True, help="width of the average, as a share of the training time"
     )
     p.add_argument("--step", type=int, help="at which it ends, if not the last snapshot")
+    add_backbone(p)
     add_base(p)
     p.add_argument("--out", type=Path, required=True, help="new folder for the model")
     p.set_defaults(run=run_ema)
@@ -69,7 +70,9 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_ema(args: argparse.Namespace) -> None:
-    from asymflow.training import checkpoint, ema, run
+    from asymflow import averages as ema
+    from asymflow.training.run import checkpoint
+    from asymflow.training.run import folder as run
 
     new_folder(args.out)
     check_run(args.folder)
@@ -120,15 +123,15 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> 
         if config.finetune:
             write_adapter(args, beside, weights, config, subspace, state["base"])
         else:
-            make_model(config, subspace, weights).save_pretrained(beside)
+            make_model(config, subspace, weights, args.backbone).save_pretrained(beside)
 
 
 def write_adapter(
     args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, fingerprint: str
 ) -> None:
     """Write the weights as an adapter to the latent model that they were made of, in the published layout."""
-    from asymflow import adapters
-    from asymflow.training.finetuning import published, transformer_config
+    from asymflow.backbones.flux2 import adapter as adapters
+    from asymflow.training.objectives.finetuning import published, transformer_config
 
     base = args.base or Path(config.finetune.base)
     name = base.absolute().name  # not where it is: that is nobody's business who gets the adapter

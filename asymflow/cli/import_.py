@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from asymflow.backbones.jit.published import WEIGHTS as SETS
+from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import at_least, new_folder, replacing_folder
 from asymflow.cost import parameters
 from asymflow.errors import InputError
 from asymflow.model import WEIGHTS
-from asymflow.published import WEIGHTS as SETS
-from asymflow.published import load_published
 from asymflow.subspace import Subspace
 
 TEXT = """Read a published checkpoint, and write it as this library does: a folder with config.json and

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asymflow import cost, files, hub, published
-from asymflow.backbones.jit import SIZES, JiT
+from asymflow import backbones, cost, files, hub
+from asymflow.backbones.jit import SIZES, JiT, published
 from asymflow.cli import info_flux2
 from asymflow.cli.common import at_least, image_size
 from asymflow.cli.info_flux2 import GPUS, STAGES
-from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, refuse_choice
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, own_backbone, refuse_choice
 from asymflow.cli.models import about as about_run
 from asymflow.errors import InputError
-from asymflow.model import BACKBONES, CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
+from asymflow.model import CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
 from asymflow.sampling import guided, sample, sigma_grid
 from asymflow.subspace import Subspace
@@ -48,7 +48,7 @@ are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
 RANK, BATCH, PRECISION = 8, 32, "autocast"
-# Of asymflow.adapters, whose import needs diffusers.
+# Of asymflow.backbones.flux2.adapter, whose import needs diffusers.
 ADAPTER_CLASS, ADAPTER_WEIGHTS = "AsymFlux2Transformer2DModel", "diffusion_pytorch_model.safetensors"
 LABEL = 15  # characters of the first column
 
@@ -104,7 +104,7 @@ def describe(args: argparse.Namespace) -> dict:
         place = find_model(path, args.step, args.ema)
         if isinstance(place, Choice) and (known := finetuning(place)):
             return {"model": args.model} | known
-        kind, model = from_run(place) if isinstance(place, Choice) else from_place(place, args.in_context_start)
+        kind, model = from_run(place, args) if isinstance(place, Choice) else from_place(place, args)
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
@@ -127,8 +127,9 @@ def from_name(name: str, rank: int) -> AsymFlow:
     return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)))
 
 
-def from_run(choice: Choice) -> tuple[str, AsymFlow]:
-    return f"a training run, step {choice.step}, average {choice.average}", model_of_run(choice, read=False)
+def from_run(choice: Choice, args: argparse.Namespace) -> tuple[str, AsymFlow]:
+    kind = f"a training run, step {choice.step}, average {choice.average}"
+    return kind, model_of_run(choice, args.backbone, read=False)
 
 
 def finetuning(choice: Choice) -> dict | None:
@@ -165,11 +166,11 @@ def adapter(path: Path) -> dict | None:
     return {"kind": "an adapter of a FLUX.2 klein"} | about
 
 
-def from_place(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow | Subspace | dict]:
-    return from_folder(path) if path.is_dir() else from_file(path, in_context_start)
+def from_place(path: Path, args: argparse.Namespace) -> tuple[str, AsymFlow | Subspace | dict]:
+    return from_folder(path, args.backbone) if path.is_dir() else from_file(path, args.in_context_start)
 
 
-def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
+def from_folder(path: Path, backbone: str | None) -> tuple[str, AsymFlow | dict]:
     kind = "a folder of save_pretrained"
     config = read_config(path / CONFIG)
     parts = [config.get(name) for name in ("network", "tokens", "flow")]
@@ -177,8 +178,8 @@ def from_folder(path: Path) -> tuple[str, AsymFlow | dict]:
     name, sizes = (parts[0].get("class", "JiT"), parts[0].get("config", {})) if whole else (None, None)
     if whole and not (isinstance(name, str) and isinstance(sizes, dict)):
         raise InputError(f"{path / CONFIG}: in network, class must be text and config an object")
-    if not whole or name in BACKBONES:
-        return kind, AsymFlow.from_pretrained(path)  # safetensors are mapped into memory, and read only where needed
+    if not whole or name in backbones.TABLE or backbone:  # safetensors are mapped into memory, and read where needed
+        return kind, AsymFlow.from_pretrained(path, backbone=own_backbone(backbone))
     tensors = files.read_tensors(path / WEIGHTS)[0]
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
     return kind, {"config": config, "parameters": {"total": count, "trainable": count}}

@@ -58,7 +58,7 @@ def config_file(folder: Path) -> Path | None:
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
-    from asymflow import cost_flux2 as cost  # diffusers, peft: seconds
+    from asymflow.training.objectives import cost  # diffusers, peft: seconds
 
     if wrong := [option for name, option in OTHERS.items() if getattr(args, name) is not None]:
         raise InputError(f"{wrong[0]} does not go with a FLUX.2: its rank is that of its latents, its dtype bfloat16")

@@ -14,16 +14,23 @@ from tqdm import tqdm
 from asymflow import files, hub
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
+from asymflow.extensions import find, is_own
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow
 
 MODEL = "folder of save_pretrained, run of train_ddp.py, published file, or ORG/NAME or ORG/NAME/FILE on the Hub"
 
 
 def add_choice(parser) -> None:
-    """The options --step and --ema, by which a checkpoint of a run becomes a model: see `choose`."""
+    """The options --step and --ema, by which a checkpoint of a run becomes a model: see `choose`. And --backbone."""
     parser.add_argument("--step", type=int, help="of the checkpoint of a run, if not the newest")
     ema = "of a run: an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)"
     parser.add_argument("--ema", help=ema)
+    add_backbone(parser)
+
+
+def add_backbone(parser) -> None:
+    own = "the class of the model, package.module:Class, if it is not of this library: that code is run"
+    parser.add_argument("--backbone", metavar="NAME", help=own)
 
 
 class Choice(NamedTuple):
@@ -36,7 +43,7 @@ class Choice(NamedTuple):
 
     def weights(self) -> dict[str, Tensor]:
         """By the names of the parameters. InputError unless every byte of the checkpoint is as it was written."""
-        from asymflow.training import checkpoint
+        from asymflow.training.run import checkpoint
 
         reader = whole(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
@@ -83,7 +90,8 @@ def refuse_choice(model: object, step: int | None, ema: str | None) -> None:
 
 def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
     """What --step and --ema mean of a run, by default the newest checkpoint and its first average. InputError."""
-    from asymflow.training import checkpoint, run
+    from asymflow.training.run import checkpoint
+    from asymflow.training.run import folder as run
 
     check_run(folder)
     checkpoints = folder / run.CHECKPOINTS
@@ -105,7 +113,7 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
 
 def whole(folder: Path, progress: Callable = iter):
     """Reads a checkpoint. InputError unless every byte of it is as it was written."""
-    from asymflow.training import checkpoint
+    from asymflow.training.run import checkpoint
 
     if reason := checkpoint.fault(folder, progress=progress):
         raise InputError(f"{folder} is damaged ({reason}): move it away, to do without it")
@@ -115,8 +123,9 @@ def whole(folder: Path, progress: Callable = iter):
 def about(run_folder: Path, folder: Path) -> tuple:
     """The configuration and the subspace of a run, and the state of its checkpoint. InputError if they do not fit."""
     from asymflow.subspace import Subspace
-    from asymflow.training import checkpoint, run
     from asymflow.training.config.reading import load_config
+    from asymflow.training.run import checkpoint
+    from asymflow.training.run import folder as run
 
     subspace, state = Subspace.load(run_folder / run.SUBSPACE), checkpoint.read_state(folder)
     if state["subspace"] != checkpoint.fingerprint(subspace):
@@ -124,21 +133,37 @@ def about(run_folder: Path, folder: Path) -> tuple:
     return load_config(run_folder / run.CONFIG), subspace, state
 
 
-def model_of_run(choice: Choice, read: bool = True) -> AsymFlow:
-    """A model of a run, in eval mode; not `read`, without its numbers. InputError if it is a finetuning."""
+def model_of_run(choice: Choice, backbone: str | None, read: bool = True) -> AsymFlow:
+    """A model of a run, in eval mode; not `read`, without its numbers. InputError if it is a finetuning.
+
+    backbone: what --backbone says.
+    """
     config, subspace, _ = about(choice.run, choice.folder)
     if config.finetune:
         raise InputError(
             f"{choice.run} finetunes {config.finetune.base}: asymflow export --run {shlex.quote(str(choice.run))} "
             "--out ADAPTER makes an adapter of it, for asymflow sample --base BASE --adapter ADAPTER"
         )
-    return make_model(config, subspace, choice.weights() if read else None)
+    return make_model(config, subspace, choice.weights() if read else None, backbone)
 
 
-def make_model(config, subspace, weights: dict[str, Tensor] | None) -> AsymFlow:
-    from asymflow.training.repa import PROJECTOR
+def own_backbone(name: str | None):
+    """The class that --backbone names; None if it is not given."""
+    return find(name, {}, "--backbone") if name else None
+
+
+def make_model(config, subspace, weights: dict[str, Tensor] | None, backbone: str | None) -> AsymFlow:
+    """backbone: what --backbone says. A run may come from somebody else: no code runs because its files name it."""
+    from asymflow.training.objectives.repa import PROJECTOR
     from asymflow.training.start import make_flow
 
+    named = config.model.backbone
+    if is_own(named) and backbone != named:
+        raise InputError(
+            f"the model is a {named}, which is not of this library: add --backbone {named} to run that code"
+        )
+    if backbone and backbone != named:
+        raise InputError(f"--backbone {backbone} is given, but the model is a {named}: leave it out")
     with torch.device("meta" if weights is None else "cpu"):
         flow: AsymFlow = make_flow(config, subspace)
     if weights is not None:

@@ -1,34 +1,28 @@
 """`asymflow sample`: images of a model, each of which can be made again by itself. Of prompts: see `sample_text`."""
 
 import argparse
-import json
 import math
-import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import files, packages
-from asymflow.cli.common import default_device, image_size, this_process, usable_device
-from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run
+from asymflow.backbones.jit.published import load_published
+from asymflow.cli.common import default_device, image_size
+from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record, own_device
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run, own_backbone
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
-from asymflow.data.images import to_image, to_tensor
-from asymflow.errors import InputError, out_of_memory
+from asymflow.errors import InputError
+from asymflow.extensions import check_name, find, is_own
 from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
-from asymflow.pictures import image_grid
 from asymflow.precision import Precision, computing, usual_precision
-from asymflow.published import load_published
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
-from asymflow.training.checkpoint import MANIFEST
+from asymflow.training.run.checkpoint import MANIFEST
 
 EXAMPLES = """\
 examples:
@@ -41,8 +35,6 @@ examples:
 Image i is of the i-th class or prompt of the list, over and over, from its own noise: neither --batch, nor the number
 of processes, nor --num changes it (beyond rounding). --first 17 --num 1 makes image 17 again. The same command goes on
 where it stopped. The defaults for --model are the paper's for ImageNet, those for --base are its for FLUX.2 klein."""
-RECORD = "samples.json"
-GRID_AT_MOST = 64
 DEFAULTS = {
     "--model": dict(
         num=16,
@@ -94,7 +86,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     classes.add_argument("--model", type=Path, help=MODEL)
     add_choice(classes)
     classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
-    classes.add_argument("--method", choices=METHODS, help="heun evaluates the model twice a step (default: heun)")
+    methods = "heun, which evaluates the model twice a step, euler, or package.module:function of your own"
+    classes.add_argument("--method", help=f"{methods} (default: heun)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
     classes.add_argument("--clamp", action="store_true", help="keep the denoised image displayable on the way")
     classes.add_argument(
@@ -145,7 +138,9 @@ def run_classes(args: argparse.Namespace) -> None:
     device = own_device(args)
     args.precision = args.precision or usual_precision(device)
     found = find_model(args.model, args.step, args.ema)
-    flow = load(found, device)
+    flow = load(found, device, args.backbone)
+    if missing := [name for name in ("num_classes", "grid") if not hasattr(flow.backbone, name)]:
+        raise InputError(f"{type(flow.backbone).__name__} has no attribute {missing[0]}, which drawing needs")
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
@@ -158,76 +153,24 @@ def run_classes(args: argparse.Namespace) -> None:
         draw_missing(args, plan, lambda indices, labels, progress: draw(flow, args, labels, indices, progress))
 
 
-def own_device(args: argparse.Namespace) -> torch.device:
-    """The device that is asked for; of several processes, each has its own."""
-    _, world = this_process()
-    if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return usable_device(args.device)
-
-
-def draw_missing(
-    args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
-) -> None:
-    """Draw and save the images of the plan that are not there yet, by (index, class or prompt), then the grid.
-
-    draw: of indices, classes or prompts, and whether to show progress; gives images (3, H, W) in [-1, 1].
-    """
-    # Each process takes its share of the plan first: what is missing changes while the others are at work.
-    rank, world = this_process()
-    share = plan[rank::world]
-    todo = [(i, what) for i, what in share if not (args.out / name(i)).exists()]
-    if rank == 0 and len(todo) < len(share):
-        print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
-    with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
-        for start in range(0, len(todo), args.batch):
-            indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
-            with enough_memory(args):
-                images = draw(indices, what, rank == 0)
-            for i, image in zip(indices, images, strict=True):
-                with files.replacing(args.out / name(i)) as beside:
-                    to_image(image).save(beside)
-            bar.update(len(indices))
-    finish(args, plan)
-
-
-@contextmanager
-def enough_memory(args: argparse.Namespace) -> Iterator[None]:
-    """Within it, running out of memory is an InputError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        less = f"{'--offload, ' if args.base else ''}a smaller --batch or smaller images"
-        raise InputError(f"{args.device} has too little memory for this: try {less}") from None
-
-
 def check(args: argparse.Namespace) -> None:
     """What can be refused before the model is read."""
     check_numbers(args)
+    if wrong := check_name(args.method, METHODS):
+        raise InputError(f"--method {wrong}")
     if not math.isfinite(args.shift):
         raise InputError(f"--shift must be finite, but it is {args.shift}")
     sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
     guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    for option, lowest in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0)):
-        if not lowest <= getattr(args, option) < 2**62:
-            raise InputError(f"--{option} must be at least {lowest} and below 2^62, but it is {getattr(args, option)}")
-    if not math.isfinite(args.guidance):
-        raise InputError(f"--guidance must be finite, but it is {args.guidance}")
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file, where a folder is expected")
-
-
-def load(found: Path | Choice, device: torch.device) -> AsymFlow:
-    """In float32."""
+def load(found: Path | Choice, device: torch.device, backbone: str | None) -> AsymFlow:
+    """In float32. backbone: what --backbone says."""
     if isinstance(found, Choice):
-        flow = model_of_run(found)
+        flow = model_of_run(found, backbone)
     elif found.is_dir():
-        return AsymFlow.from_pretrained(found, dtype=torch.float32, device=device)
+        own = own_backbone(backbone)
+        return AsymFlow.from_pretrained(found, backbone=own, dtype=torch.float32, device=device)
     else:
         flow = load_published(found)
         if not isinstance(flow, AsymFlow):
@@ -249,7 +192,7 @@ def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: l
         steps=args.steps,
         guidance=args.guidance,
         interval=args.interval,
-        method=args.method,
+        method=find(args.method, {}, "--method") if is_own(args.method) else args.method,
         shift=args.shift,
         orthogonal=args.orthogonal,
         denoised_hook=(lambda x0, sigma: clamp(x0)) if args.clamp else None,
@@ -287,56 +230,6 @@ def identity(found: Path | Choice) -> dict:
     return {"model_sha256": files.sha256(found / WEIGHTS if found.is_dir() else found)}
 
 
-def open_record(
-    args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: dict[str, str], kind: str = "class"
-) -> None:
-    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
-
-    plan: index and class, or another `kind`, of each image. again: how to make one again, such as the command.
-
-    Every process does it, before its first image: the same content, whoever is first.
-    """
-    path = args.out / RECORD
-    images = {}
-    if path.exists():
-        try:
-            record = json.loads(path.read_text())
-            before = with_precision(record["settings"])
-            images = {entry["index"]: entry[kind] for entry in record["images"]}
-            differing = [
-                f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
-        if "step" in before and "step" in now and before["step"] != now["step"]:
-            raise InputError(
-                f"{args.out} holds images of step {before['step']} of a run, but this is step {now['step']}: go on "
-                f"with --step {before['step']}, or choose another --out"
-            )
-        if differing:
-            raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
-    elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
-        raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
-    known = bool(images)
-    images |= dict(plan)
-    entries = [{"file": name(i), "index": i, kind: images[i]} for i in sorted(images)]
-    record = {**again, "settings": now, "images": entries}
-    try:
-        with files.replacing(path, new=not known) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
-    except FileExistsError:
-        if not path.exists():  # in the place of the folder is something else, such as a link to nowhere
-            raise
-        # Another process was first, of this run or of another.
-        open_record(args, now, plan, again, kind)
-
-
-def with_precision(settings: dict) -> dict:
-    """Of a folder from before --precision, when --dtype float32 was what --precision float32 is."""
-    old = "precision" not in settings and settings.get("dtype") == "float32"
-    return settings | {"precision": "float32"} if old else settings
-
-
 def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:
     """The command, and the run if the model is one of a run."""
     options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "precision", "classes"]
@@ -350,27 +243,6 @@ def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]
         words += ["--step", str(found.step), "--ema", found.average]
         return {"make_again": shlex.join(words), "run": str(found.run)}
     return {"make_again": shlex.join(words)}
-
-
-def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
-    """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
-    if all((args.out / name(i)).exists() for i, _ in plan):
-        entries = json.loads((args.out / RECORD).read_text())["images"]
-        shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
-        with files.replacing(args.out / "grid.png") as beside:
-            image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
-        print(f"{len(plan)} images, grid.png and {RECORD} are in {args.out}")
-
-
-def read_png(path: Path) -> Tensor:
-    try:
-        return to_tensor(Image.open(path))
-    except OSError as e:
-        raise InputError(f"{path} is damaged ({e}): remove it, and the same command draws it again") from None
-
-
-def name(index: int) -> str:
-    return f"{index:06d}.png"
 
 
 # ---- Values of options -----------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from asymflow import files
-from asymflow.adapters import find
-from asymflow.cli.sample import check_numbers, draw_missing, enough_memory, open_record, own_device
+from asymflow.backbones.flux2.adapter import find
+from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
+from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, open_record, own_device
 from asymflow.color import oklab_to_rgb
 from asymflow.data.captioned import upright
-from asymflow.data.images import to_rgb
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
-from asymflow.pipelines.flux2 import SIZE, AsymFlux2KleinPipeline, check_base_folder
+from asymflow.pixels import to_rgb
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it in a folder

@@ -17,17 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
+from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
 from asymflow.cli.models import is_run
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.images import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
 from asymflow.errors import InputError
 from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
 from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
 from asymflow.pictures import draw_subspace
-from asymflow.published import load_published
+from asymflow.pixels import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
 from asymflow.subspace import Subspace
 
 GROUP = """Fit the low-rank subspace in which an asymmetric flow predicts the noise, or look at one.

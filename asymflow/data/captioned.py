@@ -13,9 +13,9 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from asymflow.data.folder import caption_path
-from asymflow.data.images import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
 from asymflow.data.shapes import make_scene, render
 from asymflow.errors import InputError
+from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
 HEAD = 1 << 16  # bytes, in which the header of nearly every file is

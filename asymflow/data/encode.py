@@ -38,9 +38,9 @@ from asymflow.data import pack
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import Drawing, Photo, find_captioned
 from asymflow.data.encoded import COLUMNS, EMPTY_PROMPT, FORMAT, shard_path
-from asymflow.data.images import UnreadableError, in_order, to_tensor
 from asymflow.data.shards import META, fingerprint, load_index, read_meta, save_index
 from asymflow.errors import InputError
+from asymflow.pixels import UnreadableError, in_order, to_tensor
 
 FORMATS = ("png", "webp")  # without loss: the image is to be what the latent was made of
 PARTS = ("vae", "text_encoder", "tokenizer")

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.data.folder import to_uint8
-from asymflow.data.images import Entry, UnreadableError
 from asymflow.data.shards import check_shards, load_index, read_meta
 from asymflow.errors import InputError
+from asymflow.pixels import Entry, UnreadableError
 
 FORMAT = "asymflow encoded shards 1"
 COLUMNS = {"number", "span", "bucket", "problems"}  # of the index of a shard

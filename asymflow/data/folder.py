@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from asymflow.data.images import Entry, adm_crop, folder_entries, read_image
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
+from asymflow.pixels import Entry, adm_crop, folder_entries, read_image
 
 CAPTION = ".txt"
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.folder import ImageFolder
-from asymflow.data.images import UnreadableError, in_order
 from asymflow.data.shards import FORMAT, META, Index, fingerprint, load_index, make_index, read_meta, save_index
 from asymflow.errors import InputError
+from asymflow.pixels import UnreadableError, in_order
 
 COLUMNS = {"label", "problems"}  # of the index of a shard that was made here
 PROBLEMS = "problems.log"  # "name: reason" of each image that could not be read

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from asymflow.data.sample import Sample
-from asymflow.training.streams import generator
+from asymflow.streams import generator
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 150, 30)}

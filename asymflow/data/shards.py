@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.folder import to_uint8
-from asymflow.data.images import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
+from asymflow.pixels import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
 
 INDEX = ".index.npz"  # instead of .tar: where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
-from asymflow.data.batches import read
+from asymflow import files, streams
 from asymflow.errors import InputError
-from asymflow.evaluation import Statistics, frechet_distance, load_extractor, load_statistics, save_statistics
-from asymflow.evaluation import statistics as statistics_of
+from asymflow.evaluation.features import load_extractor
+from asymflow.evaluation.frechet import Statistics, frechet_distance, load_statistics, save_statistics
+from asymflow.evaluation.frechet import statistics as statistics_of
 from asymflow.model import AsymFlow
-from asymflow.training import streams
 from asymflow.training.config.reading import Config
-from asymflow.training.objectives import drawn
-from asymflow.training.ranks import each, on_first
+from asymflow.training.loader import read
+from asymflow.training.objectives.class_conditional import drawn
+from asymflow.training.run.ranks import each, on_first
 
 REFERENCE = "reference.npz"  # in the folder of the run
 MOST = 50_000  # training images to compare with

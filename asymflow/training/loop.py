@@ -13,24 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
+from asymflow import files, streams
+from asymflow.averages import Profile
 from asymflow.cost import peak_flops
-from asymflow.data.batches import Batch, on_device
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
-from asymflow.training import checkpoint, run, shards, streams
-from asymflow.training import deepspeed_internals as internals
-from asymflow.training.checkpoint import Piece
 from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
 from asymflow.training.config.reading import Config
-from asymflow.training.ema import Averages, Profile
-from asymflow.training.engine import averaged, make_engine, set_learning_rate, step_if_finite
 from asymflow.training.evaluate import Evaluation, gathered
+from asymflow.training.loader import Batch, on_device
 from asymflow.training.objectives import Objective
-from asymflow.training.problems import Problems
-from asymflow.training.progress import Progress
-from asymflow.training.ranks import AgreedError, on_first
-from asymflow.training.signals import CAUGHT, Signals
+from asymflow.training.run import checkpoint
+from asymflow.training.run import folder as run
+from asymflow.training.run.checkpoint import Piece
+from asymflow.training.run.problems import Problems
+from asymflow.training.run.progress import Progress
+from asymflow.training.run.ranks import AgreedError, on_first
+from asymflow.training.run.signals import CAUGHT, Signals
+from asymflow.training.zero import internals, shards
+from asymflow.training.zero.averages import Averages
+from asymflow.training.zero.engine import averaged, make_engine, set_learning_rate, step_if_finite
 
 
 class Training:
@@ -263,7 +265,8 @@ class Training:
             f.weight.copy_(reader.read("weights", f.name, f.start, len(f.weight)))
             for moment, values in f.moments.items():
                 values.copy_(reader.read(moment, f.name, f.start, len(values)))
-            f.state["step"].fill_(self.step - self.skipped)
+            if "step" in f.state:  # of Adam; by a tensor or a number
+                f.state["step"] = torch.full_like(torch.as_tensor(f.state["step"]), self.step - self.skipped)
         internals.spread_weights(self.engine)
         for profile, values in self.averages.values.items():
             for f, value in zip(self.averages.fragments, values, strict=True):

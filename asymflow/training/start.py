@@ -14,28 +14,32 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import packages
-from asymflow.backbones.jit import JiT
-from asymflow.cli.common import Parser
-from asymflow.data.datasets import make_dataset
+from asymflow import packages, streams
 from asymflow.data.encode import folder_digest
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.encoded_batches import rare_buckets
 from asymflow.errors import InputError, out_of_memory
+from asymflow.extensions import called, find
 from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
+from asymflow.parser import Parser
 from asymflow.patches import patchify
 from asymflow.subspace import Subspace
-from asymflow.training import deepspeed_internals, run, streams
-from asymflow.training.config.derived import deepspeed_config, network
+from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, load_config
-from asymflow.training.lifeline import Lifeline, show
+from asymflow.training.datasets import make_dataset
 from asymflow.training.loop import Training
-from asymflow.training.objectives import ClassConditional, LatentToPixel, Objective
-from asymflow.training.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
-from asymflow.training.repa import Encoder
-from asymflow.training.variance import Perceptual, torchvision_vgg
+from asymflow.training.objectives import Objective
+from asymflow.training.objectives.class_conditional import ClassConditional
+from asymflow.training.objectives.encoded_batches import rare_buckets
+from asymflow.training.objectives.latent_to_pixel import LatentToPixel
+from asymflow.training.objectives.repa import Encoder
+from asymflow.training.objectives.variance import Perceptual, torchvision_vgg
+from asymflow.training.run import folder as run
+from asymflow.training.run.lifeline import Lifeline, show
+from asymflow.training.run.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
+from asymflow.training.zero import internals as deepspeed_internals
+from asymflow.training.zero.settings import deepspeed_config
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,7 +130,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
             print(remark, file=sys.stderr)
     each(lambda: deepspeed_config(config, dist.get_world_size()))
     dataset = on_first(lambda: make_dataset(config))
-    each(lambda: rank and dataset.check())  # each machine may have a copy of its own
+    each(lambda: rank and hasattr(dataset, "check") and dataset.check())  # each machine may have a copy of its own
     if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of a machine, for all of them
         each(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = each(lambda: make_objective(config, dataset, device))
@@ -156,18 +160,21 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
 
 def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
     if config.finetune:
-        from asymflow.training.finetuning import make_finetuned  # needs diffusers and peft
+        from asymflow.training.objectives.finetuning import make_finetuned  # needs diffusers and peft
 
         return make_finetuned(config, subspace)
     c = config.model
-    jit = JiT(**network(c))
-    if subspace.rank < subspace.dim:  # u-prediction, as others know it, starts from no directions
-        jit.seed_patch_embedding(subspace)
-    return AsymFlow(jit, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
+    backbone = make_backbone(c)
+    if subspace.rank < subspace.dim and hasattr(backbone, "seed_patch_embedding"):
+        backbone.seed_patch_embedding(subspace)  # u-prediction, as others know it, starts from no directions
+    return AsymFlow(backbone, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
 
 
 def make_objective(config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], Objective]:
     """The objective of a model, with what is read from files already."""
+    if config.loss.objective:
+        own = find(config.loss.objective, {}, "loss.objective")
+        return lambda flow: called(own, "loss.options", config.loss.options, config=config, flow=flow)
     if not config.finetune:
         encoder = make_encoder(config, device)
         return lambda flow: ClassConditional(config, flow, encoder)
@@ -182,7 +189,7 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
     """DINOv2, if tokens are to be aligned with it (REPA)."""
     if config.loss.repa is None:
         return None
-    side = config.model.image_size // network(config.model)["patch_size"]
+    side = config.model.image_size // patch_size(config.model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
         return Encoder(config.loss.repa.model, (side, side), device, dtype)
@@ -193,7 +200,7 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
 # ---- The subspace ----------------------------------------------------------------------------------------------------
 def check_shards(config: Config, meta: dict, subspace: Subspace | None) -> None:
     """InputError if encoded shards are of another base than the one to finetune, or of another subspace."""
-    from asymflow.training.finetuning import transformer_config  # needs diffusers and peft
+    from asymflow.training.objectives.finetuning import transformer_config  # needs diffusers and peft
 
     c = transformer_config(Path(config.finetune.base))
     pairs = [
@@ -238,7 +245,7 @@ def get_subspace(
     elif resumed is not None:
         raise AgreedError(f"{resumed.parent.parent / run.SUBSPACE} is missing: {resumed} fits no other subspace")
     elif config.subspace.rank in ("full", 0):
-        patch = network(config.model)["patch_size"]
+        patch = patch_size(config.model)
         make = Subspace.empty if config.subspace.rank == 0 else Subspace.full
         subspace = make(3 * patch**2, patch_size=patch)
     else:
@@ -263,11 +270,12 @@ def load_subspace(path: Path, config: Config) -> Subspace:
         if (subspace.token_order, subspace.color_space) != ("channel_first", "oklab"):
             raise InputError(f"{path} is not of channel_first tokens in oklab: make it by asymflow subspace procrustes")
         return subspace
-    patch = network(config.model)["patch_size"]
+    patch = patch_size(config.model)
     if subspace.dim != 3 * patch**2 or subspace.patch_size not in (None, patch):
         cut = f", of patches of {subspace.patch_size}" if subspace.patch_size else ""
+        size = f"model.size {config.model.size}" if config.model.size else config.model.backbone
         raise InputError(
-            f"{path} is for tokens of dimension {subspace.dim}{cut}, but those of model.size {config.model.size} have "
+            f"{path} is for tokens of dimension {subspace.dim}{cut}, but those of {size} have "
             f"3 x {patch} x {patch} = {3 * patch**2}: fit another, or choose another size"
         )
     if subspace.token_order not in (None, "channel_last"):
@@ -283,7 +291,7 @@ def load_subspace(path: Path, config: Config) -> Subspace:
 
 def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     """By PCA of images that are drawn at random, each rank its share. Called by all ranks; raises InputError."""
-    count, patch = min(config.subspace.images, len(dataset)), network(config.model)["patch_size"]
+    count, patch = min(config.subspace.images, len(dataset)), patch_size(config.model)
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
     bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0 or None)
     tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))

@@ -1,4 +1,4 @@
-"""asymflow/adapters.py: what is written comes back, changes what it should and nothing else, and fits only its base."""
+"""Adapter files: what is written comes back, changes what it should and nothing else, and fits only its base."""
 
 import copy
 import json
@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from asymflow import InputError, Subspace, files
-from asymflow.adapters import (
+from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.backbones.flux2.adapter import (
     ADAPTER,
     WEIGHTS,
     add_lora,
@@ -18,7 +19,6 @@ from asymflow.adapters import (
     published_names,
     write_adapter,
 )
-from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from toy.tiny_flux2 import make_base
 
 RANK = 3

@@ -12,13 +12,14 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from asymflow import InputError, Subspace, cost, cost_flux2
+from asymflow import InputError, Subspace, cost
 from asymflow.backbones.flux2 import latent_to_pixel
 from asymflow.bench.flux2 import TINY, as_text
 from asymflow.bench.flux2 import main as bench
 from asymflow.cli import main
 from asymflow.cli.info_flux2 import fit, recognized, verdicts
-from asymflow.cost_flux2 import KLEIN, Step, activations, empty_transformer, parameters, training_memory
+from asymflow.training.objectives import cost as cost_flux2
+from asymflow.training.objectives.cost import KLEIN, Step, activations, empty_transformer, parameters, training_memory
 
 random_perceptual = cache(cost_flux2.random_perceptual)  # drawing it on a CPU takes a second
 RANK, SIZE, TEXT = 8, (64, 96), 10

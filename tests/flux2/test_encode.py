@@ -28,9 +28,9 @@ from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import find_captioned, json_lines
 from asymflow.data.encode import base_fingerprint, decode_latents, encode, encode_image
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.images import Entry, UnreadableError
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
+from asymflow.pixels import Entry, UnreadableError
 from toy.tiny_flux2 import make_base
 
 LENGTH = 48  # of prompts here: a caption of shapes in the chat template is shorter

@@ -13,18 +13,18 @@ from processes import Launched, metrics, slow_unless, tensors, train
 from safetensors.torch import load_file, save_file
 
 from asymflow import InputError, Subspace
-from asymflow.adapters import FULL, load_adapter
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.backbones.flux2.adapter import FULL, load_adapter
 from asymflow.cli import main as asymflow
 from asymflow.data.encoded import EncodedShards
-from asymflow.data.encoded_batches import EncodedBatches, rare_buckets
-from asymflow.data.images import UnreadableError
 from asymflow.data.shapes import Shapes
 from asymflow.patches import patchify, unpatchify
+from asymflow.pixels import UnreadableError
 from asymflow.training.config.reading import load_config
-from asymflow.training.finetuning import adapters_off, load_transformer, make_finetuned, trained
-from asymflow.training.loss import flow_matching_loss, noise_level, noisy
-from asymflow.training.objectives import LatentToPixel
+from asymflow.training.objectives.encoded_batches import EncodedBatches, rare_buckets
+from asymflow.training.objectives.finetuning import adapters_off, load_transformer, make_finetuned, trained
+from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
+from asymflow.training.objectives.latent_to_pixel import LatentToPixel
 from asymflow.training.start import other_encoders
 from toy.asymflux2_tiny import gradient_moments
 from toy.tiny_flux2 import make_base, normalize_latents

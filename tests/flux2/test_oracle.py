@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from asymflow.data.oracle import PARTS, Thing, agreement, detail, fit_scene, parse_caption, read_scene, score
 from asymflow.data.shapes import COLORS, SHAPES, Scene, make_scene, render
 from asymflow.errors import InputError
+from toy.oracle import PARTS, Thing, agreement, detail, fit_scene, parse_caption, read_scene, score
 
 SEED = 31_337  # of scenes that no training here draws
 

@@ -1,4 +1,4 @@
-"""asymflow/pipelines/flux2.py and `asymflow sample --base`: the samplers agree, and diffusers' own features work."""
+"""The FLUX.2 pipeline and `asymflow sample --base`: the samplers agree, and diffusers' own features work."""
 
 import json
 import shlex
@@ -13,12 +13,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from PIL import Image
 
 from asymflow import InputError, Subspace, calibration, files, patchify
-from asymflow.adapters import add_lora, fingerprint, lora_modules, published_names, write_adapter
 from asymflow.backbones.flux2 import latent_to_pixel
+from asymflow.backbones.flux2.adapter import add_lora, fingerprint, lora_modules, published_names, write_adapter
+from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline, dynamic_shift, flow_unipc, set_levels
 from asymflow.cli import main
 from asymflow.cli.sample_text import read_image
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
-from asymflow.pipelines.flux2 import AsymFlux2KleinPipeline, dynamic_shift, flow_unipc, set_levels
 from asymflow.sampling import guided, image_noise, sample, sigma_grid
 from toy.tiny_flux2 import TEXT_LENGTH, make_base
 

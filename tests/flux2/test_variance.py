@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from asymflow import InputError
 from asymflow.color import oklab_to_rgb
-from asymflow.training.loss import flow_matching_loss, noisy
-from asymflow.training.variance import (
+from asymflow.training.objectives.flow_matching import flow_matching_loss, noisy
+from asymflow.training.objectives.variance import (
     Perceptual,
     agreement,
     denoising_loss,

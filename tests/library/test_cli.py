@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 import asymflow
-from asymflow import AsymFlow, Subspace, cost, published
-from asymflow.backbones.jit import JiT, sincos_positions
+from asymflow import AsymFlow, Subspace, cost
+from asymflow.backbones.jit import JiT, published, sincos_positions
+from asymflow.backbones.jit.published import published_name, published_positions
 from asymflow.cli import export, import_, main
 from asymflow.cli.info import as_text, memory
 from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
 from asymflow.model import CONFIG, WEIGHTS
-from asymflow.published import published_name, published_positions
 
 COMMANDS = ("subspace", "sample", "import", "info", "data", "export", "ema")
 PATCH, SIDE = 4, 16
@@ -393,9 +393,9 @@ def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypa
     named = []
     writer = SimpleNamespace(write_adapter=lambda *_, base_name: named.append(base_name))
     monkeypatch.setitem(vars(asymflow), "adapters", writer)
-    monkeypatch.setitem(sys.modules, "asymflow.adapters", writer)
+    monkeypatch.setitem(sys.modules, "asymflow.backbones.flux2.adapter", writer)
     finetuning = SimpleNamespace(published=lambda weights: weights, transformer_config=lambda base: {})
-    monkeypatch.setitem(sys.modules, "asymflow.training.finetuning", finetuning)
+    monkeypatch.setitem(sys.modules, "asymflow.training.objectives.finetuning", finetuning)
     config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
     for base in (None, tmp_path / "elsewhere/other-base"):
         export.write_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")

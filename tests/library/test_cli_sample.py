@@ -15,7 +15,7 @@ from asymflow import AsymFlow, Subspace, files
 from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
-from asymflow.data.images import to_image
+from asymflow.pixels import to_image
 from asymflow.precision import computing
 from asymflow.sampling import generate
 

@@ -16,7 +16,7 @@ from asymflow import Subspace, patchify
 from asymflow.cli import main
 from asymflow.cli import subspace as command
 from asymflow.color import rgb_to_oklab
-from asymflow.data.images import find_images, read_square, to_image
+from asymflow.pixels import find_images, read_square, to_image
 
 PCA = ["subspace", "pca", "--patch-size=4", "--image-size=8", "--device=cpu"]
 PROCRUSTES = ["subspace", "procrustes", "--patch-size=4", "--device=cpu"]

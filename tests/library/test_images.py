@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from asymflow import InputError, patchify
-from asymflow.data.images import (
+from asymflow.pixels import (
     Entry,
     UnreadableError,
     adm_crop,

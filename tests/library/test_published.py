@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from asymflow import AsymFlow, InputError, Subspace, patchify, unpatchify
 from asymflow.backbones.jit import JiT, NoiseLevelEmbedding
-from asymflow.published import jit_sizes, load_published, reverse_time
+from asymflow.backbones.jit.published import jit_sizes, load_published, reverse_time
 
 SIZES = dict(patch_size=4, image_size=12, channels=3, width=16, depth=3, heads=2, bottleneck=8, num_classes=5)
 SIZES |= dict(in_context_start=1, in_context_tokens=2)

@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
-from asymflow.training import checkpoint, run
-from asymflow.training.checkpoint import Piece
-from asymflow.training.ranks import AgreedError, on_first
+from asymflow.training.run import checkpoint
+from asymflow.training.run import folder as run
+from asymflow.training.run.checkpoint import Piece
+from asymflow.training.run.ranks import AgreedError, on_first
 
 SHAPES = {"a": (2, 3), "b": (5,)}
 TOUCHES = (

@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import asymflow
+from asymflow.averages import power_of
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.sampling import METHODS
-from asymflow.training.config.derived import batch_sizes, bf16_weights, deepspeed_config, network, sampling_precision
+from asymflow.training.config.derived import batch_sizes, bf16_weights, network, sampling_precision
 from asymflow.training.config.differences import MAY_CHANGE, differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
 from asymflow.training.config.sections import Sample, known_keys
 from asymflow.training.config.yaml12 import parse as parse_yaml
-from asymflow.training.ema import power_of
 from asymflow.training.start import parse
+from asymflow.training.zero.settings import deepspeed_config
 
 CONFIGS = Path(asymflow.__file__).parent / "configs"
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")

@@ -22,16 +22,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from asymflow.data.batches import ATTEMPTS, Batch, Batches, on_device, read
-from asymflow.data.datasets import make_dataset
+from asymflow import streams
 from asymflow.data.folder import ImageFolder
-from asymflow.data.images import UnreadableError, adm_crop
 from asymflow.data.sample import Sample
 from asymflow.data.shapes import COLORS, COUNTS, Shapes, make_scene, render
 from asymflow.data.shards import TarShards, fingerprint, index_path, read_index, save_index
 from asymflow.errors import InputError
-from asymflow.training import streams
+from asymflow.pixels import UnreadableError, adm_crop
 from asymflow.training.config.reading import load_config
+from asymflow.training.datasets import make_dataset
+from asymflow.training.loader import ATTEMPTS, Batch, Batches, on_device, read
 
 
 def pixels(seed, height=8, width=8):

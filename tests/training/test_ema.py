@@ -9,17 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymflow.data.batches import Batches
-from asymflow.data.datasets import make_dataset
+from asymflow.averages import MISMATCH, YOUNG, Profile, increments, power_of, reconstruction
 from asymflow.errors import InputError
 from asymflow.fitting import fit_pca
 from asymflow.patches import patchify
 from asymflow.training.config.reading import load_config
-from asymflow.training.ema import MISMATCH, YOUNG, Averages, Profile, increments, power_of, reconstruction
+from asymflow.training.datasets import make_dataset
+from asymflow.training.loader import Batches
 from asymflow.training.loop import learning_rate
-from asymflow.training.objectives import ClassConditional
-from asymflow.training.shards import Fragment
+from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.start import make_flow
+from asymflow.training.zero.averages import Averages
+from asymflow.training.zero.shards import Fragment
 
 WIDTHS = st.floats(0.01, 0.28)
 DECAYS = st.one_of(st.floats(0, 0.999), st.floats(1e-12, 1e-3).map(lambda rest: 1 - rest))

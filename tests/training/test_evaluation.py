@@ -13,21 +13,14 @@ from processes import Launched, metrics, same_bits, tensors
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from asymflow.classifier import Classifier
-from asymflow.data.datasets import make_dataset
 from asymflow.errors import InputError
-from asymflow.evaluation import (
-    CLASSIFIER,
-    frechet_distance,
-    load_extractor,
-    load_statistics,
-    register_classifier,
-    save_statistics,
-    statistics,
-)
+from asymflow.evaluation.classifier import Classifier
+from asymflow.evaluation.features import CLASSIFIER, load_extractor, register_classifier
+from asymflow.evaluation.frechet import frechet_distance, load_statistics, save_statistics, statistics
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
+from asymflow.training.datasets import make_dataset
 from asymflow.training.start import make_flow
 
 

@@ -20,18 +20,18 @@ from PIL import Image
 from processes import environment_of, metrics, same_bits, tensors, words
 from test_repa import save_dinov2
 
+from asymflow.averages import Profile
 from asymflow.backbones.jit import Block
 from asymflow.bench import worker
-from asymflow.data.batches import Batches
 from asymflow.pictures import image_grid
 from asymflow.training import loop
-from asymflow.training.deepspeed_internals import kept
-from asymflow.training.ema import Profile
+from asymflow.training.loader import Batches
 from asymflow.training.loop import Training
-from asymflow.training.objectives import ClassConditional
-from asymflow.training.ranks import join, meet, take_place
-from asymflow.training.shards import held_fragments
+from asymflow.training.objectives.class_conditional import ClassConditional
+from asymflow.training.run.ranks import join, meet, take_place
 from asymflow.training.start import build, parse
+from asymflow.training.zero.internals import kept
+from asymflow.training.zero.shards import held_fragments
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,8 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(training, tmp_path, monke
 
 # ---- Waiting ---------------------------------------------------------------------------------------------------------
 WAITS = ("item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-BY_WORKERS = ("asymflow.data.", "asymflow.training.streams")  # what makes batches: in this test, without a worker
+# What makes batches: in this test, without a worker.
+BY_WORKERS = ("asymflow.data.", "asymflow.training.loader", "asymflow.streams")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
 
 

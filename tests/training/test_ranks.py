@@ -20,7 +20,7 @@ from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training import start
 from asymflow.training.config.reading import load_config
-from asymflow.training.ranks import AgreedError, each, on_first, only_first, take_place, together
+from asymflow.training.run.ranks import AgreedError, each, on_first, only_first, take_place, together
 from asymflow.training.start import make_flow
 
 NAMES = {
@@ -98,8 +98,8 @@ def only(environment, rank_name=None):
 
 def by_srun_with_patience(minutes):
     """Started by srun. Each rank says in the end how long the groups of processes wait for one that does not answer."""
-    from asymflow.training import ranks
     from asymflow.training.loop import Training
+    from asymflow.training.run import ranks
 
     only({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID")
     ranks.PATIENCE, fit = timedelta(minutes=minutes), Training.fit
@@ -241,7 +241,7 @@ def test_a_process_that_is_alone_leaves_no_group_behind_when_it_fails(tmp_path):
 # ---- The subspace ----------------------------------------------------------------------------------------------------
 def up_to_the_subspace(checkpoint=None):
     """No further, and after `checkpoint`, as if it were one."""
-    from asymflow.training import run
+    from asymflow.training.run import folder as run
 
     def that_far(*_):
         raise AgreedError("that far")

@@ -14,9 +14,9 @@ from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
-from asymflow.training import checkpoint
 from asymflow.training.config.reading import load_config
-from asymflow.training.repa import AT_ONCE, MEAN, STD, Aligned, Encoder, misalignment
+from asymflow.training.objectives.repa import AT_ONCE, MEAN, STD, Aligned, Encoder, misalignment
+from asymflow.training.run import checkpoint
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4)
 REGISTERS = 3

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from asymflow.training import streams
+from asymflow import streams
 
 seeds = st.integers(0, 2**63 - 1)
 

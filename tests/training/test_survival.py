@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from processes import GUARD, Launched, metrics, same_bits, tensors, wait_for, words
 
+from asymflow.averages import Profile
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
-from asymflow.training import checkpoint, signals
-from asymflow.training.ema import Profile
-from asymflow.training.signals import CAUGHT, Signals
+from asymflow.training.run import checkpoint, signals
+from asymflow.training.run.signals import CAUGHT, Signals
 
 
 # ---- Done to the ranks -----------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def signals_while_saving(echo, told=None):
 
 def bad_noise(value, samples):
     """The noise of these samples of the training is not a number, or infinite."""
-    from asymflow.data.batches import Batches
+    from asymflow.training.loader import Batches
 
     get = Batches.__getitem__
 
@@ -90,7 +90,7 @@ def bad_noise(value, samples):
 
 def without_steps(first, count):
     """A training that never sees the data of these steps."""
-    from asymflow.data.batches import Batches
+    from asymflow.training.loader import Batches
 
     get = Batches.__getitem__
     Batches.__getitem__ = lambda self, k: get(
@@ -100,7 +100,7 @@ def without_steps(first, count):
 
 def bad_gradient(samples):
     """The loss of these samples of the training is right, but not its derivative."""
-    from asymflow.training.objectives import ClassConditional
+    from asymflow.training.objectives.class_conditional import ClassConditional
 
     losses = ClassConditional.losses
 

@@ -9,7 +9,8 @@ import torch
 from processes import metrics, tensors, train, words
 
 import asymflow
-from asymflow.training import checkpoint, deepspeed_internals
+from asymflow.training.run import checkpoint
+from asymflow.training.zero import internals as deepspeed_internals
 
 STAGES = (0, 1, 2, 3)
 

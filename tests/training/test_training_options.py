@@ -10,13 +10,13 @@ import torch
 from processes import TINY, Launched, metrics, same_bits, slow_unless, tensors, train, words
 
 from asymflow import cost
-from asymflow.data.batches import Batches
-from asymflow.data.datasets import make_dataset
+from asymflow.averages import Profile
 from asymflow.subspace import Subspace
 from asymflow.training import loop
 from asymflow.training.config.reading import load_config
-from asymflow.training.ema import Profile
-from asymflow.training.run import SUBSPACE
+from asymflow.training.datasets import make_dataset
+from asymflow.training.loader import Batches
+from asymflow.training.run.folder import SUBSPACE
 from asymflow.training.start import make_flow
 
 STEPS, BETWEEN = 3, 1

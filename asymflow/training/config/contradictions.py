@@ -3,16 +3,39 @@
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from pydantic import ValidationError
+
+from asymflow import backbones, data
+from asymflow.averages import Profile
 from asymflow.backbones.jit import check_sizes
 from asymflow.errors import InputError
+from asymflow.extensions import check_name, is_own
+from asymflow.sampling import METHODS
 from asymflow.training.config.derived import disagreement, network, same
-from asymflow.training.config.sections import Sections
+from asymflow.training.config.faults import faults_of
+from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
+from asymflow.training.config.sections import Options, Sections
 from asymflow.training.config.yaml12 import short, shown
-from asymflow.training.ema import Profile
 
 
 def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     """In all but the section deepspeed."""
+    for key, name, table in (
+        ("data.kind", c.data.kind, data.TABLE),
+        ("sample.method", c.sample.method, METHODS),
+        ("optimizer.kind", c.optimizer.kind, OPTIMIZERS),
+        ("model.backbone", c.model.backbone if c.model else "JiT", backbones.TABLE),
+        ("loss.objective", c.loss.objective or "null", {"null": None}),
+    ):
+        if wrong := check_name(name, table):
+            yield key, wrong
+    for key, own, section in (
+        ("data", is_own(c.data.kind), c.data),
+        ("optimizer", is_own(c.optimizer.kind), c.optimizer),
+        ("loss", c.loss.objective is not None, c.loss),
+    ):
+        if section.options and not own:
+            yield f"{key}.options", "is for code of your own: leave it out"
     yield from finetune_contradictions(c) if c.finetune else model_contradictions(c)
     for key, names in (
         ("ema.decays", [Profile(decay=decay).name for decay in c.ema.decays]),
@@ -44,8 +67,9 @@ def finetune_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         yield "data.path", "is needed, as with --set data.path=SHARDS"
     if c.data.flip:
         yield "data.flip", "cannot be true for encoded data: their latents would not be those of the mirrored images"
-    if c.loss.repa:
-        yield "loss.repa", "does not go with finetune"
+    for key in ("repa", "objective"):
+        if getattr(c.loss, key):
+            yield f"loss.{key}", "does not go with finetune"
     if c.evaluate.every:
         yield "evaluate.every", "does not go with finetune: draw images with asymflow sample, and score those"
     if c.train.compile:
@@ -62,6 +86,23 @@ def model_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
             yield f"loss.{key}", "needs the section finetune: a latent model to go on from"
     if c.data.kind == "encoded":
         yield "data.kind", "cannot be encoded, which is for finetune: choose image_folder or webdataset"
+    if c.data.kind == "shapes" and c.data.size is None:
+        yield "data.size", "is needed for generated images: how many there are"
+    if c.data.kind in ("image_folder", "webdataset") and c.data.path is None:
+        yield "data.path", f"is needed for {c.data.kind}, as with --set data.path=PATH"
+    if is_own(c.model.backbone):
+        if c.model.size is not None:
+            yield "model.size", f"is for JiT, and model.backbone is {c.model.backbone}: leave it out"
+    elif not check_name(c.model.backbone, backbones.TABLE):
+        yield from jit_contradictions(c)
+
+
+def jit_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
+    try:
+        Options.model_validate(c.model.options)
+    except ValidationError as e:
+        yield from faults_of(e, c.model.options, "model.options")
+        return
     try:
         net = network(c.model)
     except InputError as e:
@@ -79,10 +120,6 @@ def model_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     dim = net["channels"] * net["patch_size"] ** 2
     if isinstance(c.subspace.rank, int) and c.subspace.rank > dim:
         yield "subspace.rank", f"must be at most {dim}, all of a patch of {c.model.size}, but it is {c.subspace.rank}"
-    if c.data.kind == "shapes" and c.data.size is None:
-        yield "data.size", "is needed for generated images: how many there are"
-    if c.data.kind != "shapes" and c.data.path is None:
-        yield "data.path", f"is needed for {c.data.kind}, as with --set data.path=PATH"
     if c.loss.repa and c.loss.repa.after > net["depth"]:
         yield "loss.repa.after", f"must be at most {net['depth']}, the blocks there are, but it is {c.loss.repa.after}"
 

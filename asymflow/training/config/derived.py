@@ -1,24 +1,28 @@
-"""What follows from a configuration: the arguments of the network and of DeepSpeed."""
+"""What follows from a configuration: the network, batches, precisions."""
 
-import copy
 import inspect
-import os
 import re
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 import torch
-from pydantic import ValidationError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from asymflow import backbones
 from asymflow.backbones.jit import SIZES, JiT
 from asymflow.errors import InputError
+from asymflow.extensions import accepted, called, find, is_own
 from asymflow.precision import Precision, usual_precision
-from asymflow.training.config.sections import Model, Sections, known_keys
-from asymflow.training.config.yaml12 import one_line, shown
-from asymflow.training.deepspeed_internals import config_class, config_models
+from asymflow.sampling import METHODS
+from asymflow.training.config.sections import Model, Sections
+from asymflow.training.config.yaml12 import shown
 
 
 def network(model: Model) -> dict:
     """All arguments of `JiT`: the published ones of the size, and what is set instead. InputError for no such size."""
+    if model.size is None:
+        raise InputError("is missing: give it in the file or by --set")
     size, _, patch = model.size.partition("/")
     if size not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", patch):
         names = ", ".join(SIZES)
@@ -34,6 +38,68 @@ def network(model: Model) -> dict:
         "checkpoint_every": model.checkpoint_every,
         **{name: value for name, value in given.items() if value is not None},
     }
+
+
+def make_backbone(model: Model) -> nn.Module:
+    """The network, with its initial weights. Imports what the configuration names: see `asymflow.extensions`.
+
+    Raises InputError if there is no such class, it does not take the arguments, or is not what trainings need.
+    """
+    make = find(model.backbone, backbones.TABLE, "model.backbone")
+    if not is_own(model.backbone):
+        return make(**network(model))
+    sizes = {
+        "image_size": model.image_size,
+        "num_classes": model.num_classes,
+        "checkpoint_every": model.checkpoint_every,
+    }
+    given = accepted(make, sizes | ({} if model.dropout is None else {"dropout": model.dropout}))
+    if model.dropout is not None and "dropout" not in given:
+        raise InputError(f"model.dropout is given, but {model.backbone} has no such argument")
+    backbone = called(make, "model.options", model.options, **given)
+    if not isinstance(backbone, nn.Module):
+        raise InputError(f"model.backbone must make a torch.nn.Module, but {model.backbone} makes {backbone!r:.80}")
+    if not isinstance(getattr(backbone, "patch_size", None), int):
+        raise InputError(f"{model.backbone} needs an attribute patch_size, the pixels along the side of a token")
+    if not hasattr(backbone, "config"):
+        backbone.config = given | model.options
+    if model.checkpoint_every and "checkpoint_every" not in given:
+        recompute(repeated_blocks(backbone, "model.checkpoint_every")[:: model.checkpoint_every])
+    return backbone
+
+
+def repeated_blocks(model: nn.Module, key: str) -> list[nn.Module]:
+    """The `blocks` of a backbone, or of a model that has one. InputError, naming the key that needs them."""
+    for module in model.modules():
+        if isinstance(blocks := getattr(module, "blocks", None), nn.ModuleList):
+            return list(blocks)
+    raise InputError(f"{key} needs a backbone with an attribute `blocks`, a torch.nn.ModuleList: see docs/backbones.md")
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Let these blocks keep nothing but their inputs in the forward pass of a training."""
+
+    def recomputed(forward: Callable) -> Callable:
+        again = partial(checkpoint, forward, use_reentrant=False)
+        return lambda *args, **options: (again if torch.is_grad_enabled() else forward)(*args, **options)
+
+    for block in blocks:
+        block.forward = recomputed(block.forward)
+
+
+def patch_size(model: Model) -> int:
+    """Pixels along the side of a token of the network."""
+    return own_patch_size(model.model_dump_json()) if is_own(model.backbone) else network(model)["patch_size"]
+
+
+@cache
+def own_patch_size(model: str) -> int:
+    with torch.random.fork_rng(devices=[]):
+        return make_backbone(Model.model_validate_json(model)).patch_size
+
+
+def sampler(name: str) -> Callable:
+    return find(name, METHODS, "sample.method") if is_own(name) else METHODS[name]
 
 
 def bf16_weights(config: Sections) -> bool:
@@ -55,72 +121,9 @@ def batch_sizes(config: Sections, world: int) -> tuple[int, int]:
     return micro, total // (world * micro)
 
 
-# ---- DeepSpeed -------------------------------------------------------------------------------------------------------
-def deepspeed_config(config: Sections, world: int) -> dict:
-    """The dictionary for `deepspeed.initialize`, without an optimizer: that comes from the section of this name.
-
-    Raises InputError if `world` ranks cannot share the batch, the section deepspeed says otherwise, or DeepSpeed cannot
-    read it.
-    """
-    micro, accumulation = batch_sizes(config, world)
-    derived = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-    }
-    for name, value in derived.items():
-        if not same(config.deepspeed.get(name, value), value):
-            raise InputError(f"deepspeed.{name} {disagreement(config.deepspeed[name], value)} on {world} ranks")
-    defaults = {
-        "steps_per_print": 2**62,  # the loop has a line of its own
-        "gradient_clipping": 0.0,  # none; DeepSpeed's own default is a norm of 1
-        "zero_force_ds_cpu_optimizer": False,  # with CPU offload, DeepSpeed would refuse torch's AdamW
-    }
-    check_by_deepspeed({name: value for name, value in config.deepspeed.items() if name not in derived}, world)
-    return defaults | copy.deepcopy(config.deepspeed) | derived
-
-
 def same(given: object, expected: int) -> bool:
     return given == expected and not isinstance(given, bool)
 
 
 def disagreement(given: object, expected: int) -> str:
     return f"is {shown(given)}, but by the section train it is {expected}: leave it out, it is derived"
-
-
-def check_by_deepspeed(given: dict, world: int) -> None:
-    """Let DeepSpeed read the section, one key more each time: InputError on the first that it cannot use.
-
-    It would say so itself, but in many lines, and only when the model is built.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
-    checked, options = config_class(), {"train_batch_size": world}
-    for name, value in given.items():
-        options[name] = value
-        try:
-            checked(copy.deepcopy(options))
-        except ValidationError as e:
-            raise InputError(refusal(name, e)) from None
-        except ImportError:  # DeepSpeed itself is not there
-            raise
-        except Exception as e:  # anything: some of its sections it uses before it checks them
-            raise InputError(f"deepspeed.{name} is refused by DeepSpeed: {one_line(e)}{given_as(value)}") from None
-
-
-def refusal(name: str, error: ValidationError) -> str:
-    """The first of what DeepSpeed's models say of the key `name`, in one line."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(map(str, first["loc"]))  # within the section, or beginning with it
-    section = "deepspeed" if first["loc"][:1] == (name,) else f"deepspeed.{name}"
-    key = f"{section}.{path}".removesuffix(".")
-    if first["type"] != "extra_forbidden":
-        return f"{key} is refused by DeepSpeed: {one_line(first['msg'])}{given_as(first['input'])}"
-    known = next((known_keys(m) for m in config_models() if m.__name__ == error.title), ())
-    near = get_close_matches(path, known, 1, 0.5)
-    hint = f"did you mean {section}.{near[0]}?" if near else "DeepSpeed has none of that name"
-    return f"unknown key {key}: {hint}"
-
-
-def given_as(value: object) -> str:
-    return f", but it is {shown(value)}" if value is None or isinstance(value, str | int | float | list) else ""

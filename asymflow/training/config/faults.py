@@ -1,5 +1,6 @@
 """What is wrong with a configuration, in one line: the place, the key, what was expected and what was given."""
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 
 from pydantic import ValidationError
@@ -34,7 +35,8 @@ def first_fault(error: ValidationError, layer: Layer) -> str:
         if type_ == "missing" and isinstance(loc[-1], int):  # an element of a list
             type_, loc, e["ctx"] = "too_short", loc[:-1], {"length": loc[-1]}
         if type_ == "value_error":  # of `contradictions`
-            faults |= {tuple(key.split(".")): [f"{key} {reason}"] for key, reason in e["ctx"]["error"].args[0]}
+            for key, reason in e["ctx"]["error"].args[0]:
+                faults[tuple(key.split("."))] = [f"{key} {reason}"] if reason else []
         elif type_ == "extra_forbidden":
             faults[loc] = []
         elif type_ == "missing":
@@ -53,6 +55,15 @@ def first_fault(error: ValidationError, layer: Layer) -> str:
         message = words[0] if len(words) == 1 else f"{dotted(path)} must be {words[0]}, but it is {words[1]}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{origin(path, layer).place}: {message}{more}"
+
+
+def faults_of(error: ValidationError, values: object, section: str) -> Iterator[tuple[str, str]]:
+    """The keys of a `section` that has these values, and what is wrong with each; "" for one that does not exist."""
+    for e in error.errors(include_url=False):
+        path, value = locate(e["loc"], values)
+        expected = EXPECTED.get(e["type"], e["msg"]).format(**e.get("ctx", {}))
+        unknown = e["type"] == "extra_forbidden"
+        yield f"{section}.{dotted(path)}", "" if unknown else f"must be {expected}, but it is {shown(value)}"
 
 
 def locate(loc: Keys, values: object) -> tuple[Keys, object]:

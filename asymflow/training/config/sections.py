@@ -4,9 +4,9 @@ A class is a section of the YAML file, a field is a key. Keys without a default 
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from asymflow.precision import Precision
@@ -41,13 +41,27 @@ class Options(Section):
     in_context_tokens: WholeNumber | None = Field(None, description="class tokens")
 
 
-class Model(Section):
-    """The network: a JiT."""
+class Described(NamedTuple):
+    """Beside a field that is a dictionary: the section that it is by default, for lists of all keys."""
 
-    size: Text = Field(description="SIZE/PATCH, such as B/16; the sizes are those of asymflow/backbones/jit.py")
+    section: type[BaseModel]
+
+
+OwnOptions = dict[Text, JsonValue]  # the arguments of a class or function of one's own
+
+
+class Model(Section):
+    """The network."""
+
+    backbone: Text = Field("JiT", description="JiT, or package.module:Class of your own, see docs/backbones.md")
+    size: Text | None = Field(
+        None, description="needed for JiT: SIZE/PATCH, such as B/16; the sizes are those of asymflow/backbones/jit"
+    )
     image_size: Count = Field(description="height and width in pixels, a multiple of the patch")
     num_classes: Count = Field(description="classes in the data; one more, no class, is added")
-    options: Options = Field(Options(), description="other sizes than the published ones")
+    options: Annotated[OwnOptions, Described(Options)] = Field(
+        {}, description="other sizes than the published ones; or the arguments of your own class"
+    )
     dropout: BelowOne | None = Field(None, description="of the projections; null: as published for the size")
     checkpoint_every: WholeNumber = Field(0, description="recompute every n-th block in the backward pass; 0: none")
     noise_scale: Positive = Field(
@@ -55,6 +69,13 @@ class Model(Section):
         description="standard deviation of the noise; not given: image_size / 256, but at least 1",
     )
     sigma_min: NotNegative = Field(0.04, description="clamp of sigma when sampling, outside of the subspace")
+
+    @field_validator("options")
+    @classmethod
+    def without_null(cls, options: OwnOptions, info: ValidationInfo) -> OwnOptions:
+        """Of a JiT, null is the size that it has anyway; earlier versions wrote them all."""
+        keep = info.data.get("backbone") != "JiT"
+        return {name: value for name, value in options.items() if keep or value is not None}
 
 
 class Subspace(Section):
@@ -90,11 +111,13 @@ class Finetune(Section):
 class Data(Section):
     """Where the images come from."""
 
-    kind: Literal["shapes", "image_folder", "webdataset", "encoded"] = Field(
-        description="what `path` is; shapes are generated; encoded: by `asymflow data encode`, for finetune"
+    kind: Text = Field(
+        description="what `path` is: image_folder, webdataset, or encoded, by `asymflow data encode`, for finetune; "
+        "shapes are generated; or package.module:Class of your own"
     )
     path: Text | None = Field(None, description="folder of images, or tar shards")
     size: Count | None = Field(None, description="how many images, for shapes")
+    options: OwnOptions = Field({}, description="more arguments of your own class")
     flip: bool = Field(False, description="mirror every other image at random")
     workers: WholeNumber = Field(4, description="processes that read images, for each rank; 0: the rank itself")
 
@@ -120,6 +143,10 @@ class Perceptual(Section):
 class Loss(Section):
     """Flow matching: mean of ((u_pred - u) sigma / max(sigma, sigma_floor))^2."""
 
+    objective: Text | None = Field(
+        None, description="package.module:Class of your own; null: images of classes, or what finetune does"
+    )
+    options: OwnOptions = Field({}, description="more arguments of your own class")
     weight: Positive = Field(1.0, description="of flow matching, beside other terms of the loss")
     sigma_mean: float = Field(0.8, description="sigma = sigmoid(sigma_mean + sigma_std n), n standard normal")
     sigma_std: NotNegative = Field(0.8, description="see sigma_mean")
@@ -149,8 +176,10 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW; the learning rate rises linearly over the warm-up, then stays."""
+    """The learning rate rises linearly over the warm-up, then stays."""
 
+    kind: Text = Field("AdamW", description="AdamW, or package.module:function of your own")
+    options: OwnOptions = Field({}, description="more arguments of your own function")
     lr: NotNegative = Field(2e-4, description="learning rate")
     betas: tuple[BelowOne, BelowOne] = listed(0.9, 0.95, description="decays of the two moments")
     weight_decay: NotNegative = Field(0.0, description="decoupled from the gradient")
@@ -187,7 +216,9 @@ class Sample(Section):
     every: Count | None = Field(None, description="steps between grids; null: none")
     num: Count = Field(16, description="images in the grid; each rank draws its share in micro-batches")
     steps: Count = Field(50, description="of the sampler")
-    method: Literal["heun", "euler"] = Field("heun", description="heun evaluates the model twice a step")
+    method: Text = Field(
+        "heun", description="heun, with two evaluations a step, euler, or package.module:function of your own"
+    )
     guidance: float = Field(2.3, description="scale of classifier-free guidance; 1: none")
     interval: tuple[Fraction, Fraction] = listed(0.0, 0.88, description="noise levels where guidance acts, low first")
     precision: Precision | None = Field(
@@ -229,7 +260,8 @@ def known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInf
     keys = {}
     for name, field in section.model_fields.items():
         keys[key := f"{prefix}{field.alias or name}"] = field
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        described = (beside.section for beside in field.metadata if isinstance(beside, Described))
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()), *described):
             if hasattr(kind, "model_fields"):
                 keys |= known_keys(kind, f"{key}.")
     return keys

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asymflow import streams
 from asymflow.color import rgb_to_oklab
-from asymflow.data.batches import ATTEMPTS, Batch, Batches
 from asymflow.data.encoded import EncodedSample, EncodedShards
 from asymflow.errors import InputError
-from asymflow.training import streams
 from asymflow.training.config.reading import Config
+from asymflow.training.loader import ATTEMPTS, Batch, Batches
 
 BUCKETS = 5  # the stream of the buckets of a seed; the others are in streams.py
 

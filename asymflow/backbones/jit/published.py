@@ -26,7 +26,7 @@ from asymflow.backbones.jit import SIZES, JiT, NoiseLevelEmbedding, rope, sincos
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow, make_backbone
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST
-from asymflow.subspace import TOLERANCE, Subspace
+from asymflow.subspace import Subspace, checked_subspace
 
 WEIGHTS = {"ema1": "model_ema1", "ema2": "model_ema2", "model": "model"}  # in LTH14/JiT's checkpoints
 JIT_TENSORS = {"x_embedder.proj1.weight", "in_context_posemb", "blocks.0.mlp.w12.weight"}  # any of them says: a JiT
@@ -257,20 +257,3 @@ def reference_subspace(content: Mapping, path: str | Path) -> Subspace:
         return checked_subspace(path, basis.flip(-1), patch_size=int(patch), token_order=CHANNEL_LAST)
     record = {"token_order": CHANNEL_FIRST, "color_space": "oklab"}
     return checked_subspace(path, basis, scale, patch_size=int(patch), **record)
-
-
-def checked_subspace(path: str | Path, basis: Tensor, scale: Tensor | float = 1.0, **record) -> Subspace:
-    try:
-        return Subspace(orthonormal(basis), scale, **record)
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise InputError(f"{path}: {e}") from None
-
-
-def orthonormal(basis: Tensor) -> Tensor:
-    """The nearest orthonormal basis, if this one was rounded to 16 bits; any other as it is, for Subspace to check."""
-    exact = basis.double()
-    error = (exact.mT @ exact - torch.eye(basis.shape[-1])).abs()
-    if not (error.numel() and TOLERANCE < error.max() < 2**-6):
-        return basis
-    u, _, vh = torch.linalg.svd(exact, full_matrices=False)
-    return (u @ vh).float()

@@ -6,14 +6,14 @@ moving averages and the checkpoints know nothing else, so they are sharded like 
 stage and number of ranks can be read by any other.
 """
 
+import copy
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from asymflow.training import deepspeed_internals as internals
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from asymflow.training.zero import internals
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Fragment:
 def held_fragments(engine) -> list[Fragment]:
     """All that this rank holds. At stage 0 that is everything, on every rank."""
     base = internals.base_optimizer(engine)
-    return [fragment(place, base) for place in internals.places(engine)]
+    known = kept_of_two(base)
+    return [fragment(place, base, known) for place in internals.places(engine)]
 
 
 def owned_fragments(engine) -> list[Fragment]:
@@ -57,11 +58,24 @@ def owned_fragments(engine) -> list[Fragment]:
     return [part for part in parts if part is not None]
 
 
-def fragment(place: internals.Place, base: torch.optim.Optimizer) -> Fragment:
+def fragment(place: internals.Place, base: torch.optim.Optimizer, known: dict[str, Tensor | float]) -> Fragment:
+    """known: see `kept_of_two`."""
     name, shape, start, flat, cut = place
     state = base.state[flat]
-    if not state:  # as AdamW makes it in its first step
-        state["step"] = torch.zeros((), device=flat.device)
-        state |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
-    moments = {moment: state[moment].detach().view(-1)[cut] for moment in MOMENTS}
-    return Fragment(name, shape, start, flat.detach().view(-1)[cut], moments, state)
+    moments = [kind for kind, value in known.items() if isinstance(value, Tensor) and value.shape == (2,)]
+    for kind, value in known.items():
+        if kind not in state:  # nothing of a new training, as DeepSpeed's first step is forgotten
+            numbers = torch.zeros_like(flat if kind in moments else torch.as_tensor(value)).to(flat.device)
+            state[kind] = numbers if isinstance(value, Tensor) else type(value)(0)
+    cuts = {moment: state[moment].detach().view(-1)[cut] for moment in moments}
+    return Fragment(name, shape, start, flat.detach().view(-1)[cut], cuts, state)
+
+
+def kept_of_two(base: torch.optim.Optimizer) -> dict[str, Tensor | float]:
+    """What an optimizer keeps of a tensor (2,), found by a step of a copy of it."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.zeros(2)
+    trial = copy.copy(base)
+    trial.state, trial.param_groups = defaultdict(dict), [{**base.param_groups[0], "params": [p]}]
+    trial.step()
+    return dict(trial.state[p])

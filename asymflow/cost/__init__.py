@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from asymflow.backbones import conditions_needed
+from asymflow.conditions import conditions_needed
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 

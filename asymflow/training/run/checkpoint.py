@@ -30,7 +30,7 @@ from torch import Tensor
 from asymflow import files
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
-from asymflow.training.ranks import on_first, together
+from asymflow.training.run.ranks import on_first, together
 
 STATE, MANIFEST = "state.json", "manifest.json"
 STARTS = "starts"  # in the metadata of a rank's file: where in the flattened parameter its fragments begin

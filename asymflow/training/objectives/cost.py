@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymflow import cost
 from asymflow.backbones.flux2 import check_transformer
-from asymflow.data.encoded_batches import EncodedBatch
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import Config, load_config
-from asymflow.training.finetuning import finetuned
-from asymflow.training.objectives import LatentToPixel
-from asymflow.training.variance import Perceptual
+from asymflow.training.objectives.encoded_batches import EncodedBatch
+from asymflow.training.objectives.finetuning import finetuned
+from asymflow.training.objectives.latent_to_pixel import LatentToPixel
+from asymflow.training.objectives.variance import Perceptual
 
 CONFIGURATION = "asymflux2_klein_9b"
 PLACES = ("finetune.base", "finetune.subspace", "data.path")  # which it needs, and which cost nothing

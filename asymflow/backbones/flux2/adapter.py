@@ -31,8 +31,7 @@ from asymflow.backbones.flux2 import SIGMA_MIN, Flux2, check_transformer, with_p
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST
-from asymflow.published import checked_subspace
-from asymflow.subspace import Subspace
+from asymflow.subspace import Subspace, checked_subspace
 
 ADAPTER = "asymflow"  # its name in the transformer, beside those of other LoRAs
 WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"

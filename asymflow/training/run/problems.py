@@ -2,8 +2,8 @@
 
 import torch.distributed as dist
 
-from asymflow.training.ranks import AgreedError, on_first
-from asymflow.training.run import Journal
+from asymflow.training.run.folder import Journal
+from asymflow.training.run.ranks import AgreedError, on_first
 
 SHARE = 0.01  # of the images of the data set: of an epoch
 

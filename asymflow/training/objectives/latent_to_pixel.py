@@ -1,31 +1,22 @@
-"""What a training minimizes: a class-conditional model from scratch, or a pixel model that goes on from a latent one.
-
-An objective knows the terms of the loss, the batches that they need, and how its model is drawn from. The loop knows
-nothing of the model.
-"""
-
-from collections.abc import Iterable
-from typing import Protocol
+"""A pixel model that goes on from a latent text-to-image model."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
-from asymflow.cost import flops
-from asymflow.data.batches import Batch, Batches
-from asymflow.data.encoded_batches import EncodedBatch, EncodedBatches
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
 from asymflow.precision import computing
-from asymflow.sampling import dynamic_shift, generate, guided, image_noise, sample, sigma_grid, time_shift
+from asymflow.sampling import dynamic_shift, guided, image_noise, sample, sigma_grid
 from asymflow.training.config.derived import sampling_precision
 from asymflow.training.config.reading import Config
-from asymflow.training.loss import flow_matching_loss, noise_level, noisy
-from asymflow.training.repa import Aligned, Encoder, misalignment
-from asymflow.training.variance import (
+from asymflow.training.loader import Batches
+from asymflow.training.objectives.encoded_batches import EncodedBatch, EncodedBatches
+from asymflow.training.objectives.flow_matching import noise_level, noisy
+from asymflow.training.objectives.variance import (
     SHIFT,
     Perceptual,
     agreement,
@@ -33,69 +24,6 @@ from asymflow.training.variance import (
     signal_share,
     variance_reduced_target,
 )
-
-
-class Objective(Protocol):
-    terms: tuple[str, ...]
-    """Of the loss, as they are called in the metrics."""
-    weights: tuple[float, ...]
-    """Of the terms, in what is minimized."""
-
-    def flops(self) -> int | None:
-        """Of a training step on one image, without what is computed twice to save memory; None: not counted."""
-
-    def model(self, flow: AsymFlow) -> nn.Module:
-        """What the engine trains: an AsymFlow, perhaps with more to say while it is trained."""
-
-    def batches(self, dataset, rank: int, world: int) -> Batches: ...
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The terms of the loss of each image of a micro-batch, not yet weighted: (B, terms)."""
-
-    def draw(self, flow: AsymFlow, indices: range) -> Tensor:
-        """RGB images (n, 3, H, W) in [-1, 1], always the same for the same weights and indices."""
-
-
-class ClassConditional:
-    """Flow matching of images of classes, with REPA if there is an encoder."""
-
-    def __init__(self, config: Config, flow: AsymFlow, encoder: Encoder | None = None):
-        self.config, self.flow, self.encoder = config, flow, encoder
-        self.terms = ("loss", "repa") if encoder else ("loss",)
-        self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
-
-    def flops(self) -> int:
-        """Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU."""
-        size = self.config.model.image_size
-        return flops(self.flow, (self.flow.channels, size, size), training=True, recomputed=False)
-
-    def model(self, flow: AsymFlow) -> nn.Module:
-        if not self.encoder:
-            return flow
-        return Aligned(flow, self.config.loss.repa.after, self.config.loss.repa.hidden, self.encoder.width)
-
-    def batches(self, dataset, rank: int, world: int) -> Batches:
-        return Batches(dataset, self.config, rank, world)
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        x0, sigma = batch.x0, sigma_of(batch, self.config)
-        features = self.encoder(x0) if self.encoder else None
-        output = model(noisy(x0, batch.eps, sigma), sigma, labels=batch.labels)
-        velocity, *projected = (output,) if features is None else output
-        terms = [flow_matching_loss(velocity, x0, batch.eps, sigma, self.config.loss.sigma_floor)]
-        terms += [misalignment(tokens, features) for tokens in projected]
-        return torch.stack(terms, dim=1)
-
-    def draw(self, flow: AsymFlow, indices: range) -> Tensor:
-        return drawn(flow, self.config, [i % self.config.model.num_classes for i in indices], indices)
-
-
-def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[int]) -> Tensor:
-    """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
-    c = config.sample
-    options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
-    with computing(flow, sampling_precision(config, flow.subspace.basis.device)):
-        return generate(flow, labels, indices, seed=config.train.seed, **options)
 
 
 class LatentToPixel:
@@ -118,7 +46,7 @@ class LatentToPixel:
     def losses(self, model: nn.Module, batch: EncodedBatch) -> Tensor:
         """See variance.py."""
         c, flow = self.config.loss, getattr(model, "module", model)
-        x0, sigma, text = batch.x0, sigma_of(batch, self.config), batch.prompts
+        x0, sigma, text = batch.x0, noise_level(batch.normal, c.sigma_mean, c.sigma_std, c.sigma_shift), batch.prompts
         tokens = lambda images: patchify(images, flow.patch_size, flow.token_order)
         x_sigma = noisy(x0, batch.eps, sigma)
         if c.variance_reduction is None and self.perceptual is None:
@@ -168,13 +96,6 @@ class LatentToPixel:
             return self.dataset[index].prompt
         except InputError:  # training goes on without it, too
             return self.dataset.empty_prompt
-
-
-def sigma_of(batch: Batch, config: Config) -> Tensor:
-    """The noise levels (B,) of a batch."""
-    c = config.loss
-    sigma = noise_level(batch.normal, c.sigma_mean, c.sigma_std)
-    return sigma if c.sigma_shift == 1 else time_shift(sigma, c.sigma_shift)
 
 
 def spread(values: Tensor, images: Tensor, patch_size: int) -> Tensor:

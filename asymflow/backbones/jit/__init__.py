@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asymflow.backbones import check_labels
+from asymflow.conditions import check_labels
 from asymflow.errors import InputError
-from asymflow.subspace import Subspace, at_least_float32, has_float64, no_autocast
+from asymflow.numerics import at_least_float32, has_float64, no_autocast
+from asymflow.subspace import Subspace
 
 SIZES = {  # B, L, H as published; tiny for tests, S for laptops
     "tiny": dict(width=64, depth=4, heads=2, bottleneck=32, in_context_start=1, in_context_tokens=4),

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from asymflow.sampling import time_shift
+
 SIGMA_FLOOR = 0.05
 
 
-def noise_level(normal: Tensor, mean: float = 0.8, std: float = 0.8) -> Tensor:
-    """Logit-normal noise levels, `sigmoid(mean + std n)` for n standard normal (arXiv 2605.12964)."""
-    return torch.sigmoid(mean + std * normal)
+def noise_level(normal: Tensor, mean: float = 0.8, std: float = 0.8, shift: float = 1.0) -> Tensor:
+    """Logit-normal noise levels, `sigmoid(mean + std n)` for n standard normal, then shifted (arXiv 2605.12964)."""
+    sigma = torch.sigmoid(mean + std * normal)
+    return sigma if shift == 1 else time_shift(sigma, shift)
 
 
 def noisy(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:

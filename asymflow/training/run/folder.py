@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from asymflow import files
 from asymflow.errors import InputError
-from asymflow.training import checkpoint
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config
-from asymflow.training.ranks import AgreedError, on_first, together
+from asymflow.training.run import checkpoint
+from asymflow.training.run.ranks import AgreedError, on_first, together
 
 CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"

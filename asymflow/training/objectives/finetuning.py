@@ -11,8 +11,8 @@ from diffusers import Flux2Transformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from asymflow.adapters import FULL, LORA_TARGETS, add_lora, fingerprint, published_names
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.backbones.flux2.adapter import FULL, LORA_TARGETS, add_lora, fingerprint, published_names
 from asymflow.errors import InputError
 from asymflow.model import OPTIONS, AsymFlow
 from asymflow.subspace import Subspace
@@ -31,7 +31,7 @@ class Finetuned(AsymFlow):
 
     reference: the latent model, see `latent_flow`; None if it is not asked. Either it shares the blocks with the
     backbone, whose LoRAs are off meanwhile, and has the original projections and norm_out; or it shares nothing.
-    base: which latent model that is, see `asymflow.adapters.fingerprint`.
+    base: which latent model that is, see `asymflow.backbones.flux2.adapter.fingerprint`.
     """
 
     def __init__(self, flow: AsymFlow, reference: AsymFlow | None, base: str):

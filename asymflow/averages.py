@@ -20,11 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from asymflow.errors import InputError
-from asymflow.training.shards import Fragment
 
 YOUNG = 0.1  # sigma_rel of an average of constant decay while the training is short
 MISMATCH = 0.1  # of the norm, as `reconstruction` says it: what a tenth more or less of width makes of a profile
@@ -55,29 +52,6 @@ class Profile:
         power = power_of(YOUNG if self.sigma_rel is None else self.sigma_rel)
         share = 1.0 if step == 1 else -math.expm1(power * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
         return share if self.decay is None else max(share, 1 - self.decay)
-
-
-class Averages:
-    """The averages of the fragments of one rank, in float32. Before the first step they are the initial weights.
-
-    Earlier versions kept to 1 - b from the first step on. A checkpoint of theirs goes on with what its averages have of
-    the initial weights, a share that falls in every step.
-    """
-
-    def __init__(self, fragments: Sequence[Fragment], profiles: Sequence[Profile]):
-        self.fragments = list(fragments)
-        self.values = {profile: [f.weight.clone() for f in self.fragments] for profile in profiles}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights after step 1, 2, ... into every average."""
-        weights = [f.weight for f in self.fragments]
-        for profile, values in self.values.items():
-            torch._foreach_lerp_(values, weights, profile.share_at(step))
-
-    def named_pieces(self, profile: Profile) -> dict[str, tuple[int, Tensor]]:
-        """What this rank has of an average: by parameter, where it starts and its values."""
-        return {f.name: (f.start, value) for f, value in zip(self.fragments, self.values[profile], strict=True)}
 
 
 @cache

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
+from asymflow.numerics import has_float64
 from asymflow.patches import CHANNEL_FIRST, patchify
-from asymflow.subspace import Subspace, has_float64
+from asymflow.subspace import Subspace
 
 REFERENCE_TIME = 10  # of the first reference image in its position ids; the next ones follow at 20, 30, ...
 SIGMA_MIN = 1e-4  # of the published pixel model, in sampling

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from asymflow import streams
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
-from asymflow.training import streams
 from asymflow.training.config.derived import batch_sizes
 from asymflow.training.config.reading import Config
-from asymflow.training.signals import ignore
+from asymflow.training.run.signals import ignore
 
 ATTEMPTS = 100  # images in a row that may be unreadable
 # Forked workers share the list of a million images, start at once, and take over the handlers of signals. They never

@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asymflow.backbones.jit import Block
+from asymflow.averages import Profile
 from asymflow.errors import InputError
-from asymflow.training import deepspeed_internals as internals
-from asymflow.training import shards
-from asymflow.training.config.derived import bf16_weights, deepspeed_config
+from asymflow.extensions import accepted, called, find, is_own
+from asymflow.training.config.derived import bf16_weights, repeated_blocks
+from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.reading import Config
-from asymflow.training.ema import Averages, Profile
-from asymflow.training.ranks import each, together
+from asymflow.training.config.sections import Optimizer
+from asymflow.training.run.ranks import each, together
+from asymflow.training.zero import internals, shards
+from asymflow.training.zero.averages import Averages
+from asymflow.training.zero.settings import deepspeed_config
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
 
@@ -44,12 +47,11 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     options = deepspeed_config(config, dist.get_world_size())
     together(lambda: prepare_monitors(options, out))
     if config.train.compile:
-        prepare_compiling(flow, options)
+        each(lambda: prepare_compiling(flow, options))
     originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
     groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
-    options_of_adam = dict(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, **options_of_adam, fused=True)  # a kernel for all; also on CPUs
+    optimizer = each(lambda: make_optimizer(groups, o))
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
     internals.base_optimizer(engine).state.clear()
@@ -62,6 +64,14 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     if config.train.compile:
         compile_blocks(engine.module)
     return engine
+
+
+def make_optimizer(groups: list[dict], o: Optimizer) -> torch.optim.Optimizer:
+    """That of optimizer.kind: see config/optimizers.py. InputError if it does not take the options."""
+    make = find(o.kind, OPTIMIZERS, "optimizer.kind")
+    given = accepted(make, {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay})
+    fused = {} if is_own(o.kind) else {"fused": True}  # a kernel for all; also on CPUs
+    return called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
 
 
 def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
@@ -109,7 +119,8 @@ def prepare_compiling(flow: nn.Module, options: dict) -> None:
     """
     import deepspeed
 
-    deepspeed.utils.set_z3_leaf_modules(flow, [Block])
+    blocks = repeated_blocks(flow, "train.compile")
+    deepspeed.utils.set_z3_leaf_modules(flow, list({type(block) for block in blocks}))
     zero = options.get("zero_optimization", {})
     if zero.get("stage") in (1, 2):
         zero.setdefault("parameter_alignment", True)
@@ -124,7 +135,7 @@ def compile_blocks(flow: nn.Module) -> None:
     """
     in_between = any(internals.kept(p).data_ptr() % 16 for p in flow.parameters())
     options = {"triton.divisible_by_16": False} if in_between else None
-    for block in (module for module in flow.modules() if isinstance(module, Block)):
+    for block in repeated_blocks(flow, "train.compile"):
         block.forward = torch.compile(block.forward, dynamic=False, options=options)
 
 

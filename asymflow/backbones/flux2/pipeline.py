@@ -1,0 +1,307 @@
+"""Text to image with a pixel FLUX.2 klein: a pipeline of diffusers, whose parts are all stock but the flow.
+
+    pipeline = AsymFlux2KleinPipeline.from_pretrained(BASE, adapter=ADAPTER, torch_dtype=torch.bfloat16).to("cuda")
+    image = pipeline(prompt="a red square", generator=torch.Generator().manual_seed(0)).images[0]
+
+BASE is a FLUX.2 klein base model in the layout of diffusers; its autoencoder is not needed. ADAPTER: see
+`asymflow.backbones.flux2.adapter`. What `Flux2KleinPipeline` has works here too: moving and offloading, callbacks, and
+further LoRAs,
+
+    pipeline.load_lora_weights("style.safetensors", adapter_name="style")
+    pipeline.set_adapters("style", 0.8)
+
+Those of the adapter, which make it a model of pixels, stay in force.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import Flux2KleinPipeline, SchedulerMixin, UniPCMultistepScheduler
+from diffusers.pipelines.flux2 import Flux2PipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from asymflow.backbones.flux2 import Flux2
+from asymflow.backbones.flux2.adapter import ADAPTER, fingerprint, load_adapter
+from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
+from asymflow.errors import InputError
+from asymflow.model import AsymFlow
+from asymflow.patches import token_grid
+from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
+
+SIZE = 1024  # pixels along each side, by default
+NUDGE = 2e-6  # see `set_levels`
+
+
+class AsymFlux2KleinPipeline(Flux2KleinPipeline):
+    """Images of normalized Oklab pixels by a FLUX.2 klein with an adapter; made by `from_pretrained`, or by `use`.
+
+    `transformer` is that of the pixel model, `scheduler` a UniPC for flows; another one for flows that takes noise
+    levels as they are, such as `FlowMatchEulerDiscreteScheduler()`, may take its place. `vae` is None.
+    """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    base_fingerprint = None  # see `asymflow.backbones.flux2.adapter.fingerprint`
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str | Path, adapter: str | Path | None = None, **options
+    ) -> "AsymFlux2KleinPipeline":
+        """The pipeline of a base model and an adapter, each a folder here or a repository of the Hugging Face Hub.
+
+        options: those of `diffusers.DiffusionPipeline.from_pretrained`, such as torch_dtype.
+        Raises InputError if the base is not a base model of FLUX.2 klein in diffusers' layout, or as `load_adapter`.
+        """
+        if adapter is None:
+            raise InputError(
+                "give from_pretrained an adapter=..., a folder or a repository such as Lakonik/AsymFLUX.2-klein-9B: "
+                "the base alone is a model of latents, see diffusers.Flux2KleinPipeline"
+            )
+        check_base_folder(Path(base))
+        try:
+            pipeline = super().from_pretrained(
+                str(base), **{"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())[:300]}") from None
+        if pipeline.config.is_distilled:
+            raise InputError(f"{base} is a distilled model, which knows no guidance: take FLUX.2-klein-base-9B or -4B")
+        if pipeline.tokenizer is not None and not pipeline.tokenizer.chat_template:
+            raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
+        pipeline.base_fingerprint = fingerprint(pipeline.transformer)
+        return pipeline.use(load_adapter(pipeline.transformer, adapter))
+
+    def save_pretrained(self, *args, **options):
+        raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
+
+    def load_lora_weights(self, *args, **options) -> None:
+        """Load a further LoRA, as diffusers does it: it takes the place of others, but joins those of the adapter."""
+        super().load_lora_weights(*args, **options)
+        if ADAPTER in self.get_list_adapters().get("transformer", []):
+            self.transformer.set_adapter([ADAPTER, *self.get_active_adapters()])
+
+    def unload_lora_weights(self, *args, **options) -> None:
+        """Remove the further LoRAs. Those of the adapter stay: without them it were no model of pixels."""
+        names = self.get_list_adapters().get("transformer", [])
+        if ADAPTER not in names:
+            super().unload_lora_weights(*args, **options)
+        elif others := [name for name in names if name != ADAPTER]:
+            self.delete_adapters(others)
+            self.set_adapters([ADAPTER])
+
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights=None) -> None:
+        """Have the further LoRAs of these names in force, with these weights, and always those of the adapter."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        if ADAPTER in self.get_list_adapters().get("transformer", []) and ADAPTER not in names:
+            names, weights = [ADAPTER, *names], [1.0, *weights]
+        super().set_adapters(names, weights)
+
+    def disable_lora(self) -> None:
+        """Switch the further LoRAs off."""
+        if ADAPTER in self.get_list_adapters().get("transformer", []):
+            self.set_adapters([])
+        else:
+            super().disable_lora()
+
+    def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
+        """Sample from this flow from now on: one around `Flux2`, of Oklab images. Returns the pipeline."""
+        self.register_modules(transformer=flow.backbone.transformer)
+        self._subspace, self._sigma_min = flow.subspace, flow.sigma_min
+        return self
+
+    @property
+    def flow(self) -> AsymFlow:
+        """The pixel model. Made anew each time, of the transformer that is here now: users wrap and compile it."""
+        subspace = self._subspace.to(self._execution_device)
+        backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale)
+        return AsymFlow(backbone, subspace, sigma_min=self._sigma_min).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 38,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        orthogonal_guidance: float = 1.0,
+        clamp_denoised: bool = True,
+    ) -> Flux2PipelineOutput | tuple:
+        """Draw images. Returns them as `.images`, image j of prompt i at i * num_images_per_prompt + j.
+
+        image: reference images, of any sizes. Those above 1024^2 pixels are made smaller, all are cropped to multiples
+            of the patch size.
+        prompt: one, or a list; or else prompt_embeds (B, L, joint_attention_dim).
+        height, width: in pixels, multiples of the patch size. By default those of the first reference image, or 1024.
+        sigmas: noise levels from 1 downwards, without the 0 at the end; by default `num_inference_steps` of them, see
+            `sigma_grid` and `dynamic_shift`.
+        guidance_scale: at most 1: none. negative_prompt_embeds: what guidance leads away from, the empty prompt by
+            default: (B, L, ...), or (1, L, ...) for all.
+        generator: one, or one for each image. latents: the noise itself, (n, 3, height, width).
+        output_type: "pil", "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1], or "latent": normalized
+            Oklab (n, 3, height, width) in float32, not clamped.
+        attention_kwargs: see diffusers. A "scale" is one of all LoRA layers, those of the adapter too.
+        callback_on_step_end: called as callback(pipeline, step, timestep, tensors), with those of the tensors
+            latents, prompt_embeds and negative_prompt_embeds that are named; those that it returns are used.
+        orthogonal_guidance: see `guided`. clamp_denoised: after each evaluation, keep the denoised image within the
+            colours that a screen can show (both arXiv 2605.12964). The integration is done in float32.
+        Raises InputError, or ValueError as diffusers does, if the arguments do not fit together.
+        """
+        named = callback_on_step_end_tensor_inputs
+        self.check_inputs(prompt, None, None, prompt_embeds, named, guidance_scale)
+        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
+        device, flow = self._execution_device, self.flow
+
+        images = [image] if isinstance(image, Image.Image) else list(image or ())
+        references = [self.reference(image, flow.patch_size) for image in images]
+        like = references[0].shape[-2:] if references else (SIZE, SIZE)
+        height, width = (usual if given is None else given for given, usual in zip((height, width), like, strict=True))
+        token_grid(torch.empty(1, 3, height, width, device="meta"), flow.patch_size)  # refuses a size that does not fit
+        grid = sigma_grid(num_inference_steps, dynamic_shift(height, width)) if sigmas is None else [*sigmas, 0.0]
+        timesteps = set_levels(self.scheduler, checked_levels(grid), device)
+        self._num_timesteps = len(timesteps)
+        levels = torch.as_tensor(self.scheduler.sigmas).tolist()
+
+        def encode(prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
+            embeds, _ = self.encode_prompt(prompt, device, num_images_per_prompt, embeds, max_sequence_length)
+            return embeds.to(device)
+
+        prompt_embeds = encode(prompt, prompt_embeds)
+        count = len(prompt_embeds)
+        if self.do_classifier_free_guidance:
+            negative_prompt_embeds = encode("", negative_prompt_embeds)
+            if len(negative_prompt_embeds) == num_images_per_prompt:  # one for all prompts
+                negative_prompt_embeds = negative_prompt_embeds[:1].expand(count, -1, -1)
+            if negative_prompt_embeds.shape != prompt_embeds.shape:
+                raise InputError(
+                    f"with and without the prompt, text embeddings must have one shape, but they have "
+                    f"{tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}"
+                )
+        else:
+            negative_prompt_embeds = prompt_embeds
+        references = [reference.to(device).expand(count, -1, -1, -1) for reference in references]
+        x = self.noise((count, 3, height, width), generator, latents, device)
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for step, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                sigma = levels[step]  # not t / 1000: UniPC rounds it to a whole number
+                both = {"condition_images": references, "joint_attention_kwargs": self.attention_kwargs}
+                velocity = guided(
+                    flow,
+                    {"encoder_hidden_states": prompt_embeds, **both},
+                    {"encoder_hidden_states": negative_prompt_embeds, **both},
+                    self.guidance_scale if self.do_classifier_free_guidance else 1.0,
+                    orthogonal=orthogonal_guidance,
+                )
+                with self.transformer.cache_context("guided"):
+                    u = velocity(x, torch.full((count,), sigma, dtype=x.dtype))
+                if clamp_denoised:
+                    x0 = x - sigma * u
+                    u = u + (x0 - clamp_to_gamut(x0)) / sigma
+                x = self.scheduler.step(u, t, x, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    current = (x, prompt_embeds, negative_prompt_embeds)
+                    tensors = dict(zip(self._callback_tensor_inputs, current, strict=True))
+                    tensors |= callback_on_step_end(self, step, t, {name: tensors[name] for name in named}) or {}
+                    x, prompt_embeds, negative_prompt_embeds = (tensors[name] for name in self._callback_tensor_inputs)
+                progress.update()
+        self._current_timestep = None
+
+        result = x if output_type == "latent" else self.image_processor.postprocess(oklab_to_rgb(x), output_type)
+        self.maybe_free_model_hooks()
+        return Flux2PipelineOutput(images=result) if return_dict else (result,)
+
+    def reference(self, image: Image.Image, patch_size: int) -> Tensor:
+        """A reference image in normalized Oklab, (1, 3, height, width), as large as the stock pipeline takes it."""
+        try:
+            self.image_processor.check_image_input(image)
+        except ValueError as e:
+            raise InputError(f"a reference image cannot be used: {e}") from None
+        image = self.image_processor._resize_if_exceeds_area(image)
+        width, height = (length // patch_size * patch_size for length in image.size)
+        return rgb_to_oklab(self.image_processor.preprocess(image, height, width, resize_mode="crop"))
+
+    def noise(self, shape: tuple[int, ...], generator, latents: Tensor | None, device: torch.device) -> Tensor:
+        if latents is not None and tuple(latents.shape) != shape:
+            raise InputError(f"latents are the noise of the images, {shape}, but their shape is {tuple(latents.shape)}")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise InputError(f"give one generator, or one for each of the {shape[0]} images, not {len(generator)}")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32)
+
+
+# ---- Noise levels ----------------------------------------------------------------------------------------------------
+def flow_unipc() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+def set_levels(scheduler: SchedulerMixin, levels: list[float], device: torch.device) -> Tensor:
+    """Have the scheduler go through these noise levels, the last one 0, and return its timesteps.
+
+    What UniPC makes of them: `sigmas` are the levels, rounded to float32 at the end, but it takes 1e-6 off a first
+    level of 1, where log(1 - sigma) is infinite. That moves x by 1e-6 of the velocity. The last step is of order 1, and
+    log(0) comes in only as exp(-inf): it ends exactly at the denoised image. `timesteps`, 1000 sigma, are cut to whole
+    numbers, so that two of them may be equal: the steps are counted from begin_index instead of looked up.
+
+    Raises InputError if the scheduler goes another way: it has a shift of its own, or several evaluations a step.
+    """
+    reason = None
+    try:
+        scheduler.set_timesteps(sigmas=np.array(levels[:-1]), device=device)
+        scheduler.set_begin_index(0)
+        own = torch.as_tensor(scheduler.sigmas).cpu().double()
+        if own.shape != (len(levels),) or (own - torch.tensor(levels).double()).abs().max() > NUDGE:
+            reason = f"its noise levels begin with {', '.join(f'{level:.4f}' for level in own[:3])}"
+    except (ValueError, TypeError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+    if reason:
+        raise InputError(
+            f"{type(scheduler).__name__} does not go through the noise levels that it is given ({reason}): it must be "
+            "one for flows, with a shift of 1, no dynamic shifting and one evaluation a step, such as "
+            "FlowMatchEulerDiscreteScheduler()"
+        )
+    return scheduler.timesteps
+
+
+# ---- The base --------------------------------------------------------------------------------------------------------
+def check_base_folder(base: Path) -> None:
+    """InputError if this is a folder, but not one of a FLUX.2 klein, or if it can be neither that nor a repository."""
+    if not base.is_dir():
+        if base.exists() or len(base.parts) != 2 or base.is_absolute():
+            raise InputError(f"there is no folder {base}: give that of a FLUX.2 klein base model in diffusers' layout")
+        return
+    try:
+        index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+        classes = [index[part][1] for part in ("transformer", "text_encoder", "tokenizer")]
+    except OSError:
+        raise InputError(f"{base} is not a base model in diffusers' layout: it has no model_index.json") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        classes = None
+    if classes is None or classes[:2] != ["Flux2Transformer2DModel", "Qwen3ForCausalLM"]:
+        raise InputError(
+            f"{base} is not a FLUX.2 klein base model: its model_index.json does not have a Flux2Transformer2DModel "
+            "as transformer and a Qwen3ForCausalLM as text_encoder"
+        )

@@ -1,0 +1,151 @@
+"""What `asymflow sample` does for classes and for prompts: draw what is missing, and record how it is made again."""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from asymflow import files
+from asymflow.cli.common import this_process, usable_device
+from asymflow.errors import InputError, out_of_memory
+from asymflow.pictures import image_grid
+from asymflow.pixels import to_image, to_tensor
+
+RECORD = "samples.json"
+
+
+GRID_AT_MOST = 64
+
+
+def own_device(args: argparse.Namespace) -> torch.device:
+    """The device that is asked for; of several processes, each has its own."""
+    _, world = this_process()
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return usable_device(args.device)
+
+
+def draw_missing(
+    args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
+) -> None:
+    """Draw and save the images of the plan that are not there yet, by (index, class or prompt), then the grid.
+
+    draw: of indices, classes or prompts, and whether to show progress; gives images (3, H, W) in [-1, 1].
+    """
+    # Each process takes its share of the plan first: what is missing changes while the others are at work.
+    rank, world = this_process()
+    share = plan[rank::world]
+    todo = [(i, what) for i, what in share if not (args.out / name(i)).exists()]
+    if rank == 0 and len(todo) < len(share):
+        print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
+    with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
+        for start in range(0, len(todo), args.batch):
+            indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
+            with enough_memory(args):
+                images = draw(indices, what, rank == 0)
+            for i, image in zip(indices, images, strict=True):
+                with files.replacing(args.out / name(i)) as beside:
+                    to_image(image).save(beside)
+            bar.update(len(indices))
+    finish(args, plan)
+
+
+@contextmanager
+def enough_memory(args: argparse.Namespace) -> Iterator[None]:
+    """Within it, running out of memory is an InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        less = f"{'--offload, ' if args.base else ''}a smaller --batch or smaller images"
+        raise InputError(f"{args.device} has too little memory for this: try {less}") from None
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for option, lowest in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0)):
+        if not lowest <= getattr(args, option) < 2**62:
+            raise InputError(f"--{option} must be at least {lowest} and below 2^62, but it is {getattr(args, option)}")
+    if not math.isfinite(args.guidance):
+        raise InputError(f"--guidance must be finite, but it is {args.guidance}")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file, where a folder is expected")
+
+
+def open_record(
+    args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: dict[str, str], kind: str = "class"
+) -> None:
+    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
+
+    plan: index and class, or another `kind`, of each image. again: how to make one again, such as the command.
+
+    Every process does it, before its first image: the same content, whoever is first.
+    """
+    path = args.out / RECORD
+    images = {}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+            before = with_precision(record["settings"])
+            images = {entry["index"]: entry[kind] for entry in record["images"]}
+            differing = [
+                f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
+        if "step" in before and "step" in now and before["step"] != now["step"]:
+            raise InputError(
+                f"{args.out} holds images of step {before['step']} of a run, but this is step {now['step']}: go on "
+                f"with --step {before['step']}, or choose another --out"
+            )
+        if differing:
+            raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
+    elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
+        raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
+    known = bool(images)
+    images |= dict(plan)
+    entries = [{"file": name(i), "index": i, kind: images[i]} for i in sorted(images)]
+    record = {**again, "settings": now, "images": entries}
+    try:
+        with files.replacing(path, new=not known) as beside:
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+    except FileExistsError:
+        if not path.exists():  # in the place of the folder is something else, such as a link to nowhere
+            raise
+        # Another process was first, of this run or of another.
+        open_record(args, now, plan, again, kind)
+
+
+def with_precision(settings: dict) -> dict:
+    """Of a folder from before --precision, when --dtype float32 was what --precision float32 is."""
+    old = "precision" not in settings and settings.get("dtype") == "float32"
+    return settings | {"precision": "float32"} if old else settings
+
+
+def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
+    """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
+    if all((args.out / name(i)).exists() for i, _ in plan):
+        entries = json.loads((args.out / RECORD).read_text())["images"]
+        shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
+        with files.replacing(args.out / "grid.png") as beside:
+            image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
+        print(f"{len(plan)} images, grid.png and {RECORD} are in {args.out}")
+
+
+def read_png(path: Path) -> Tensor:
+    try:
+        return to_tensor(Image.open(path))
+    except OSError as e:
+        raise InputError(f"{path} is damaged ({e}): remove it, and the same command draws it again") from None
+
+
+def name(index: int) -> str:
+    return f"{index:06d}.png"

@@ -1,0 +1,33 @@
+"""The conditions that a backbone takes, by name, and whether labels are classes."""
+
+import inspect
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from asymflow.errors import InputError
+
+
+def forward_parameters(backbone: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of a backbone, or of what it wraps (as torch.compile and DistributedDataParallel do)."""
+    for module in backbone.modules():
+        parameters = inspect.signature(module.forward).parameters
+        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):  # not just passed on
+            return parameters
+    return {}
+
+
+def conditions_needed(backbone: nn.Module) -> list[str]:
+    """The conditions that its forward cannot do without, by name."""
+    named = [p for p in forward_parameters(backbone).values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named[2:] if p.default is p.empty and p.name != "grid"]
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """InputError, naming the first, unless all labels are classes or `num_classes`, which means "no class"."""
+    wrong = labels[(labels < 0) | (labels > num_classes)]
+    if len(wrong):
+        raise InputError(
+            f"label {wrong[0].item()} is not a class: they run from 0 to {num_classes - 1}, and {num_classes} means no "
+            "class"
+        )

@@ -1,0 +1,1 @@
+"""How samples are held against data: features, and the distance between their distributions."""

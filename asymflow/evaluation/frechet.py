@@ -1,0 +1,49 @@
+"""The Fréchet distance between samples and data (FID, if the features are Inception's), with torch-fidelity's parts."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from asymflow import files
+from asymflow.errors import InputError
+
+Statistics = dict[str, np.ndarray]
+
+
+"""mu (F,) and sigma (F, F) of features, float64."""
+
+
+def statistics(features: Tensor) -> Statistics:
+    """Of features (n, F), n >= 2: their mean and covariance, in float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.cpu().double())
+
+
+def frechet_distance(one: Statistics, other: Statistics) -> float:
+    """`|mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2))` (Heusel et al. 2017)."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
+
+
+def save_statistics(path: str | Path, of: Statistics, about: str) -> None:
+    """As an npz file with mu and sigma, which others write too, and `about`: what they are statistics of."""
+    with files.replacing(path) as beside:
+        np.savez(beside, **of, about=about)
+
+
+def load_statistics(path: str | Path) -> tuple[Statistics, str]:
+    """mu and sigma from an npz file, such as those that ADM and JiT published for ImageNet, and what they are about."""
+    try:
+        with np.load(files.existing_file(path), allow_pickle=False) as arrays:
+            mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+            about = str(arrays["about"]) if "about" in arrays else ""
+    except InputError:
+        raise
+    except Exception as e:  # of many types, for damage and for other content
+        raise InputError(f"{path} is no npz file with mu and sigma ({type(e).__name__}: {e})") from None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{path} has mu {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F), all finite")
+    return {"mu": mu, "sigma": sigma}, about

@@ -1,0 +1,87 @@
+"""What is found by a name: one of a table of this library, or "package.module:Name" of one's own.
+
+Such a dotted name is only ever taken from a configuration or a command line that the user gives, never from a file that
+somebody else may have written: to import a module is to run it.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from asymflow.errors import InputError
+
+OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def is_own(name: str) -> bool:
+    """Whether the name is that of code outside of this library."""
+    return ":" in name
+
+
+def check_name(name: str, table: Mapping[str, Any]) -> str | None:
+    """What is wrong with a name, as the end of a sentence that begins with what it is for. Nothing is imported."""
+    if name in table or OWN.fullmatch(name):
+        return None
+    near = get_close_matches(name, table, 1)
+    hint = f": did you mean {near[0]}?" if near else ""
+    return f"must be {' or '.join(table)}, or package.module:Name of your own, but it is {name!r}{hint}"
+
+
+def find(name: str, table: Mapping[str, str], key: str) -> Any:
+    """What `table` has under this name, as "module:Name" too, or what the name itself says.
+
+    key: what the name was given for, in errors: such as model.backbone. Raises InputError if there is no such thing.
+    """
+    if wrong := check_name(name, table):
+        raise InputError(f"{key} {wrong}")
+    module, _, attribute = table.get(name, name).partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if not is_own(name) or not f"{module}.".startswith(f"{e.name}."):
+            raise  # of this library: a package is not installed; or something that the user's module needs
+        raise InputError(
+            f"{key} is {name}, but there is no module {e.name}: install it, or set PYTHONPATH to the folder it is in"
+        ) from None
+    if not hasattr(found, attribute):
+        near = get_close_matches(attribute, vars(found), 1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise InputError(f"{key} is {name}, but {module} has no {attribute}{hint}")
+    return getattr(found, attribute)
+
+
+def accepted(function: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that the function has arguments for, by name."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in values.items() if name in parameters}
+
+
+def called(function: Callable, key: str, options: Mapping[str, Any], **arguments: Any) -> Any:
+    """`function(**arguments, **options)`, where `options` are what a user gave under `key`.
+
+    Raises InputError, naming the key, if the function has no such argument, lacks one, or refuses their values.
+    """
+    parameters = inspect.signature(function).parameters
+    name = getattr(function, "__name__", str(function))
+    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option in arguments:
+            raise InputError(f"{key}.{option} is what other keys of the configuration say: leave it out")
+        if option not in named and not anything:
+            near = get_close_matches(option, named, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(named) or 'none'}"
+            raise InputError(f"{key}.{option} is no argument of {name}: {hint}")
+    given = {**arguments, **options}
+    missing = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in given]
+    if missing:
+        raise InputError(f"{key} lacks {', '.join(missing)}, which {name} needs")
+    try:
+        return function(**given)
+    except (TypeError, ValueError) as e:  # InputError is a ValueError, and says it better
+        if isinstance(e, InputError):
+            raise InputError(f"{key}: {e}") from None
+        raise InputError(f"{key}: {name} refuses them: {' '.join(str(e).split())}") from e

@@ -1,0 +1,10 @@
+"""Optimizers by name: functions of parameter groups, `lr` and the options of the section that they take.
+
+    make(groups, lr=..., **options) -> torch.optim.Optimizer
+
+ZeRO cuts the flattened weights into pieces, so an optimizer has to treat every number by itself, as AdamW does. `lr` is
+set anew in every step. One of your own is named as `optimizer.kind: mypackage.optim:lion`; it gets those of `betas`,
+`eps` and `weight_decay` that it has arguments for, and `optimizer.options`.
+"""
+
+TABLE = {"AdamW": "torch.optim:AdamW"}

@@ -1,0 +1,59 @@
+"""A class-conditional model, from scratch."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from asymflow.cost import flops
+from asymflow.model import AsymFlow
+from asymflow.precision import computing
+from asymflow.sampling import generate
+from asymflow.training.config.derived import sampling_precision
+from asymflow.training.config.reading import Config
+from asymflow.training.loader import Batch, Batches
+from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
+from asymflow.training.objectives.repa import Aligned, Encoder, misalignment
+
+
+class ClassConditional:
+    """Flow matching of images of classes, with REPA if there is an encoder."""
+
+    def __init__(self, config: Config, flow: AsymFlow, encoder: Encoder | None = None):
+        self.config, self.flow, self.encoder = config, flow, encoder
+        self.terms = ("loss", "repa") if encoder else ("loss",)
+        self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
+
+    def flops(self) -> int:
+        """Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU."""
+        size = self.config.model.image_size
+        return flops(self.flow, (self.flow.channels, size, size), training=True, recomputed=False)
+
+    def model(self, flow: AsymFlow) -> nn.Module:
+        if not self.encoder:
+            return flow
+        return Aligned(flow, self.config.loss.repa.after, self.config.loss.repa.hidden, self.encoder.width)
+
+    def batches(self, dataset, rank: int, world: int) -> Batches:
+        return Batches(dataset, self.config, rank, world)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        c = self.config.loss
+        x0, sigma = batch.x0, noise_level(batch.normal, c.sigma_mean, c.sigma_std, c.sigma_shift)
+        features = self.encoder(x0) if self.encoder else None
+        output = model(noisy(x0, batch.eps, sigma), sigma, labels=batch.labels)
+        velocity, *projected = (output,) if features is None else output
+        terms = [flow_matching_loss(velocity, x0, batch.eps, sigma, c.sigma_floor)]
+        terms += [misalignment(tokens, features) for tokens in projected]
+        return torch.stack(terms, dim=1)
+
+    def draw(self, flow: AsymFlow, indices: range) -> Tensor:
+        return drawn(flow, self.config, [i % self.config.model.num_classes for i in indices], indices)
+
+
+def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[int]) -> Tensor:
+    """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
+    c = config.sample
+    options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
+    with computing(flow, sampling_precision(config, flow.subspace.basis.device)):
+        return generate(flow, labels, indices, seed=config.train.seed, **options)

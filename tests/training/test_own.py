@@ -1,0 +1,247 @@
+"""A backbone, data, an objective, a sampler and an optimizer that are not of this library, named in a YAML."""
+
+import json
+import sys
+import textwrap
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import Launched, metrics, same_bits, tensors
+from test_survival import dies, everything
+
+from asymflow import AsymFlow, InputError
+from asymflow.cli import main as asymflow
+from asymflow.training.config.derived import make_backbone
+from asymflow.training.config.reading import load_config
+from asymflow.training.datasets import make_dataset
+
+MODULE = '''
+import torch
+from torch import nn
+
+from asymflow.data.sample import Sample
+from asymflow.training.objectives.class_conditional import ClassConditional
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Net(nn.Module):
+    def __init__(self, image_size, num_classes, width=32, depth=2, heads=2, patch=4):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.patch_size, self.num_classes, self.grid = patch, num_classes, (image_size // patch,) * 2
+        self.inside, self.outside = nn.Linear(3 * patch**2, width), nn.Linear(width, 3 * patch**2)
+        self.positions = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
+        self.classes, self.level = nn.Embedding(num_classes + 1, width), nn.Linear(1, width)
+        self.blocks = nn.ModuleList(Layer(width, heads) for _ in range(depth))
+
+    def forward(self, tokens, tau, labels):
+        condition = self.classes(labels) + self.level(tau[:, None].to(tokens.dtype))
+        x = self.inside(tokens) + self.positions + condition[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.outside(x)
+
+
+class Stripes:
+    """Grey stripes, as wide as their class says."""
+
+    def __init__(self, size, seed, count=64, classes=3):
+        self.size, self.seed, self.count, self.num_classes = size, seed, count, classes
+
+    def __len__(self):
+        return self.count
+
+    def label(self, index):
+        return (index + self.seed) % self.num_classes
+
+    def __getitem__(self, index):
+        wide = 1 + self.label(index)
+        stripes = (torch.arange(self.size) // wide % 2 * 255).to(torch.uint8)
+        return Sample(stripes.expand(3, self.size, self.size).contiguous(), self.label(index), f"stripes/{index}")
+
+
+class Halved(ClassConditional):
+    def __init__(self, config, flow, factor=0.5):
+        super().__init__(config, flow)
+        self.factor = factor
+
+    def losses(self, model, batch):
+        return self.factor * super().losses(model, batch)
+
+
+def midpoint(velocity, x, sigmas):
+    for sigma, target in zip(sigmas, sigmas[1:]):
+        half = x + (target - sigma) / 2 * velocity(x, sigma)
+        x = x + (target - sigma) * velocity(half, (sigma + target) / 2)
+    return x
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, arXiv 2302.06675: one moment, and no count of steps."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            fast, slow = group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    moment = self.state[p].setdefault("moment", torch.zeros_like(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(torch.lerp(p.grad, moment, fast).sign(), alpha=group["lr"])
+                    moment.lerp_(p.grad, 1 - slow)
+'''
+YAML = """
+model: {backbone: "NAME:Net", options: {width: 16}, image_size: 16, num_classes: 3, checkpoint_every: 1}
+subspace: {rank: 4, images: 16}
+data: {kind: "NAME:Stripes", options: {count: 32}, workers: 1}
+loss: {objective: "NAME:Halved", options: {factor: 0.25}}
+optimizer: {kind: "NAME:Lion", lr: 1.0e-3, warmup_steps: 2}
+train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, seed: 0}
+ema: {decays: [0.9]}
+checkpoint: {every: 5}
+sample: {every: 10, num: 4, steps: 2, method: "NAME:midpoint"}
+deepspeed: {zero_optimization: {stage: 2}}
+"""
+
+
+def on_path(folder, then=lambda: None):
+    sys.path.insert(0, str(folder))
+    then()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with the module, whose name no other test has, and a configuration that names what is in it."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "stranger_net.py").write_text(MODULE)
+    (folder / "own.yaml").write_text(YAML.replace("NAME", "stranger_net"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(own):
+    """Trained on two ranks: straight on, and once more after a rank was killed."""
+    for name, patches in (("straight", [None]), ("killed", [partial(dies, 1, 13, "kill"), None])):
+        for patch in patches:
+            arguments = ["--config", str(own / "own.yaml"), "--out", str(own / name)]
+            launched = Launched(2, arguments=arguments, patch=partial(on_path, own, *([patch] if patch else [])))
+            assert (launched.wait() == [0, 0]) == (patch is None), launched.said()
+    return own / "straight"
+
+
+@pytest.fixture
+def importable(own, monkeypatch):
+    monkeypatch.syspath_prepend(own)
+    yield
+    sys.modules.pop("stranger_net", None)
+
+
+def test_it_learns_and_is_resumed_to_the_bit(own, run):
+    straight, killed = metrics(run), metrics(own / "killed")
+    assert len(straight) == 20
+    assert straight == killed
+    assert sum(m["loss"] for m in straight[-5:]) < sum(m["loss"] for m in straight[:5])
+    assert same_bits(tensors(run, 20), tensors(own / "killed", 20))
+    assert {kind for kind, _ in tensors(run, 20)} == {"weights", "moment", "ema-0.9", "ema-rel-0.050", "ema-rel-0.100"}
+    assert everything(run) == everything(own / "killed")
+
+
+def test_it_is_exported_loaded_and_sampled(own, run, importable, tmp_path, capsys):
+    code = ["--backbone", "stranger_net:Net"]
+    assert asymflow(["export", "--run", str(run), "--out", str(tmp_path / "model"), *code]) == 0
+    assert asymflow(["info", str(tmp_path / "model"), *code]) == 0
+    assert asymflow(["info", str(run), *code]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Net") >= 2
+    drawn = {}
+    for model in (run, tmp_path / "model"):
+        out = tmp_path / f"drawn-{model.name}"
+        method = ["--method", "stranger_net:midpoint"]
+        options = ["--num", "2", "--steps", "2", "--device", "cpu", "--out", str(out), *method, *code]
+        assert asymflow(["sample", "--model", str(model), *options]) == 0
+        drawn[model] = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
+        assert json.loads((out / "samples.json").read_text())["method"] == "stranger_net:midpoint"
+    assert all(np.array_equal(a, b) for a, b in zip(*drawn.values(), strict=True))
+    import stranger_net
+
+    flow = AsymFlow.from_pretrained(tmp_path / "model", backbone=stranger_net.Net)
+    assert flow.backbone.blocks[0].norm1.weight.numel() == 16
+
+
+def test_no_file_of_a_run_or_a_model_makes_code_run(own, run, tmp_path, capsys, monkeypatch):
+    """It could be imported: but nobody said that it may."""
+    monkeypatch.syspath_prepend(own)
+    for command in (
+        ["export", "--run", str(run), "--out", str(tmp_path / "out")],
+        ["info", str(run)],
+        ["sample", "--model", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"],
+    ):
+        assert asymflow(command) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "add --backbone stranger_net:Net" in line
+    assert "stranger_net" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.backbone": "stranger:Net"}, "there is no module stranger"),
+        ({"model.backbone": "stranger_net:Ned"}, "stranger_net has no Ned: did you mean Net?"),
+        ({"model.options.witdh": 3}, "model.options.witdh is no argument of Net: did you mean width?"),
+        ({"model.options.image_size": 3}, "model.options.image_size is what other keys of the configuration say"),
+        ({"model.options.heads": 3}, "model.options: Net refuses them"),
+        ({"model.dropout": 0.1}, "model.dropout is given, but stranger_net:Net has no such argument"),
+        (
+            {"model.backbone": "stranger_net:Stripes", "model.options": {"size": 3, "seed": 1}},
+            "must make a torch.nn.Mod",
+        ),
+        ({"data.options.cuont": 3}, "data.options.cuont is no argument of Stripes: did you mean count?"),
+        ({"data.options.classes": 4}, "stranger_net:Stripes has 4 classes, but model.num_classes is 3"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(own, importable, change, message):
+    settings = [f"{key}={json.dumps(value)}" for key, value in change.items()]
+    config = load_config(own / "own.yaml", settings)
+    with pytest.raises(InputError, match=message) as error:
+        _ = make_backbone(config.model), make_dataset(config)
+    assert "\n" not in str(error.value)
+
+
+def test_recomputed_blocks_have_the_gradients_of_kept_ones(own, importable):
+    gradients = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        net = make_backbone(load_config(own / "own.yaml", [f"model.checkpoint_every={every}"]).model)
+        tokens, labels = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+        net(tokens, torch.tensor([0.1, 0.9]), labels).square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_module_that_breaks_when_it_is_imported_shows_where(own, importable, tmp_path, monkeypatch):
+    (tmp_path / "broken_net.py").write_text(
+        textwrap.dedent("""
+        import nothing_of_that_name
+    """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+        make_backbone(load_config(own / "own.yaml", ["model.backbone=broken_net:Net"]).model)
