@@ -27,7 +27,7 @@ def check_name(name: str, table: Mapping[str, Any]) -> str | None:
         return None
     near = get_close_matches(name, table, 1)
     hint = f": did you mean {near[0]}?" if near else ""
-    return f"must be {' or '.join(table)}, or package.module:Name of your own, but it is {name!r}{hint}"
+    return f"must be {', '.join([*table, 'or package.module:Name of your own'])}, but it is {name!r}{hint}"
 
 
 def find(name: str, table: Mapping[str, str], key: str) -> Any:
@@ -81,7 +81,7 @@ def called(function: Callable, key: str, options: Mapping[str, Any], **arguments
         raise InputError(f"{key} lacks {', '.join(missing)}, which {name} needs")
     try:
         return function(**given)
-    except (TypeError, ValueError) as e:  # InputError is a ValueError, and says it better
-        if isinstance(e, InputError):
-            raise InputError(f"{key}: {e}") from None
+    except InputError as e:
+        raise InputError(f"{key}: {e}") from None
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
         raise InputError(f"{key}: {name} refuses them: {' '.join(str(e).split())}") from e

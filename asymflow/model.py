@@ -266,8 +266,8 @@ def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None 
     """Without numbers: the weights come from the file. own: makes the backbone, if it is not one of this library."""
     if own is None and name not in backbones.TABLE:
         raise InputError(
-            f"the model has a backbone of the class {name}, which this library does not have: pass the class, or one "
-            f"made of it{f' with {config!r}' if config else ''}, as from_pretrained(..., backbone=...)"
+            f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
+            f"{f', with {config!r},' if config else ''} and pass it, or its class, as from_pretrained(..., backbone=)"
         )
     make = own or find(name, backbones.TABLE, "the backbone")
     with torch.device("meta"):  # none are drawn, no memory is taken twice

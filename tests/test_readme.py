@@ -73,5 +73,6 @@ def test_its_experiments_are_those_in_toy():
         "__init__",
         "common",
         "make_emoji64",
+        "oracle",
         "tiny_flux2",
     }

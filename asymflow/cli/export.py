@@ -121,18 +121,18 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> 
     config, subspace, state = about(args.folder, folder)
     with replacing_folder(args.out) as beside:
         if config.finetune:
-            write_adapter(args, beside, weights, config, subspace, state["base"])
+            save_adapter(args, beside, weights, config, subspace, state["base"])
         else:
             make_model(config, subspace, weights, args.backbone).save_pretrained(beside)
 
 
-def write_adapter(
+def save_adapter(
     args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, fingerprint: str
 ) -> None:
     """Write the weights as an adapter to the latent model that they were made of, in the published layout."""
-    from asymflow.backbones.flux2 import adapter as adapters
+    from asymflow.backbones.flux2.adapter import write_adapter
     from asymflow.training.objectives.finetuning import published, transformer_config
 
     base = args.base or Path(config.finetune.base)
     name = base.absolute().name  # not where it is: that is nobody's business who gets the adapter
-    adapters.write_adapter(folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=name)
+    write_adapter(folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=name)

@@ -110,6 +110,8 @@ def describe(args: argparse.Namespace) -> dict:
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
     if isinstance(model, dict):  # of a backbone that is not in this library
         return found | model | {"training_memory": training_memory(args, model["parameters"])}
+    if not args.image_size and not hasattr(model.backbone, "grid"):
+        raise InputError(f"give --image-size: {type(model.backbone).__name__} has no grid to tell that of its images")
     image = (model.channels, *(args.image_size or [n * model.patch_size for n in model.backbone.grid]))
     grid = token_grid(torch.empty(1, *image, device="meta"), model.patch_size)
     found |= about(model) | {"image": image, "grid": grid, "flops": operations(model, image)}
@@ -258,7 +260,8 @@ def training_memory(args: argparse.Namespace, parameters: dict, largest_layer: i
 def activations(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace) -> dict:
     """Of a batch, without and with the recomputation of every block in the backward pass."""
     result = {}
-    for name, flow.backbone.checkpoint_every in (("all_kept", 0), ("recomputed", 1)):
+    ways = (("all_kept", 0), ("recomputed", 1)) if hasattr(flow.backbone, "checkpoint_every") else (("all_kept", 0),)
+    for name, flow.backbone.checkpoint_every in ways:
         kept, peak = cost.activation_bytes(flow, image, args.batch, args.precision)
         result[name] = {"kept": kept, "peak": peak}
     return result
@@ -274,7 +277,8 @@ def as_text(found: dict) -> str:
     if "dim" in found:
         lines["subspace"] = f"rank {found['rank']} of {found['dim']} dimensions, scale {found['scale']:.6g}"
         return aligned(lines | {"more": f"asymflow subspace show {found['model']}"})
-    lines |= jit(found) if "image" in found else backbone_elsewhere(found["config"])
+    ours = found["config"]["network"]["class"] == JiT.__name__ and "image" in found
+    lines |= jit(found) if ours else backbone_elsewhere(found["config"])
     lines["parameters"] = f"{found['parameters']['total'] / 1e6:,.1f} million"
     lines |= work(found["flops"]) if "flops" in found else {"operations": "not counted: the backbone is not ours"}
     return aligned(lines) + "\n\n" + memory(found["training_memory"])
@@ -357,7 +361,9 @@ def configuration(as_json: bool = False) -> str:
     lines = []
     for key, field in known_keys(Sections).items():
         *above, name = key.split(".")
-        section = [kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")]
+        described = [beside.section for beside in field.metadata if hasattr(beside, "section")]
+        kinds = (field.annotation, *get_args(field.annotation), *described)
+        section = [kind for kind in kinds if hasattr(kind, "model_fields")]
         default = "" if section or field.is_required() or field.default_factory else json.dumps(field.default)
         about = [in_words(field.annotation, field.metadata)] if not section else []
         about += ["needed"] if field.is_required() and not section else []

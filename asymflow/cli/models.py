@@ -164,6 +164,8 @@ def make_model(config, subspace, weights: dict[str, Tensor] | None, backbone: st
         )
     if backbone and backbone != named:
         raise InputError(f"--backbone {backbone} is given, but the model is a {named}: leave it out")
+    if is_own(named):  # nothing is trained here: its blocks need not be wrapped
+        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_every": 0})})
     with torch.device("meta" if weights is None else "cpu"):
         flow: AsymFlow = make_flow(config, subspace)
     if weights is not None:

@@ -398,7 +398,7 @@ def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "asymflow.training.objectives.finetuning", finetuning)
     config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
     for base in (None, tmp_path / "elsewhere/other-base"):
-        export.write_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")
+        export.save_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")
     assert named == ["FLUX.2-klein", "other-base"]
 
 

@@ -380,7 +380,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write):
         ("subspace: {file: ''}\n", "subspace.file must be text, not empty, but it is ''"),
         (
             "data: {kind: image}\n",
-            "data.kind must be 'shapes', 'image_folder', 'webdataset' or 'encoded', but it is 'image'",
+            "data.kind must be shapes, image_folder, webdataset, encoded, or package.module:Name of your own",
         ),
         ("data: {kind: image_folder}\n", "data.path is needed for image_folder"),
         ("data: {kind: webdataset}\n", "data.path is needed for webdataset"),
@@ -406,7 +406,10 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write):
         ("loss:\n  repa: {weight: 1}\n", "my.yaml, line 3: loss.repa.model is missing"),
         ("checkpoint: {keep_every: 750}\n", "checkpoint.keep_every must be a multiple of checkpoint.every"),
         ("sample: {interval: [0.9, 0.1]}\n", "sample.interval must have its low end first, but it is [0.9, 0.1]"),
-        ("sample: {method: rk4}\n", "sample.method must be 'heun' or 'euler', but it is 'rk4'"),
+        (
+            "sample: {method: rk4}\n",
+            "sample.method must be heun, euler, or package.module:Name of your own",
+        ),
         ("train: {precision: fp16}\n", "train.precision must be 'fp32' or 'bf16', but it is 'fp16'"),
         ("deepspeed: 3\n", "my.yaml, line 2: deepspeed must be a section of keys, but it is 3"),
     ],
@@ -853,12 +856,15 @@ OTHERS = {  # another valid value for every key that counts
     "optimizer.eps": "1",
     "optimizer.warmup_steps": "0",
     "optimizer.multipliers": "{x: 2}",
+    "optimizer.kind": "x:y",
+    "loss.objective": "x:Y",
     "ema.decays": "[]",
     "ema.sigma_rel": "[]",
 }
 
 
-NESTED = ("loss.repa", "loss.variance", "loss.perceptual", "model.options", "finetune", "deepspeed")
+NESTED = ("loss.repa", "loss.variance", "loss.perceptual", "loss.options", "model.options", "model.backbone")
+NESTED += ("data.options", "optimizer.options", "finetune", "deepspeed")
 
 
 def test_every_other_key_counts():

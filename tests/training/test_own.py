@@ -170,7 +170,8 @@ def test_it_is_exported_loaded_and_sampled(own, run, importable, tmp_path, capsy
     assert asymflow(["info", str(tmp_path / "model"), *code]) == 0
     assert asymflow(["info", str(run), *code]) == 0
     said = capsys.readouterr().out
-    assert said.count("Net") >= 2
+    assert said.count("class Net, image_size 16, num_classes 3, width 16") == 2
+    assert said.count("GFLOPs an image") == 2 * 2
     drawn = {}
     for model in (run, tmp_path / "model"):
         out = tmp_path / f"drawn-{model.name}"
@@ -207,11 +208,11 @@ def test_no_file_of_a_run_or_a_model_makes_code_run(own, run, tmp_path, capsys, 
         ({"model.backbone": "stranger_net:Ned"}, "stranger_net has no Ned: did you mean Net?"),
         ({"model.options.witdh": 3}, "model.options.witdh is no argument of Net: did you mean width?"),
         ({"model.options.image_size": 3}, "model.options.image_size is what other keys of the configuration say"),
-        ({"model.options.heads": 3}, "model.options: Net refuses them"),
+        ({"model.options.width": "wide"}, "model.options: Net refuses them"),
         ({"model.dropout": 0.1}, "model.dropout is given, but stranger_net:Net has no such argument"),
         (
-            {"model.backbone": "stranger_net:Stripes", "model.options": {"size": 3, "seed": 1}},
-            "must make a torch.nn.Mod",
+            {"model.backbone": "stranger_net:Lion", "model.options": {}},
+            "model.options.width is no argument of Lion",
         ),
         ({"data.options.cuont": 3}, "data.options.cuont is no argument of Stripes: did you mean count?"),
         ({"data.options.classes": 4}, "stranger_net:Stripes has 4 classes, but model.num_classes is 3"),

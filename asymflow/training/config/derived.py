@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -64,7 +64,8 @@ def make_backbone(model: Model) -> nn.Module:
     if not hasattr(backbone, "config"):
         backbone.config = given | model.options
     if model.checkpoint_every and "checkpoint_every" not in given:
-        recompute(repeated_blocks(backbone, "model.checkpoint_every")[:: model.checkpoint_every])
+        for block in repeated_blocks(backbone, "model.checkpoint_every")[:: model.checkpoint_every]:
+            block.forward = partial(recomputed, block.forward)
     return backbone
 
 
@@ -76,15 +77,11 @@ def repeated_blocks(model: nn.Module, key: str) -> list[nn.Module]:
     raise InputError(f"{key} needs a backbone with an attribute `blocks`, a torch.nn.ModuleList: see docs/backbones.md")
 
 
-def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Let these blocks keep nothing but their inputs in the forward pass of a training."""
-
-    def recomputed(forward: Callable) -> Callable:
-        again = partial(checkpoint, forward, use_reentrant=False)
-        return lambda *args, **options: (again if torch.is_grad_enabled() else forward)(*args, **options)
-
-    for block in blocks:
-        block.forward = recomputed(block.forward)
+def recomputed(forward: Callable, *args: object, **options: object) -> object:
+    """`forward`, of which nothing but the inputs is kept for the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options)
 
 
 def patch_size(model: Model) -> int:

@@ -60,7 +60,7 @@ class Model(Section):
     image_size: Count = Field(description="height and width in pixels, a multiple of the patch")
     num_classes: Count = Field(description="classes in the data; one more, no class, is added")
     options: Annotated[OwnOptions, Described(Options)] = Field(
-        {}, description="other sizes than the published ones; or the arguments of your own class"
+        {}, validate_default=True, description="other sizes than the published ones; or the arguments of your own class"
     )
     dropout: BelowOne | None = Field(None, description="of the projections; null: as published for the size")
     checkpoint_every: WholeNumber = Field(0, description="recompute every n-th block in the backward pass; 0: none")
@@ -72,10 +72,9 @@ class Model(Section):
 
     @field_validator("options")
     @classmethod
-    def without_null(cls, options: OwnOptions, info: ValidationInfo) -> OwnOptions:
-        """Of a JiT, null is the size that it has anyway; earlier versions wrote them all."""
-        keep = info.data.get("backbone") != "JiT"
-        return {name: value for name, value in options.items() if keep or value is not None}
+    def all_of_them(cls, options: OwnOptions, info: ValidationInfo) -> OwnOptions:
+        """Of a JiT, with null for those that are not given."""
+        return dict.fromkeys(Options.model_fields) | options if info.data.get("backbone") == "JiT" else options
 
 
 class Subspace(Section):
@@ -92,7 +91,7 @@ class Lora(Section):
     rank: Count = Field(256, description="of the updates")
     dropout: BelowOne = Field(0.05, description="of their inputs")
     targets: tuple[Text, ...] | None = Field(
-        None, strict=False, description="linear layers, by the ends of their names; null: the paper's, see adapters.py"
+        None, strict=False, description="linear layers, by the ends of their names; null: the paper's"
     )
 
 

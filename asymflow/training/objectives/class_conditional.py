@@ -9,7 +9,7 @@ from asymflow.cost import flops
 from asymflow.model import AsymFlow
 from asymflow.precision import computing
 from asymflow.sampling import generate
-from asymflow.training.config.derived import sampling_precision
+from asymflow.training.config.derived import sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batch, Batches
 from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
@@ -27,7 +27,9 @@ class ClassConditional:
     def flops(self) -> int:
         """Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU."""
         size = self.config.model.image_size
-        return flops(self.flow, (self.flow.channels, size, size), training=True, recomputed=False)
+        label = torch.zeros(1, dtype=torch.long)
+        shape = (self.flow.channels, size, size)
+        return flops(self.flow, shape, training=True, recomputed=False, labels=label)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         if not self.encoder:
@@ -54,6 +56,7 @@ class ClassConditional:
 def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[int]) -> Tensor:
     """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
     c = config.sample
-    options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=c.method)
+    options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=sampler(c.method))
+    options |= dict(size=(config.model.image_size,) * 2, null_label=config.model.num_classes)
     with computing(flow, sampling_precision(config, flow.subspace.basis.device)):
         return generate(flow, labels, indices, seed=config.train.seed, **options)

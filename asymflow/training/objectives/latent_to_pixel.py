@@ -11,7 +11,7 @@ from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
 from asymflow.precision import computing
 from asymflow.sampling import dynamic_shift, guided, image_noise, sample, sigma_grid
-from asymflow.training.config.derived import sampling_precision
+from asymflow.training.config.derived import sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.encoded_batches import EncodedBatch, EncodedBatches
@@ -88,7 +88,7 @@ class LatentToPixel:
         velocity = guided(flow, conditions, unconditional, c.guidance, tuple(c.interval), orthogonal=1.0)
         sigmas = sigma_grid(c.steps, dynamic_shift(height, width))
         with computing(flow, sampling_precision(self.config, device)):
-            images = sample(velocity, noise, sigmas, c.method, lambda x0, sigma: clamp_to_gamut(x0))
+            images = sample(velocity, noise, sigmas, sampler(c.method), lambda x0, sigma: clamp_to_gamut(x0))
         return oklab_to_rgb(images)
 
     def prompt(self, index: int) -> Tensor:

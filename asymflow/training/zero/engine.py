@@ -155,7 +155,7 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
 
     sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
     finite. Both are read at once, just before Adam: but for DeepSpeed, and batches that may not run further ahead
-    (data/batches.py), a step waits for the GPU only here.
+    (training/loader.py), a step waits for the GPU only here.
     """
     optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
     adam = optimizer.step
