@@ -263,15 +263,16 @@ def build(
 
 
 def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """Without numbers: the weights come from the file. own: makes the backbone, if it is not one of this library."""
+    """Its weights come from the file. own: makes the backbone, if it is not one of this library."""
     if own is None and name not in backbones.TABLE:
         raise InputError(
             f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
             f"{f', with {config!r},' if config else ''} and pass it, or its class, as from_pretrained(..., backbone=)"
         )
-    make = own or find(name, backbones.TABLE, "the backbone")
-    with torch.device("meta"):  # none are drawn, no memory is taken twice
-        return make(**config)
+    if own is not None:  # it may compute what is in no file, such as positions
+        return own(**config)
+    with torch.device("meta"):  # no numbers are drawn, and no memory is taken twice
+        return find(name, backbones.TABLE, "the backbone")(**config)
 
 
 def read_config(path: Path) -> dict:

@@ -1,15 +1,19 @@
 """A backbone, data, an objective, a sampler and an optimizer that are not of this library, named in a YAML."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Launched, metrics, same_bits, tensors
+from processes import ROOT, Launched, metrics, same_bits, tensors
 from test_survival import dies, everything
 
 from asymflow import AsymFlow, InputError
@@ -46,11 +50,12 @@ class Net(nn.Module):
         self.patch_size, self.num_classes, self.grid = patch, num_classes, (image_size // patch,) * 2
         self.inside, self.outside = nn.Linear(3 * patch**2, width), nn.Linear(width, 3 * patch**2)
         self.positions = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
-        self.classes, self.level = nn.Embedding(num_classes + 1, width), nn.Linear(1, width)
+        self.classes, self.level = nn.Embedding(num_classes + 1, width), nn.Linear(2, width)
+        self.register_buffer("waves", torch.tensor([1.0, 9.0]), persistent=False)  # in no file
         self.blocks = nn.ModuleList(Layer(width, heads) for _ in range(depth))
 
     def forward(self, tokens, tau, labels):
-        condition = self.classes(labels) + self.level(tau[:, None].to(tokens.dtype))
+        condition = self.classes(labels) + self.level((tau[:, None] * self.waves).sin().to(tokens.dtype))
         x = self.inside(tokens) + self.positions + condition[:, None]
         for block in self.blocks:
             x = block(x)
@@ -249,3 +254,21 @@ def test_a_module_that_breaks_when_it_is_imported_shows_where(own, importable, t
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
         make_backbone(load_config(own / "own.yaml", ["model.backbone=broken_net:Net"]).model)
+
+
+@pytest.mark.slow
+def test_the_page_on_backbones_does_what_it_shows(tmp_path):
+    """Its module, its YAML and its three commands, word for word, in a folder that has train_ddp.py."""
+    page = (ROOT / "docs/backbones.md").read_text()
+    python, yaml, commands = (
+        re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "yaml", "sh")
+    )
+    (tmp_path / "mynet.py").write_text(python)
+    (tmp_path / "dit.yaml").write_text(yaml)
+    (tmp_path / "train_ddp.py").symlink_to(ROOT / "train_ddp.py")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "runs/dit_samples").glob("0*.png"))) == 4
