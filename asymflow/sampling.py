@@ -107,7 +107,11 @@ def sample(
         return u + (x0 - denoised_hook(x0, x.new_full(x.shape[:1], sigma))) / sigma
 
     with bar:
-        return (method if callable(method) else METHODS[method])(steered, x, levels)
+        drawn = (method if callable(method) else METHODS[method])(steered, x, levels)
+    if not isinstance(drawn, Tensor) or drawn.shape != x.shape:
+        found = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+        raise InputError(f"the sampler must return a tensor of the shape {tuple(x.shape)}, but it returned {found}")
+    return drawn
 
 
 def checked_levels(sigmas: Tensor | Sequence[float]) -> list[float]:

@@ -1,8 +1,11 @@
 """The data set of a configuration."""
 
+import torch
+
 from asymflow import data
+from asymflow.data.sample import Sample
 from asymflow.errors import InputError
-from asymflow.extensions import accepted, called, find
+from asymflow.extensions import accepted, called, find, is_own
 from asymflow.training.config.reading import Config
 
 
@@ -18,9 +21,29 @@ def make_dataset(config: Config):
     known |= {"size": config.model.image_size} if config.model else {}
     given = {name: value for name, value in known.items() if value is not None}
     dataset = called(kind, "data.options", c.options, **accepted(kind, given))
+    if is_own(c.kind):
+        check_own(dataset, c.kind, config.model.image_size)
     if config.model and dataset.num_classes > config.model.num_classes:
         raise InputError(
             f"{c.path or c.kind} has {dataset.num_classes} classes, but model.num_classes is "
             f"{config.model.num_classes}: add --set model.num_classes={dataset.num_classes}"
         )
     return dataset
+
+
+def check_own(dataset, kind: str, size: int) -> None:
+    """InputError unless a data set of the user's own is what `asymflow.data` asks for, by its first image."""
+    missing = [name for name in ("__len__", "__getitem__", "label", "num_classes") if not hasattr(dataset, name)]
+    if missing:
+        raise InputError(f"data.kind {kind} has no {missing[0]}: see the text of asymflow/data/__init__.py")
+    if not len(dataset):
+        raise InputError(f"data.kind {kind} has no images")
+    sample = dataset[0]
+    if not isinstance(sample, Sample):
+        raise InputError(
+            f"data.kind {kind} must give asymflow.data.sample.Sample, but [0] is a {type(sample).__name__}"
+        )
+    image = sample.image
+    if image.dtype != torch.uint8 or tuple(image.shape) != (3, size, size):
+        found = f"{image.dtype} of shape {tuple(image.shape)}"
+        raise InputError(f"data.kind {kind} must give images of torch.uint8, (3, {size}, {size}), but [0] is {found}")

@@ -78,6 +78,8 @@ class Batches(torch.utils.data.Dataset):
             picked = read(self.dataset, c.train.seed, sample, problems)
             drawn = streams.draws(c.train.seed, sample)
             images.append(picked.image.flip(-1) if c.data.flip and drawn.flip < 0.5 else picked.image)
+            if not 0 <= picked.label < c.model.num_classes:
+                raise InputError(f"{picked.name} has the class {picked.label}, not one of model.num_classes")
             labels.append(c.model.num_classes if drawn.drop < c.loss.label_dropout else picked.label)
             normals.append(drawn.normal)
         pixels = torch.stack(images)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from asymflow import files, streams
 from asymflow.averages import Profile
 from asymflow.cost import peak_flops
+from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
@@ -116,6 +117,8 @@ class Training:
         for part in range(1, self.accumulation + 1):
             batch = next(stream)
             terms = self.objective.losses(self.engine, batch)
+            if terms.shape != (expected := (len(batch.samples), len(self.objective.terms))):
+                raise InputError(f"losses of the objective must have the shape {expected}, not {tuple(terms.shape)}")
             self.engine.backward((terms * self.term_weights).sum(1).mean())
             samples += batch.samples
             problems += batch.problems

@@ -80,6 +80,16 @@ class Stripes:
         return Sample(stripes.expand(3, self.size, self.size).contiguous(), self.label(index), f"stripes/{index}")
 
 
+class Floats(Stripes):
+    def __getitem__(self, index):
+        return super().__getitem__(index)._replace(image=torch.rand(3, self.size, self.size))
+
+
+class Blind(Net):
+    def forward(self, tokens, tau):
+        return tokens
+
+
 class Halved(ClassConditional):
     def __init__(self, config, flow, factor=0.5):
         super().__init__(config, flow)
@@ -222,6 +232,8 @@ def test_no_file_of_a_run_or_a_model_makes_code_run(own, run, tmp_path, capsys, 
             {"model.backbone": "stranger_net:Lion", "model.options": {}},
             "model.options.width is no argument of Lion",
         ),
+        ({"model.backbone": "stranger_net:Blind"}, "stranger_net:Blind needs an argument labels of its forward"),
+        ({"data.kind": "stranger_net:Floats"}, "must give images of torch.uint8, \\(3, 16, 16\\), but"),
         ({"data.options.cuont": 3}, "data.options.cuont is no argument of Stripes: did you mean count?"),
         ({"data.options.classes": 4}, "stranger_net:Stripes has 4 classes, but model.num_classes is 3"),
     ],

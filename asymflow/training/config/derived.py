@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asymflow import backbones
 from asymflow.backbones.jit import SIZES, JiT
+from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
 from asymflow.extensions import accepted, called, find, is_own
 from asymflow.precision import Precision, usual_precision
@@ -61,6 +62,9 @@ def make_backbone(model: Model) -> nn.Module:
         raise InputError(f"model.backbone must make a torch.nn.Module, but {model.backbone} makes {backbone!r:.80}")
     if not isinstance(getattr(backbone, "patch_size", None), int):
         raise InputError(f"{model.backbone} needs an attribute patch_size, the pixels along the side of a token")
+    names = forward_parameters(backbone)
+    if "labels" not in names and not any(p.kind == p.VAR_KEYWORD for p in names.values()):
+        raise InputError(f"{model.backbone} needs an argument labels of its forward: (B,), {model.num_classes} is none")
     if not hasattr(backbone, "config"):
         backbone.config = given | model.options
     if model.checkpoint_every and "checkpoint_every" not in given:
