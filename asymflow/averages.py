@@ -10,8 +10,9 @@ its length is always the same share of the training. From snapshots of two of th
 any other length is put together by least squares.
 
 A constant decay b has the share 1 - b. While the training is shorter than about 9 / (1 - b) steps, that would leave the
-average with much of the initial weights, which are noise. So it begins as the power function of width YOUNG, whose
-first share is 1, and keeps to 1 - b from when that is the larger: a long training ends with the same average.
+average with much of the initial weights, which are noise. So an average of constant decay takes the larger of two
+shares: 1 - b, or that of a power function of width EARLY_SIGMA_REL, which is 1 in the first step and falls below 1 - b
+later. How a long training ends does not depend on this.
 """
 
 import math
@@ -23,7 +24,7 @@ import numpy as np
 
 from asymflow.errors import InputError
 
-YOUNG = 0.1  # sigma_rel of an average of constant decay while the training is short
+EARLY_SIGMA_REL = 0.1  # sigma_rel of an average of constant decay while the training is short
 MISMATCH = 0.1  # of the norm, as `reconstruction` says it: what a tenth more or less of width makes of a profile
 
 
@@ -49,7 +50,7 @@ class Profile:
 
     def share_at(self, step: int) -> float:
         """How far the average moves in step 1, 2, ... towards the weights after it: in the first, all the way."""
-        power = power_of(YOUNG if self.sigma_rel is None else self.sigma_rel)
+        power = power_of(EARLY_SIGMA_REL if self.sigma_rel is None else self.sigma_rel)
         share = 1.0 if step == 1 else -math.expm1(power * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
         return share if self.decay is None else max(share, 1 - self.decay)
 

@@ -14,7 +14,7 @@ from asymflow import files
 from asymflow.color import oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.patches import CHANNEL_LAST, unpatchify
-from asymflow.pixels import to_image
+from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 
 SHOWN = 64  # more patches than that are too small to see
@@ -33,7 +33,7 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Imag
     height, width = images.shape[2] + gap, images.shape[3] + gap
     grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for i, image in enumerate(images):
-        grid.paste(to_image(image), (i % columns * width, i // columns * height))
+        grid.paste(tensor_to_pil(image), (i % columns * width, i // columns * height))
     return grid
 
 

@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
     def read(self) -> bytes:
         try:
-            with open(self.path, "rb", opener=at_once) as file:
+            with open(self.path, "rb", opener=nonblocking_opener) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UnreadableError(f"{self} is not a file, but a pipe or a device")
                 file.seek(self.offset)
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
             raise UnreadableError(f"{self} cannot be read: {e.strerror}") from None
 
 
-def at_once(path: str, flags: int) -> int:
+def nonblocking_opener(path: str, flags: int) -> int:
     """For `open`: a pipe is opened without waiting for someone to write to it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows does not have
 
@@ -305,7 +305,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels / 127.5 - 1)  # by numpy: torch would start threads in each of the threads that read
 
 
-def to_image(image: Tensor) -> Image.Image:
+def tensor_to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] as an RGB image, rounded to the nearest of the 256 values: the inverse of `to_tensor`.
 
     What is outside of [-1, 1] is clamped, and NaN is black.

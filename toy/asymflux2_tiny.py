@@ -51,7 +51,7 @@ with importing(__name__):
     from asymflow.model import AsymFlow
     from asymflow.patches import patchify, unpatchify
     from asymflow.pictures import image_grid
-    from asymflow.pixels import to_image
+    from asymflow.pixels import tensor_to_pil
     from asymflow.sampling import guided, image_noise, sample, sigma_grid
     from asymflow.subspace import Subspace
     from asymflow.training.config.reading import load_config
@@ -123,7 +123,7 @@ def write_pictures(folder: Path, count: int, seed: int) -> None:
     pictures = Shapes(count, SIZE, seed)
     for i in trange(count, desc="pictures", unit="image", leave=False):
         sample = dimmed(pictures[i])
-        to_image(to_float(sample.image)).save(folder / f"{i:05d}.png")
+        tensor_to_pil(to_float(sample.image)).save(folder / f"{i:05d}.png")
         (folder / f"{i:05d}.txt").write_text(sample.caption)
 
 

@@ -129,10 +129,10 @@ def copies(kit: Kit) -> tuple[str, dict]:
 
     batches, seen = [made(number) for number in range(count)], []
     for batch in on_device(iter(batches), kit.device):
-        early = batch.each(torch.clone)  # its own copy has to be done by now
+        early = batch.map_tensors(torch.clone)  # its own copy has to be done by now
         busy = (busy @ busy).tanh_()
-        seen += [early, batch.each(torch.clone)]  # the next one's must not have gone where this batch is
-    there = zip(*[iter(batch.each(Tensor.cpu) for batch in seen)] * 2, strict=True)
+        seen += [early, batch.map_tensors(torch.clone)]  # the next one's must not have gone where this batch is
+    there = zip(*[iter(batch.map_tensors(Tensor.cpu) for batch in seen)] * 2, strict=True)
     pairs = zip(batches, there, strict=True)
     wrong = [batch.samples[0] for batch, others in pairs if not all(same(batch, other) for other in others)]
     if wrong:

@@ -179,7 +179,7 @@ def states(training: Training) -> dict[str, int]:
     """Bytes of the tensors that a training keeps, by kind, each memory once; those of stage 3 are in pieces."""
     module, held = training.engine.module, shards.held_fragments(training.engine)
     kinds = {
-        "weights": [deepspeed_internals.kept(p) for p in module.parameters()],
+        "weights": [deepspeed_internals.held_part(p) for p in module.parameters()],
         "buffers": list(module.buffers()),
         "master_weights": [f.weight for f in held],
         "adam": [moment for f in held for moment in f.moments.values()],

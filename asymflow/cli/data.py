@@ -16,7 +16,7 @@ from asymflow.data.encode import FORMATS as LOSSLESS
 from asymflow.data.encode import encode
 from asymflow.data.pack import FORMATS, PROBLEMS, pack
 from asymflow.errors import InputError
-from asymflow.training.run.ranks import SIZES
+from asymflow.training.run.ranks import WORLD_SIZE_VARIABLES
 
 GROUP = """Prepare images for training.
 
@@ -109,7 +109,7 @@ def number(lowest: float) -> Callable[[str], float]:
 
 def check_place() -> None:
     """InputError if srun or mpirun started several processes, and none of them knows which it is: all would do all."""
-    started = [f"{name} {os.environ[name]}" for name in SIZES if os.environ.get(name, "1") != "1"]
+    started = [f"{name} {os.environ[name]}" for name in WORLD_SIZE_VARIABLES if os.environ.get(name, "1") != "1"]
     if started and "WORLD_SIZE" not in os.environ:
         raise InputError(
             f"the environment says {', '.join(started)}, so there are others, but not which one this is: start with "

@@ -17,7 +17,7 @@ from asymflow import files
 from asymflow.cli.common import this_process, usable_device
 from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import image_grid
-from asymflow.pixels import to_image, to_tensor
+from asymflow.pixels import tensor_to_pil, to_tensor
 
 RECORD = "samples.json"
 
@@ -53,7 +53,7 @@ def draw_missing(
                 images = draw(indices, what, rank == 0)
             for i, image in zip(indices, images, strict=True):
                 with files.replacing(args.out / name(i)) as beside:
-                    to_image(image).save(beside)
+                    tensor_to_pil(image).save(beside)
             bar.update(len(indices))
     finish(args, plan)
 

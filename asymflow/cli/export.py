@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
-from asymflow.cli.models import about, add_backbone, add_choice, check_run, choose, make_model, whole
+from asymflow.cli.models import about, add_backbone, add_choice, check_run, choose, make_model, verified_reader
 from asymflow.errors import InputError
 
 EXAMPLES = {
@@ -97,7 +97,7 @@ def run_ema(args: argparse.Namespace) -> None:
     weights: dict[str, Tensor] = {}
     with tqdm(used, desc="adding up", unit="average", leave=False) as bar:
         for step, terms in groupby(bar, key=lambda term: term[0]):
-            reader = whole(checkpoint.folder_of(folder, step))
+            reader = verified_reader(checkpoint.folder_of(folder, step))
             for _, name, coefficient in terms:
                 for parameter, values in reader.full(checkpoint.average_kind(name)).items():
                     term = coefficient * values.double()

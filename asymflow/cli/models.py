@@ -45,7 +45,7 @@ class Choice(NamedTuple):
         """By the names of the parameters. InputError unless every byte of the checkpoint is as it was written."""
         from asymflow.training.run import checkpoint
 
-        reader = whole(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
+        reader = verified_reader(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
 
 
@@ -111,7 +111,7 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
     return Choice(folder, chosen, step, average)
 
 
-def whole(folder: Path, progress: Callable = iter):
+def verified_reader(folder: Path, progress: Callable = iter):
     """Reads a checkpoint. InputError unless every byte of it is as it was written."""
     from asymflow.training.run import checkpoint
 

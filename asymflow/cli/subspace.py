@@ -196,7 +196,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
 
         def tokens() -> Iterator[tuple[Tensor, ...]]:
             with tqdm(total=len(share), desc="reading", unit="image", leave=False, disable=index > 0) as bar:
-                results = counted(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
+                results = only_readable(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
                 while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
                     parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
                     if len(parts) == 2:  # products of float32, since this is only printed
@@ -223,7 +223,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
     print(f"wrote {out} and {picture}; to see this again: asymflow subspace show {shlex.quote(str(out))}")
 
 
-def counted(results: Iterable, total: int, tally: dict, bar: tqdm) -> Iterator[tuple[Tensor, ...]]:
+def only_readable(results: Iterable, total: int, tally: dict, bar: tqdm) -> Iterator[tuple[Tensor, ...]]:
     """The samples that could be read; the others are noted. InputError if those are more than 1 % of all."""
     bad = tally["unreadable"]
     for result in results:

@@ -93,7 +93,7 @@ class EncodedShards:
         image, facts, tensors = self.read(index, sum(self.span[index, -1]))
         with self.naming(index):
             facts, tensors = json.loads(facts), safetensors.torch.load(tensors)
-            sample = EncodedSample(to_image(image), **tensors, name=facts["name"], caption=facts["caption"])
+            sample = EncodedSample(bytes_to_uint8(image), **tensors, name=facts["name"], caption=facts["caption"])
             shapes = [tuple(part.shape) for part in sample[:3]]
             if shapes != [*self.shapes(index), tuple(self.meta["prompt_shape"])]:
                 raise ValueError(f"its shapes are {shapes}")
@@ -107,7 +107,7 @@ class EncodedShards:
             start = 8 + int.from_bytes(tensors[:8], "little")
             first, last = json.loads(tensors[8:start])["latent"]["data_offsets"]
             latent = np.frombuffer(tensors[start + first : start + last], "<f4").reshape(shape)
-            image = to_image(image)
+            image = bytes_to_uint8(image)
             if image.shape != size:
                 raise ValueError(f"its image has the shape {tuple(image.shape)}")
         return image, torch.from_numpy(latent.copy())
@@ -133,7 +133,7 @@ class EncodedShards:
             raise UnreadableError(f"{where} is damaged ({e or type(e).__name__})") from None
 
 
-def to_image(content: bytes) -> Tensor:
+def bytes_to_uint8(content: bytes) -> Tensor:
     return to_uint8(Image.open(io.BytesIO(content)).convert("RGB"))
 
 

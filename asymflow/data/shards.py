@@ -187,12 +187,12 @@ def load_index(shard: str | Path, columns: Collection[str], path: Path | None = 
             index = dict(arrays)
         now = os.stat(shard)  # noqa: PTH116
         same = index["fingerprint"] == fingerprint(shard) and index.get("modified", now.st_mtime_ns) == now.st_mtime_ns
-        return index if same and index.keys() >= set(columns) and sound(index, now.st_size) else None
+        return index if same and index.keys() >= set(columns) and index_fits_shard(index, now.st_size) else None
     except Exception:  # damage shows in many ways; then the headers are read
         return None
 
 
-def sound(index: Index, size: int) -> bool:
+def index_fits_shard(index: Index, size: int) -> bool:
     """Whether the columns of an index are of one length, and all that they point to lies within a shard of `size`."""
     rows = {len(index[column]) for column in (*COLUMNS, "number", "span") if column in index}
     spans = np.concatenate([index[column].reshape(-1, 2) for column in ("image", "caption", "span") if column in index])

@@ -10,10 +10,10 @@ from asymflow.training.config.reading import Config
 
 
 def make_dataset(config: Config):
-    """One of the kinds of `asymflow.data`, or of the user's own.
+    """The data set that section `data` names: one of `asymflow.data`, or a class of the user's own.
 
-    To list files takes its time, so one process does it, and sends the others what it made, by pickle. Raises
-    InputError if there are no images, or more classes than the model has.
+    Listing files takes time, so only rank 0 calls this; the other ranks get the object by pickle. Raises InputError if
+    there are no images, or more classes than the model has.
     """
     c = config.data
     kind = find(c.kind, data.TABLE, "data.kind")

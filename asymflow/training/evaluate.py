@@ -1,4 +1,4 @@
-"""Samples of the model in training: drawn, and held against the data."""
+"""Evaluation in training: the Fréchet distance between samples of the model and the data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +15,26 @@ from asymflow.evaluation.frechet import Statistics, frechet_distance, load_stati
 from asymflow.evaluation.frechet import statistics as statistics_of
 from asymflow.model import AsymFlow
 from asymflow.training.config.reading import Config
-from asymflow.training.loader import read
+from asymflow.training.loader import read_or_replace
 from asymflow.training.objectives.class_conditional import drawn
-from asymflow.training.run.ranks import each, on_first
+from asymflow.training.run.ranks import all_or_raise, rank0_broadcast
 
 REFERENCE = "reference.npz"  # in the folder of the run
 MOST = 50_000  # training images to compare with
 
 Stop = Callable[[], object]
-"""Whether to stop, the same on all ranks, which ask together."""
+"""Returns whether to stop. All ranks call it together, and it returns the same on all."""
 
 
-def gathered(values: Tensor) -> Tensor:
-    """(world * n, ...), in the order of the ranks, from (n, ...) of each."""
+def all_gather_rows(values: Tensor) -> Tensor:
+    """Concatenate (n, ...) of every rank to (world * n, ...), in the order of the ranks, on all of them."""
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values.contiguous())
     return torch.cat(everyone)
 
 
 class Evaluation:
-    """The Fréchet distance between what a model draws and the data, by all ranks together, each with its share."""
+    """The Fréchet distance between samples of a model and the data. Each rank draws, and reads, its share of them."""
 
     def __init__(self, config: Config, dataset, out: Path, device: torch.device):
         """Raises AgreedError if the extractor or the reference cannot be used."""
@@ -42,16 +42,17 @@ class Evaluation:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         c = config.evaluate
         load = lambda: load_extractor(c.extractor, c.weights, device)
-        each(lambda: self.rank or load(), "evaluate")  # rank 0 before the others: they find what it has downloaded
-        self.features = each(load, "evaluate")
-        self.reference = each(self.given_reference, "evaluate.reference") if c.reference else None
-        weights = on_first(lambda: files.sha256(c.weights)[:16] if c.weights else "downloaded")
+        # Rank 0 loads first, and may download the weights; then the others find the file.
+        all_or_raise(lambda: self.rank or load(), "evaluate")
+        self.features = all_or_raise(load, "evaluate")
+        self.reference = all_or_raise(self.given_reference, "evaluate.reference") if c.reference else None
+        weights = rank0_broadcast(lambda: files.sha256(c.weights)[:16] if c.weights else "downloaded")
         self.about = (
             f"{min(len(dataset), MOST)} training images, {config.model.image_size} px, {c.extractor}, {weights}"
         )
 
     def given_reference(self) -> Statistics:
-        """Raises InputError if the file has no statistics, or not of as many features as the extractor has."""
+        """Read evaluate.reference. Raises InputError if it has no statistics, or of another number of features."""
         c, size = self.config.evaluate, self.config.model.image_size
         reference, _ = load_statistics(c.reference)
         width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)).shape[1]
@@ -61,7 +62,7 @@ class Evaluation:
         return reference
 
     def distance(self, flow: AsymFlow, stop: Stop) -> float | None:
-        """Of `flow` in eval mode; None if it was to stop."""
+        """The Fréchet distance of samples of `flow`, in eval mode, from the data; None if `stop` said so."""
         c = self.config
         if self.reference is None:
             self.reference = self.of_data(stop)
@@ -75,16 +76,16 @@ class Evaluation:
         features = self.measure(samples, c.evaluate.num, "evaluating", stop)
         if features is None:
             return None
-        return on_first(lambda: frechet_distance(statistics_of(features), self.reference))
+        return rank0_broadcast(lambda: frechet_distance(statistics_of(features), self.reference))
 
     def label(self, index: int) -> int:
-        """The class of a sample: in turn, or that of the image that the training has seen at this place."""
+        """The class of sample `index`: all classes in turn, or that of the training image of the same number."""
         if self.config.evaluate.labels == "balanced":
             return index % self.config.model.num_classes
         return self.dataset.label(streams.image_index(self.config.train.seed, index, len(self.dataset)))
 
     def of_data(self, stop: Stop) -> Statistics | None:
-        """From the training images, but at most `MOST`, chosen at random; kept in the folder of the run."""
+        """Statistics of the training images, of at most `MOST` of them, chosen at random. They are kept in a file."""
 
         def kept() -> Statistics | None:
             if not self.path.exists():
@@ -92,11 +93,11 @@ class Evaluation:
             found, about = load_statistics(self.path)
             return found if about == self.about else None
 
-        if (found := on_first(kept, "evaluate")) is not None:
+        if (found := rank0_broadcast(kept, "evaluate")) is not None:
             return found
 
         def images(indices: list[int]) -> Tensor:
-            pictures = [read(self.dataset, self.config.train.seed, i, []).image for i in indices]
+            pictures = [read_or_replace(self.dataset, self.config.train.seed, i, []).image for i in indices]
             return torch.stack(pictures).to(self.device)
 
         title = "reading the images to compare with"
@@ -109,14 +110,16 @@ class Evaluation:
             save_statistics(self.path, of, self.about)
             return of
 
-        return on_first(measured, "evaluate")
+        return rank0_broadcast(measured, "evaluate")
 
     def measure(self, images: Callable[[list[int]], Tensor], count: int, title: str, stop: Stop) -> Tensor | None:
-        """The features (count, F) of images 0 to count - 1, or None if it was to stop.
+        """The features (count, F) of images 0 to count - 1, or None if `stop` said so.
 
-        images: makes (n, 3, H, W), uint8, of n such numbers.
+        images: returns the images of the given numbers, (n, 3, H, W) uint8.
         """
-        each_rank = -(-count // self.world)  # under ZeRO-3 all have to take part in every call: as many on every rank
+        each_rank = -(
+            -count // self.world
+        )  # the same on all ranks: under ZeRO-3 each call of the model needs all ranks
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
         size, features = self.config.evaluate.batch_size, []
         starts = range(0, each_rank, size)
@@ -124,4 +127,4 @@ class Evaluation:
             if stop():
                 return None
             features.append(self.features(images(mine[start : start + size])))
-        return gathered(torch.cat(features))[:count]
+        return all_gather_rows(torch.cat(features))[:count]

@@ -1,4 +1,4 @@
-"""Micro-batches by number: what a rank trains on in micro-step k, drawn anew from (seed, index) each time."""
+"""Micro-batches by number. Each is made from the seed and the numbers of its samples, so it can be made again."""
 
 import multiprocessing
 import os
@@ -20,20 +20,21 @@ from asymflow.training.config.derived import batch_sizes
 from asymflow.training.config.reading import Config
 from asymflow.training.run.signals import ignore
 
-ATTEMPTS = 100  # images in a row that may be unreadable
-# Forked workers share the list of a million images, start at once, and take over the handlers of signals. They never
-# use what a fork breaks: the GPU, the process group, the threads of torch. Python 3.14 would start a server for them,
-# which dies of the SIGTERM that a scheduler sends to all processes, and they with it. (macOS cannot fork safely.)
+ATTEMPTS = 100  # unreadable images in a row before giving up
+# Workers are forked: they start at once, share the memory of the list of images, and inherit the signal handlers. They
+# do not use what a fork breaks: the GPU, the process group, torch's threads. Python 3.14's default is a fork server; a
+# SIGTERM that a scheduler sends to all processes would kill it, and the workers with it. (macOS cannot fork safely.)
 START = "fork" if sys.platform == "linux" else None
 T = TypeVar("T")
 
 
 @dataclass
 class Batch:
-    """pixels: (B, C, H, W) uint8. eps: (B, C, H, W) float32, with the noise scale of the model.
+    """A micro-batch.
 
-    labels: (B,), after label dropout. normal: (B,) standard normal, of the noise level. samples: their indices in the
-    training. problems: what could not be read, "name: reason".
+    pixels: (B, C, H, W) uint8. eps: (B, C, H, W) float32, the noise, times the model's noise scale. labels: (B,), after
+    label dropout. normal: (B,) standard normal numbers, from which the loss makes noise levels. samples: the numbers of
+    the samples, counted from the start of the training. problems: "name: reason" of images that could not be read.
     """
 
     pixels: Tensor
@@ -45,17 +46,17 @@ class Batch:
 
     @property
     def x0(self) -> Tensor:
-        """(B, C, H, W) float32 in [-1, 1]. Not stored: the way from the worker to the GPU is shorter for bytes."""
+        """(B, C, H, W) float32 in [-1, 1]. Not stored, because bytes are faster to send to the GPU than floats."""
         return self.pixels.float().div_(127.5).sub_(1)
 
     def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device))
+        return self.map_tensors(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader: only from pinned memory can `on_device` copy while the GPU computes."""
-        return self.each(Tensor.pin_memory)
+        """Called by DataLoader. `on_device` can copy beside a computation only from pinned memory."""
+        return self.map_tensors(Tensor.pin_memory)
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
         return type(self)(*(change(value) if isinstance(value, Tensor) else value for value in values))
 
@@ -75,7 +76,7 @@ class Batches(torch.utils.data.Dataset):
         problems = []
         images, labels, normals = [], [], []
         for sample in samples:
-            picked = read(self.dataset, c.train.seed, sample, problems)
+            picked = read_or_replace(self.dataset, c.train.seed, sample, problems)
             drawn = streams.draws(c.train.seed, sample)
             images.append(picked.image.flip(-1) if c.data.flip and drawn.flip < 0.5 else picked.image)
             if not 0 <= picked.label < c.model.num_classes:
@@ -90,7 +91,7 @@ class Batches(torch.utils.data.Dataset):
         return Batch(pixels, eps, torch.tensor(labels), torch.tensor(normals), samples, problems)
 
     def run(self, first: int, last: int) -> Iterator[Batch]:
-        """Items first to last - 1, made ahead of time by `data.workers` processes. Raises what they raise."""
+        """Micro-batches first to last - 1, made ahead of time by `data.workers` processes. Raises what they raise."""
         workers = self.config.data.workers
         loader = DataLoader(
             Outcomes(self),
@@ -98,12 +99,12 @@ class Batches(torch.utils.data.Dataset):
             sampler=range(first, last),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=begin,
+            worker_init_fn=init_worker,
             multiprocessing_context=START if workers else None,
-            # Of its own: it draws a seed when it begins, in the first step, and torch's is seeded for dropout by then.
+            # Not torch's global generator: DataLoader draws a number from it, which would change the dropout masks.
             generator=torch.Generator(),
         )
-        for outcome in handed_over(loader):
+        for outcome in outcomes_of(loader):
             if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
@@ -111,14 +112,14 @@ class Batches(torch.utils.data.Dataset):
 
 # ---- To the GPU ------------------------------------------------------------------------------------------------------
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, on `device`. A GPU copies the next one while it computes with the one that was handed over.
+    """Yield the batches, on `device`. A GPU copies the next batch while it computes with the last one yielded.
 
-    So there are two batches on a GPU, and for a moment a third: the one that the caller lets go of when it asks for the
-    next. What `batches` raises is raised in its turn, after the batches before it.
+    So a GPU holds two batches, and for a moment a third, until the caller drops the old one. An error of `batches` is
+    raised only after all batches before it have been yielded.
 
-    The copies run on a stream of their own. Their memory is allocated on the stream that computes, and the two streams
-    wait for each other, so the allocator needs no `record_stream`, whose memory is not given back in time by a CPU that
-    runs ahead of the GPU: see the warning in torch's documentation of it.
+    The copies run on a stream of their own, into memory that is allocated on the computing stream, and the streams wait
+    for each other. So `record_stream` is not needed; it would free memory too late when the CPU runs ahead of the GPU
+    (see the warning in torch's documentation).
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
@@ -126,15 +127,15 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     compute, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
 
     def begin(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        copies.synchronize()  # at most one batch ahead of the GPU: else pinned memory would pile up
+        copies.synchronize()  # never more than one batch ahead of the GPU, else pinned memory would pile up
 
         def copy(tensor: Tensor) -> Tensor:
             there = torch.empty_like(tensor, device=device)
-            copies.wait_stream(compute)  # which may still use this memory, for an earlier batch
+            copies.wait_stream(compute)  # it may still be reading an earlier batch from this memory
             with torch.cuda.stream(copies):
                 return there.copy_(tensor, non_blocking=True)
 
-        return batch.each(copy), copies.record_event()
+        return batch.map_tensors(copy), copies.record_event()
 
     def finish(begun: tuple[Batch, torch.cuda.Event]) -> Batch:
         compute.wait_event(begun[1])
@@ -143,11 +144,13 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     try:
         yield from map(finish, one_ahead(map(begin, batches)))
     finally:
-        compute.wait_stream(copies)  # if the last one is never handed over, its memory is free for others only then
+        compute.wait_stream(
+            copies
+        )  # if the last batch is never yielded: its memory is freed, but the copy may still run
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items. Each is asked for before the one before it is handed over; an error is raised in its turn."""
+    """Yield the items, but always fetch the next one first. An error is raised after the items before it."""
     waiting, end = deque(), None
     while end is None:
         try:
@@ -161,8 +164,8 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 # ---- In worker processes ---------------------------------------------------------------------------------------------
-def handed_over(loader: DataLoader) -> Iterator:
-    """What it gives. A worker that dies is a RuntimeError, also if it dies as it hands something over."""
+def outcomes_of(loader: DataLoader) -> Iterator:
+    """What the workers made. Raises RuntimeError if a worker dies, even while it sends its result."""
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:
@@ -170,7 +173,10 @@ def handed_over(loader: DataLoader) -> Iterator:
 
 
 class Outcomes(torch.utils.data.Dataset):
-    """What `batches[k]` returns, or what is no fault of ours: raised in a worker, it would come with its traceback."""
+    """Returns `batches[k]`, or the InputError or OSError that it raises.
+
+    The error is returned, not raised, because DataLoader adds the worker's traceback to the message of what is raised.
+    """
 
     def __init__(self, batches: Batches):
         self.batches = batches
@@ -182,26 +188,26 @@ class Outcomes(torch.utils.data.Dataset):
             return e
 
 
-def begin(worker: int) -> None:
-    """What a worker does first."""
+def init_worker(worker: int) -> None:
+    """Runs first in each worker."""
     ignore()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """A worker may wait for work, or to be rid of it: this thread waits for the end of the training, also if killed.
+    """Wait, in a thread of a worker, for the training process to end, even if it is killed; then end the worker.
 
-    DataLoader looks only every five seconds whether the parent is still there, and under a fork server not even that.
-    Meanwhile a forked worker would hold the connections of the training open, and the other ranks think that it lives.
+    DataLoader's workers check only every five seconds whether their parent lives, and under a fork server not at all.
+    Meanwhile a forked worker would keep the connections of its parent open, and the other ranks would think it lives.
     """
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def read(dataset, seed: int, sample: int, problems: list[str]) -> Sample:
-    """The image of a sample of the training; if it cannot be read, another one, always the same.
+def read_or_replace(dataset, seed: int, sample: int, problems: list[str]) -> Sample:
+    """The image of sample number `sample`. If it cannot be read, another one, which depends on seed and number alone.
 
-    What could not be read is added to `problems`. InputError after `ATTEMPTS` of them.
+    Adds what could not be read to `problems`. Raises InputError after `ATTEMPTS` unreadable images.
     """
     index = streams.image_index(seed, sample, len(dataset))
     replacements = streams.generator(seed, streams.REPLACEMENT, sample)

@@ -21,7 +21,7 @@ from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
 from asymflow.training.config.reading import Config
-from asymflow.training.evaluate import Evaluation, gathered
+from asymflow.training.evaluate import Evaluation, all_gather_rows
 from asymflow.training.loader import Batch, on_device
 from asymflow.training.objectives import Objective
 from asymflow.training.run import checkpoint
@@ -29,7 +29,7 @@ from asymflow.training.run import folder as run
 from asymflow.training.run.checkpoint import Piece
 from asymflow.training.run.problems import Problems
 from asymflow.training.run.progress import Progress
-from asymflow.training.run.ranks import AgreedError, on_first
+from asymflow.training.run.ranks import AgreedError, rank0_broadcast
 from asymflow.training.run.signals import CAUGHT, Signals
 from asymflow.training.zero import internals, shards
 from asymflow.training.zero.averages import Averages
@@ -37,10 +37,10 @@ from asymflow.training.zero.engine import averaged, make_engine, set_learning_ra
 
 
 class Training:
-    """One run: the engine, its averages, its data, and the folder that they are kept in.
+    """One run: the engine, the averages, the data, and the folder of the run.
 
-    `step` counts the steps that are done. Everything that a further step depends on is in the checkpoint, or a function
-    of the configuration and the step.
+    `step` is the number of steps done. All that the next step depends on is either in the checkpoint, or a function of
+    the configuration and `step`: so a resumed training takes the same steps.
     """
 
     def __init__(self, config: Config, out: Path, flow: AsymFlow, dataset, device: torch.device, objective: Objective):
@@ -50,13 +50,13 @@ class Training:
         self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
         self.dataset, self.objective = dataset, objective
         self.peak = peak_flops(device)
-        self.flops = objective.flops() if self.peak else None  # counted only where it is of use: that takes seconds
+        self.flops = objective.flops() if self.peak else None  # counting takes seconds, and is of no use without a peak
         self.term_weights = torch.tensor(objective.weights, device=device)
         flow = objective.model(flow)
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
-        if self.autocast:  # inside of the engine, which on GPUs switches off what is entered outside of it
+        if self.autocast:  # in the model's forward: on GPUs DeepSpeed switches off an autocast around the engine
             usual, in_bf16 = flow.forward, torch.autocast(device.type, torch.bfloat16)(flow.forward)
-            # Samples are drawn in a precision of their own, see `sampling_precision`.
+            # Not in eval mode: samples are drawn in the precision that `sampling_precision` says.
             flow.forward = lambda *args, **conditions: (in_bf16 if flow.training else usual)(*args, **conditions)
         self.engine = make_engine(flow.to(device).train(), config, out)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
@@ -72,9 +72,9 @@ class Training:
         batches = self.objective.batches(self.dataset, self.rank, self.world).run(first, last)
         stream = on_device(self.waited_for(batches), self.device)
         with Signals() as self.signals, Progress(c, self.step, silent=self.rank > 0) as self.progress:
-            if self.due(c.sample.every) and on_first(lambda: not self.picture().exists()):
-                self.draw()  # the first, or one that was not drawn yet when the training was stopped or killed
-            if self.step > 0 and self.due(c.evaluate.every):  # stopped before it was done, or only now asked for
+            if self.due(c.sample.every) and rank0_broadcast(lambda: not self.picture().exists()):
+                self.draw()  # before the first step, or because the training ended before it drew this grid
+            if self.step > 0 and self.due(c.evaluate.every):  # it was interrupted, or has been configured only now
                 self.evaluate()
             stopped_by = self.signalled()
             while self.step < c.train.steps and not stopped_by:
@@ -91,29 +91,29 @@ class Training:
         return stopped_by if self.step < c.train.steps else None
 
     def signalled(self) -> str | None:
-        """The name of the signal that any rank has got, between steps. All ranks ask together, and so stop together."""
+        """The name of a signal that any rank has received. Called by all ranks; all get the same answer."""
         received = torch.tensor(self.signals.received, device=self.device)
         dist.all_reduce(received, dist.ReduceOp.MAX)
         number = received.item()
         return signal.Signals(number).name if number else None
 
     def due(self, every: int | None) -> bool:
-        """Whether to do now what is done every so many steps: also after the last step, but not if `every` is null."""
+        """Whether `step` is a multiple of `every` or the last step. False if `every` is None."""
         return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
 
     def one_step(self, stream: Iterator[Batch]) -> str | None:
-        """Take a step and log it. Returns the name of a signal that any rank had got before it ended.
+        """Take a step and log it. Returns the name of a signal that any rank received during the step.
 
-        A step whose loss or gradient is not finite changes nothing but the averages, which see the same weights again.
-        Logged as `loss` is flow matching alone, also with other terms, so trainings compare: but with variance
-        reduction its target is another, and the loss less.
+        If the loss or the gradient is not finite, the step changes no weights; the averages take the same weights in
+        once more. The logged `loss` is the flow-matching term alone, so that trainings with different other terms can
+        be compared. Variance reduction changes its target and makes it smaller: do not compare with and without.
         """
         started = time.perf_counter()
         lr = learning_rate(self.config, self.step)
         set_learning_rate(self.engine, lr)
         torch.manual_seed(streams.dropout_seed(self.config.train.seed, self.step, self.rank))
         self.waited = 0.0
-        samples, problems, losses = [], [], []  # of a micro-batch nothing else is kept: there may be many
+        samples, problems, losses = [], [], []  # keep nothing else of a micro-batch: there may be many of them
         for part in range(1, self.accumulation + 1):
             batch = next(stream)
             terms = self.objective.losses(self.engine, batch)
@@ -124,7 +124,7 @@ class Training:
             problems += batch.problems
             losses.append(terms.detach())
             if part < self.accumulation:
-                self.engine.step()  # which only accumulates
+                self.engine.step()  # takes no step yet: DeepSpeed counts micro-batches by these calls
         losses = torch.cat(losses)
         flags = [self.signals.received == number for number in CAUGHT]
         sums = self.summed(losses.sum(0) / self.config.train.global_batch_size, [self.waited, len(problems), *flags])
@@ -150,7 +150,7 @@ class Training:
         return next((number.name for number, count in zip(CAUGHT, flags, strict=True) if count), None)
 
     def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches. How long each was waited for is added to `self.waited`, in seconds."""
+        """Yield the batches, and add the seconds spent waiting for each to `self.waited`."""
         asked = time.perf_counter()
         for batch in batches:
             self.waited += time.perf_counter() - asked
@@ -158,9 +158,9 @@ class Training:
             asked = time.perf_counter()
 
     def summed(self, terms: Tensor, numbers: Sequence[float]) -> Tensor:
-        """Both in one tensor, summed over the ranks: a step talks to the others here and nowhere else.
+        """`terms` and `numbers` in one tensor, summed over the ranks: the one collective of a step besides DeepSpeed's.
 
-        The numbers are filled in on the device: to copy them there would wait for it.
+        The numbers are filled in one by one: copying a tensor from the CPU would make it wait for the GPU.
         """
         sums = torch.cat([terms.float(), torch.zeros(len(numbers), device=self.device)])
         for i, number in enumerate(numbers, len(terms)):
@@ -170,7 +170,10 @@ class Training:
         return sums
 
     def skip(self, what: str, samples: list[int], losses: Tensor) -> None:
-        """Answer a loss or gradient that is not finite: say so, or raise if that was allowed often enough."""
+        """Print that a step was skipped. Raises AgreedError if more were skipped than train.skip_nonfinite allows.
+
+        what: "loss" or "gradient", whichever is not finite. losses: of this rank's `samples`.
+        """
         mine = [samples[i] for i in (~losses.isfinite().all(1)).nonzero()]
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
@@ -191,14 +194,14 @@ class Training:
 
     # ---- What is kept ------------------------------------------------------------------------------------------------
     def open_journals(self) -> None:
-        """Continue the metrics and the list of problems after `step`. Called by all ranks."""
-        self.journals: list[run.Journal] = []  # on rank 0
+        """Open the journals of the run, to continue after `step`. Called by all ranks."""
+        self.journals: list[run.Journal] = []  # empty on all ranks but rank 0
 
         def begin():
             names = run.METRICS, run.PROBLEMS, run.EVALUATIONS
             self.journals += [run.Journal(self.out / name, self.step) for name in names]
 
-        on_first(begin)
+        rank0_broadcast(begin)
         self.problems = Problems(self.journals[1] if self.journals else None, len(self.dataset))
 
     def save(self) -> None:
@@ -212,13 +215,14 @@ class Training:
             "images": len(self.dataset),
             "averages": {profile.name: profile.sigma_rel for profile in self.averages.values},
         }
-        on_first(lambda: [journal.sync() for journal in self.journals] and None, f"before {folder} was written")
+        rank0_broadcast(lambda: [journal.sync() for journal in self.journals] and None, f"before {folder} was written")
         checkpoint.save(folder, self.pieces(), self.shapes, state)
         keep = self.config.checkpoint
-        on_first(lambda: checkpoint.prune(folder.parent, keep.keep_last, keep.keep_every), "an old checkpoint stays")
+        prune = lambda: checkpoint.prune(folder.parent, keep.keep_last, keep.keep_every)
+        rank0_broadcast(prune, "an old checkpoint stays")
 
     def pieces(self) -> Iterator[Piece]:
-        """What a checkpoint holds of this rank."""
+        """This rank's part of a checkpoint: its weights, the optimizer's moments, and the averages."""
         for f in self.averages.fragments:
             yield Piece("weights", f.name, f.start, f.weight)
             for moment, values in f.moments.items():
@@ -231,7 +235,7 @@ class Training:
             yield Piece(checkpoint.average_kind(profile.name), name, start, values)
 
     def snapshot(self) -> None:
-        """Keep the power-function averages as they are now, for `asymflow ema`."""
+        """Save the power-function averages as they are now, for `asymflow ema`."""
         widths = [profile for profile in self.averages.values if profile.sigma_rel]
         pieces = (piece for profile in widths for piece in self.average_pieces(profile))
         state = {
@@ -241,11 +245,11 @@ class Training:
         }
         folder = checkpoint.folder_of(self.out / run.SNAPSHOTS, self.step)
         checkpoint.save(folder, pieces, self.shapes, state)
-        on_first(lambda: run.forget_abandoned(folder), "an abandoned snapshot stays")
+        rank0_broadcast(lambda: run.forget_abandoned(folder), "an abandoned snapshot stays")
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, of any ZeRO stage and number of ranks. Raises AgreedError if it does not fit."""
+        """Load a checkpoint of any ZeRO stage and number of ranks. Raises AgreedError if it does not fit."""
         reader = checkpoint.Reader(folder)
         if reader.shapes != self.shapes:
             raise AgreedError(f"{folder} is of another model: its parameters have other names or shapes")
@@ -268,21 +272,20 @@ class Training:
             f.weight.copy_(reader.read("weights", f.name, f.start, len(f.weight)))
             for moment, values in f.moments.items():
                 values.copy_(reader.read(moment, f.name, f.start, len(values)))
-            if "step" in f.state:  # of Adam; by a tensor or a number
+            if "step" in f.state:  # Adam's count of steps, a tensor or a number
                 f.state["step"] = torch.full_like(torch.as_tensor(f.state["step"]), self.step - self.skipped)
-        internals.spread_weights(self.engine)
+        internals.refresh_model_weights(self.engine)
         for profile, values in self.averages.values.items():
             for f, value in zip(self.averages.fragments, values, strict=True):
                 value.copy_(reader.read(checkpoint.average_kind(profile.name), f.name, f.start, len(value)))
-        self.how_resumed += on_first(lambda: run.abandon_snapshots(self.out, self.step), "later snapshots stay")
+        self.how_resumed += rank0_broadcast(lambda: run.abandon_snapshots(self.out, self.step), "later snapshots stay")
 
     # ---- What is shown -----------------------------------------------------------------------------------------------
     def log(self, record: dict) -> None:
-        """To the journal, to stderr and to DeepSpeed's monitors.
+        """Write a record to metrics.jsonl, to stderr and to DeepSpeed's monitors.
 
-        With the MFU (Chowdhery et al. 2022, arXiv 2204.02311) where the GPU's peak is known: the part of the peaks of
-        all ranks that the model needs, in bfloat16, without what is computed twice to save memory. On CPUs there is
-        none.
+        On GPUs whose peak is known it gets the MFU (Chowdhery et al. 2022, arXiv 2204.02311): the FLOPs that the model
+        needs, without recomputation, divided by those that all GPUs could do in this time in bfloat16.
         """
         if self.rank > 0:
             return
@@ -297,13 +300,13 @@ class Training:
 
     @torch.no_grad()
     def draw(self) -> None:
-        """A grid of samples of the first average, from the same noise and classes every time."""
+        """Save a grid of samples of `model_to_show`, from the same noise and classes every time."""
         count = self.config.sample.num
-        each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all have to take part in every call
+        each = -(-count // self.world)  # the same on all ranks: under ZeRO-3 each call of the model needs all ranks
         mine = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
             parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]
-        images = gathered(torch.cat(parts))
+        images = all_gather_rows(torch.cat(parts))
         if self.rank == 0:
             with files.replacing(self.picture()) as beside:
                 image_grid(images[:count].cpu()).save(beside)
@@ -313,13 +316,16 @@ class Training:
 
     @contextmanager
     def model_to_show(self) -> Iterator[AsymFlow]:
-        """The model that is drawn from and evaluated: the first average, or the weights where none is configured."""
+        """A context with the model to draw from and evaluate, in eval mode, with the weights of the first average.
+
+        Without averages it has the trained weights. Afterwards it has the trained weights again.
+        """
         first = next(iter(self.averages.values), None)
         self.engine.module.eval()
         try:
             with (
                 averaged(self.engine, self.averages, first) if first else nullcontext(),
-                torch.compiler.set_stance("force_eager"),  # else each number of images would be compiled for
+                torch.compiler.set_stance("force_eager"),  # else it would be compiled anew for each batch size
             ):
                 yield self.engine.module
         finally:
@@ -327,16 +333,16 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Hold samples against the data, unless that was done with the same settings at this step already.
+        """Compute the Fréchet distance, unless evaluations.jsonl has it for this step and these settings already.
 
-        A signal ends it. Then the same command does it anew.
+        A signal interrupts it; the next start begins it anew.
         """
         c = self.config
         sampler = c.sample.model_dump(include={"steps", "method", "guidance", "interval"}, mode="json")
         sampler["precision"] = "bf16 weights" if bf16_weights(c) else sampling_precision(c, self.device)
         settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
         asked = {"step": self.step, **settings}
-        if on_first(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
+        if rank0_broadcast(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
             return
         with self.model_to_show() as flow:
             distance = self.evaluation.distance(flow, stop=self.signalled)
@@ -348,7 +354,7 @@ class Training:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of step 0, 1, ...: linear warm-up, then constant (arXiv 2605.12964)."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then constant (arXiv 2605.12964)."""
     return config.optimizer.lr * min(1.0, (step + 1) / max(config.optimizer.warmup_steps, 1))
 
 

@@ -34,10 +34,19 @@ from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.objectives.encoded_batches import rare_buckets
 from asymflow.training.objectives.latent_to_pixel import LatentToPixel
 from asymflow.training.objectives.repa import Encoder
-from asymflow.training.objectives.variance import Perceptual, torchvision_vgg
+from asymflow.training.objectives.variance import PerceptualLoss, torchvision_vgg
 from asymflow.training.run import folder as run
 from asymflow.training.run.lifeline import Lifeline, show
-from asymflow.training.run.ranks import AgreedError, each, join, meet, on_first, only_first, take_place, together
+from asymflow.training.run.ranks import (
+    AgreedError,
+    all_or_raise,
+    gather,
+    join_group,
+    open_store,
+    rank0_broadcast,
+    rank0_only,
+    resolve_rank,
+)
 from asymflow.training.zero import internals as deepspeed_internals
 from asymflow.training.zero.settings import deepspeed_config
 
@@ -59,23 +68,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a training. Returns the exit code: 0 when done or stopped by a signal, 2 for what a user got wrong.
+    """Run a training. Returns the exit code: 0 if it ended or a signal stopped it, 2 for a user's mistake, else 1.
 
-    Whatever goes wrong is said once, by the process of rank 0, which ends all others: see `Lifeline`.
+    If any rank fails, rank 0 prints the error, once, and all processes end: see `Lifeline`.
     """
     rank, lifeline = 0, None
     try:
-        rank = take_place()
+        rank = resolve_rank()
         with nullcontext() if rank == 0 else quiet():
             args = parse(argv)
-        store = meet()
+        store = open_store()
         lifeline = Lifeline(store)
-        training = build(args, join(store))
+        training = build(args, join_group(store))
         stopped_by = training.fit()
         lifeline.close()
     except (Exception, KeyboardInterrupt) as e:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of a worker that died, DataLoader would go on telling
-        text, code = answer(e, rank)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader raises once more for a worker that died
+        text, code = error_message(e, rank)
         if lifeline:
             return lifeline.fail(text, code)
         show(text)
@@ -87,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
             if stopped_by:
                 print("the same command continues")
         return 0
-    finally:  # after a failure, only a process that is alone comes here
-        if dist.is_initialized():  # threads of a group that is left open may abort the process as it exits
+    finally:  # after a failure, `lifeline.fail` does not return, unless this is the only process
+        if dist.is_initialized():  # else threads of the group may abort the process as it exits
             dist.destroy_process_group()
 
 
@@ -98,8 +107,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def answer(e: BaseException, rank: int) -> tuple[str, int]:
-    """What to say of it, and the exit code. What is no fault of ours is one line; the rest has a traceback."""
+def error_message(e: BaseException, rank: int) -> tuple[str, int]:
+    """The text to print for an error, and the exit code. Users' errors are one line; bugs have a traceback."""
     if isinstance(e, KeyboardInterrupt):
         return "train_ddp.py: interrupted; the same command continues from the last checkpoint", 130
     by = "" if isinstance(e, AgreedError) or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
@@ -117,38 +126,40 @@ def answer(e: BaseException, rank: int) -> tuple[str, int]:
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Training:
-    """Everything up to the first step, by all ranks together. Raises AgreedError if something cannot be used."""
+    """Build everything that the first step needs. Called by all ranks; raises AgreedError if something is wrong."""
     rank = dist.get_rank()
-    configs = together(lambda: load_config(args.config, args.set))
+    configs = gather(lambda: load_config(args.config, args.set))
     config = configs[rank]
     for other, theirs in enumerate(configs):
         if theirs != configs[0]:
             there = "; ".join(differences(configs[0], theirs)) or "settings that may change"
             raise AgreedError(f"rank {other} has another configuration than rank 0: {there}")
-    if os.environ["LOCAL_RANK"] == "0":  # of each machine; before anything of DeepSpeed's is used
+    if os.environ["LOCAL_RANK"] == "0":  # once on each machine, before DeepSpeed is used
         for remark in deepspeed_internals.remarks():
             print(remark, file=sys.stderr)
-    each(lambda: deepspeed_config(config, dist.get_world_size()))
-    dataset = on_first(lambda: make_dataset(config))
-    each(lambda: rank and hasattr(dataset, "check") and dataset.check())  # each machine may have a copy of its own
-    if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of a machine, for all of them
-        each(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
-    objective_for = each(lambda: make_objective(config, dataset, device))
-    brought = each(lambda: bring_subspace(config, args.out, args.resume), "the subspace")
+    all_or_raise(lambda: deepspeed_config(config, dist.get_world_size()))
+    dataset = rank0_broadcast(lambda: make_dataset(config))
+    # The other ranks got rank 0's list of files, and their machines may have copies of their own.
+    all_or_raise(lambda: rank and hasattr(dataset, "check") and dataset.check())
+    if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of each machine downloads it
+        all_or_raise(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
+    objective_for = all_or_raise(lambda: make_objective(config, dataset, device))
+    initial = all_or_raise(lambda: initial_subspace(config, args.out, args.resume), "the subspace")
     if config.finetune:
-        each(lambda: check_shards(config, dataset.meta, brought))
-    lock = only_first(lambda: run.open_run(args.out, config))  # only now: what cannot begin leaves no folder
-    folder, remarks = run.to_resume(args.out, args.resume)
-    subspace = get_subspace(config, dataset, args.out, folder, brought, device)
+        all_or_raise(lambda: check_shards(config, dataset.meta, initial))
+    # The folder is made only after the checks above, so that a training that cannot begin leaves none behind.
+    lock = rank0_only(lambda: run.open_run(args.out, config))
+    folder, remarks = run.checkpoint_to_resume(args.out, args.resume)
+    subspace = get_subspace(config, dataset, args.out, folder, initial, device)
     torch.manual_seed(config.train.seed)
-    flow = each(lambda: make_flow(config, subspace))
+    flow = all_or_raise(lambda: make_flow(config, subspace))
     training = Training(config, args.out, flow, dataset, device, objective_for(flow))
-    training.held = lock  # of the folder, as long as there is a training
+    training.held = lock  # the folder stays locked as long as this object exists
     if folder is not None:
         training.restore(folder)
     if config.finetune:
         remarks += rare_buckets(dataset, config.train.global_batch_size)
-        remarks += only_first(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
+        remarks += rank0_only(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
     if rank == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
@@ -166,12 +177,12 @@ def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
     c = config.model
     backbone = make_backbone(c)
     if subspace.rank < subspace.dim and hasattr(backbone, "seed_patch_embedding"):
-        backbone.seed_patch_embedding(subspace)  # u-prediction, as others know it, starts from no directions
+        backbone.seed_patch_embedding(subspace)  # not at full rank: plain u-prediction starts from random weights
     return AsymFlow(backbone, subspace, sigma_min=c.sigma_min, noise_scale=c.noise_scale)
 
 
 def make_objective(config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], Objective]:
-    """The objective of a model, with what is read from files already."""
+    """A function from the model to the objective of its training. All files that it needs are read here."""
     if config.loss.objective:
         own = find(config.loss.objective, {}, "loss.objective")
         return lambda flow: called(own, "loss.options", config.loss.options, config=config, flow=flow)
@@ -181,12 +192,12 @@ def make_objective(config: Config, dataset, device: torch.device) -> Callable[[A
     perceptual = None
     if config.loss.perceptual:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        perceptual = Perceptual(config.loss.perceptual.vgg, device, dtype)
+        perceptual = PerceptualLoss(config.loss.perceptual.vgg, device, dtype)
     return lambda flow: LatentToPixel(config, dataset, device, perceptual)
 
 
 def make_encoder(config: Config, device: torch.device) -> Encoder | None:
-    """DINOv2, if tokens are to be aligned with it (REPA)."""
+    """DINOv2, if REPA is configured, else None."""
     if config.loss.repa is None:
         return None
     side = config.model.image_size // patch_size(config.model)
@@ -199,7 +210,7 @@ def make_encoder(config: Config, device: torch.device) -> Encoder | None:
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------
 def check_shards(config: Config, meta: dict, subspace: Subspace | None) -> None:
-    """InputError if encoded shards are of another base than the one to finetune, or of another subspace."""
+    """InputError if the shards were encoded with another base model than the one to finetune, or fit no `subspace`."""
     from asymflow.training.objectives.finetuning import transformer_config  # needs diffusers and peft
 
     c = transformer_config(Path(config.finetune.base))
@@ -215,10 +226,10 @@ def check_shards(config: Config, meta: dict, subspace: Subspace | None) -> None:
 
 
 def other_encoders(base: Path, dataset: EncodedShards) -> list[str]:
-    """A remark, if the VAE or the tokenizer of the base, where it has them, are not the files that made the shards.
+    """A remark, if the files of the base's VAE or tokenizer differ from those that encoded the shards.
 
-    No error: diffusers writes other files when it saves the same model again. The text encoder has 16 GB: to read it
-    would keep a training waiting.
+    Not an error, because diffusers writes other files when it saves the same model again. The text encoder is not
+    compared: reading its 16 GB would delay the start.
     """
     parts = [part for part in ("vae", "tokenizer") if (base / part).is_dir()]
     other = [part for part in parts if folder_digest(base / part) != dataset.meta[part]]
@@ -231,17 +242,18 @@ def other_encoders(base: Path, dataset: EncodedShards) -> list[str]:
 
 
 def get_subspace(
-    config: Config, dataset, out: Path, resumed: Path | None, brought: Subspace | None, device: torch.device
+    config: Config, dataset, out: Path, resumed: Path | None, initial: Subspace | None, device: torch.device
 ) -> Subspace:
-    """That of the run, if it has one already; else what it was `brought`; else it is made, by all ranks together.
+    """The subspace in the folder of the run; else `initial`; else a new one, fitted by all ranks together.
 
-    resumed: the checkpoint that the training continues from. Raises AgreedError.
+    initial: see `initial_subspace`. resumed: the checkpoint that the training continues from. A new subspace is saved
+    in the folder. Called by all ranks; raises AgreedError.
     """
     path = out / run.SUBSPACE
-    if on_first(lambda: path.exists()):
-        return each(lambda: load_subspace(path, config), "the subspace")
-    if brought:
-        subspace = brought
+    if rank0_broadcast(lambda: path.exists()):
+        return all_or_raise(lambda: load_subspace(path, config), "the subspace")
+    if initial:
+        subspace = initial
     elif resumed is not None:
         raise AgreedError(f"{resumed.parent.parent / run.SUBSPACE} is missing: {resumed} fits no other subspace")
     elif config.subspace.rank in ("full", 0):
@@ -249,13 +261,16 @@ def get_subspace(
         make = Subspace.empty if config.subspace.rank == 0 else Subspace.full
         subspace = make(3 * patch**2, patch_size=patch)
     else:
-        subspace = each(lambda: fit_subspace(config, dataset, device), "the subspace cannot be fitted")
-    only_first(lambda: subspace.save(path), "the subspace could not be saved")
+        subspace = all_or_raise(lambda: fit_subspace(config, dataset, device), "the subspace cannot be fitted")
+    rank0_only(lambda: subspace.save(path), "the subspace could not be saved")
     return subspace
 
 
-def bring_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
-    """What a new run begins with: the subspace of the run whose checkpoint `resume` is, or subspace.file."""
+def initial_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
+    """The subspace that a new run is given: that of the run from whose checkpoint it resumes, or subspace.file.
+
+    None if it is given none, or if the run has a subspace already.
+    """
     other = None if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
     if other is not None and other.exists():
         return load_subspace(other, config)
@@ -264,9 +279,9 @@ def bring_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
 
 
 def load_subspace(path: Path, config: Config) -> Subspace:
-    """Raises InputError if it is not the one that the configuration speaks of."""
+    """Read a subspace. Raises InputError if it does not fit the configuration."""
     subspace = Subspace.load(path)
-    if config.finetune:  # whether it fits the latent model, `latent_to_pixel` sees
+    if config.finetune:  # `latent_to_pixel` checks whether it fits the latent model
         if (subspace.token_order, subspace.color_space) != ("channel_first", "oklab"):
             raise InputError(f"{path} is not of channel_first tokens in oklab: make it by asymflow subspace procrustes")
         return subspace
@@ -290,7 +305,7 @@ def load_subspace(path: Path, config: Config) -> Subspace:
 
 
 def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
-    """By PCA of images that are drawn at random, each rank its share. Called by all ranks; raises InputError."""
+    """Fit a subspace by PCA to random images, of which each rank reads a share. Called by all ranks."""
     count, patch = min(config.subspace.images, len(dataset)), patch_size(config.model)
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
     bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0 or None)
@@ -300,9 +315,9 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
 
 
 def readable(dataset, indices: Collection[int]) -> Iterator[Tensor]:
-    """The images, (1, 3, H, W) in [-1, 1], but for those that cannot be read: training will count them.
+    """The images, (1, 3, H, W) in [-1, 1]. Those that cannot be read are left out here; training will report them.
 
-    Raises InputError, with the last of the reasons, if there is none that can be.
+    Raises InputError, with the last reason, if none can be read.
     """
     problems = []
     for i in indices:

@@ -12,7 +12,7 @@ from asymflow import InputError
 from asymflow.color import oklab_to_rgb
 from asymflow.training.objectives.flow_matching import flow_matching_loss, noisy
 from asymflow.training.objectives.variance import (
-    Perceptual,
+    PerceptualLoss,
     agreement,
     denoising_loss,
     signal_share,
@@ -127,7 +127,7 @@ def test_a_random_vgg_is_always_the_same_and_draws_from_nobody(monkeypatch):
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        weights.append(Perceptual("random", "cpu").model.weight)
+        weights.append(PerceptualLoss("random", "cpu").model.weight)
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*weights)
 
@@ -141,7 +141,7 @@ def test_torchvisions_file_is_taken_from_its_cache_or_asked_for(monkeypatch, tmp
     for offline, reason in ((True, "HF_HUB_OFFLINE is set"), (False, "no network")):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         with pytest.raises(InputError, match=f"{reason}.*loss.perceptual.vgg"):
-            Perceptual(None, "cpu")
+            PerceptualLoss(None, "cpu")
     file = tmp_path / "checkpoints/vgg16-397923af.pth"
     file.touch()
     assert torchvision_vgg() == file
@@ -157,7 +157,7 @@ def test_weights_of_a_file_are_those_that_lpips_computes_with(tmp_path, suffix):
     vgg = {f"features.{name.split('.', 1)[1]}": value for name, value in reference.net.state_dict().items()}
     file, extra = tmp_path / f"vgg{suffix}", {"classifier.0.weight": torch.zeros(2, 2)}
     save_file(vgg | extra, file) if suffix == ".safetensors" else torch.save(vgg | extra, file)
-    ours = Perceptual(str(file), "cpu")
+    ours = PerceptualLoss(str(file), "cpu")
     assert not any(p.requires_grad for p in ours.model.parameters())
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
     weight = torch.zeros(2, 1, 32, 32)
@@ -168,10 +168,10 @@ def test_weights_of_a_file_are_those_that_lpips_computes_with(tmp_path, suffix):
     torch.testing.assert_close(found, expected)
     assert found.min() > 0
     assert torch.autograd.grad(found.sum(), x)[0].abs().max() > 0
-    half = Perceptual(str(file), "cpu", torch.bfloat16)
+    half = PerceptualLoss(str(file), "cpu", torch.bfloat16)
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(half(x, y, weight), found, rtol=0.1, atol=0.01)
     del vgg["features.0.weight"]
     save_file(vgg, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"other.safetensors does not hold torchvision's weights of VGG16.*features.0"):
-        Perceptual(str(tmp_path / "other.safetensors"), "cpu")
+        PerceptualLoss(str(tmp_path / "other.safetensors"), "cpu")

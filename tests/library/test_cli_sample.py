@@ -15,7 +15,7 @@ from asymflow import AsymFlow, Subspace, files
 from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
-from asymflow.pixels import to_image
+from asymflow.pixels import tensor_to_pil
 from asymflow.precision import computing
 from asymflow.sampling import generate
 
@@ -68,7 +68,7 @@ def test_the_images_are_those_of_the_library(model, tmp_path):
     flow = AsymFlow.from_pretrained(model)
     images = generate(flow, [1, 5, 1, 5, 1, 5], steps=3, guidance=2.3, interval=(0, 0.88))
     for name, image in zip(NAMES, images, strict=True):
-        assert np.abs(pixels(tmp_path / "out" / name) - np.asarray(to_image(image)).astype(int)).max() <= 1
+        assert np.abs(pixels(tmp_path / "out" / name) - np.asarray(tensor_to_pil(image)).astype(int)).max() <= 1
 
 
 def test_every_option_reaches_the_library(model, tmp_path):
@@ -84,7 +84,7 @@ def test_every_option_reaches_the_library(model, tmp_path):
             return generate(flow, [5], [2], **options)[0]
 
     def differs(**options):
-        other = np.asarray(to_image(made("bf16", **options))).astype(int)
+        other = np.asarray(tensor_to_pil(made("bf16", **options))).astype(int)
         return other.shape != found.shape or np.abs(other - found).max() > 1
 
     assert not differs(**told)
@@ -286,7 +286,7 @@ def test_a_model_in_oklab_gives_pictures_in_rgb(tmp_path):
     assert run(model, tmp_path / "out", "--clamp", num=1) == 0
     options = dict(steps=3, guidance=2.3, interval=(0, 0.88), denoised_hook=lambda x0, sigma: clamp_to_gamut(x0))
     image = oklab_to_rgb(generate(AsymFlow.from_pretrained(model), [1], **options))[0]
-    assert np.abs(pixels(tmp_path / "out" / NAMES[0]) - np.asarray(to_image(image)).astype(int)).max() <= 1
+    assert np.abs(pixels(tmp_path / "out" / NAMES[0]) - np.asarray(tensor_to_pil(image)).astype(int)).max() <= 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from asymflow import Subspace, patchify
 from asymflow.cli import main
 from asymflow.cli import subspace as command
 from asymflow.color import rgb_to_oklab
-from asymflow.pixels import find_images, read_square, to_image
+from asymflow.pixels import find_images, read_square, tensor_to_pil
 
 PCA = ["subspace", "pca", "--patch-size=4", "--image-size=8", "--device=cpu"]
 PROCRUSTES = ["subspace", "procrustes", "--patch-size=4", "--device=cpu"]
@@ -65,7 +65,7 @@ def write_images(folder, n=40, size=8, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     for i, t in enumerate(tokens):
         image = t.reshape(size // 4, size // 4, 4, 4, 3).permute(4, 0, 2, 1, 3).reshape(3, size, size)
-        to_image(image).save(folder / f"{i:03}.png")
+        tensor_to_pil(image).save(folder / f"{i:03}.png")
     return folder
 
 
@@ -200,7 +200,7 @@ def write_pairs(folder, n=60, scale=0.35, rank=5, grids=((2, 2), (1, 3))):
         z = torch.rand(h, w, rank, generator=g) * 2 - 1
         image = (scale * z @ basis.mT).reshape(h, w, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(3, 4 * h, 4 * w)
         assert image.abs().max() < 1
-        to_image(image).save(folder / f"{i}.png")
+        tensor_to_pil(image).save(folder / f"{i}.png")
         np.save(folder / f"{i}.latent.npy", z.numpy())
     return basis
 

@@ -27,7 +27,7 @@ from asymflow.pixels import (
     read_pair,
     read_square,
     samples,
-    to_image,
+    tensor_to_pil,
     to_rgb,
     to_tensor,
 )
@@ -299,21 +299,21 @@ def test_tensors_and_images_are_inverse_for_all_256_values():
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
     assert (tensor.min(), tensor.max()) == (-1, 1)
-    assert (np.asarray(to_image(tensor)) == pixels).all()
+    assert (np.asarray(tensor_to_pil(tensor)) == pixels).all()
     assert torch.allclose(tensor[1], torch.from_numpy(pixels[..., 1] / 127.5 - 1).float(), atol=1e-7)
 
 
 @given(st.floats(-2, 2, width=32), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_a_pixel_is_the_nearest_of_the_256_values(x, dtype):
     tensor = torch.full((3, 1, 1), x, dtype=dtype)
-    (level, *_), *_ = np.asarray(to_image(tensor)).reshape(-1, 3)
+    (level, *_), *_ = np.asarray(tensor_to_pil(tensor)).reshape(-1, 3)
     exact = (min(max(tensor[0].item(), -1), 1) + 1) * 127.5
     assert abs(level - exact) <= 0.5 + 1e-5
 
 
 def test_what_no_pixel_can_be_is_clamped():
     tensor = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1.001]).expand(3, 1, -1)
-    assert np.asarray(to_image(tensor))[0, :, 0].tolist() == [255, 0, 0, 255, 0, 255]
+    assert np.asarray(tensor_to_pil(tensor))[0, :, 0].tolist() == [255, 0, 0, 255, 0, 255]
 
 
 def test_transparent_pixels_are_white_whatever_colour_they_hide():

@@ -19,7 +19,7 @@ from asymflow.subspace import Subspace
 from asymflow.training.run import checkpoint
 from asymflow.training.run import folder as run
 from asymflow.training.run.checkpoint import Piece
-from asymflow.training.run.ranks import AgreedError, on_first
+from asymflow.training.run.ranks import AgreedError, rank0_broadcast
 
 SHAPES = {"a": (2, 3), "b": (5,)}
 TOUCHES = (
@@ -53,7 +53,7 @@ def pieces(seed):
 
 def save(folder, step):
     checkpoint.save(checkpoint.folder_of(folder, step), pieces(step), SHAPES, {"step": step})
-    on_first(lambda: checkpoint.prune(folder, 1, None))
+    rank0_broadcast(lambda: checkpoint.prune(folder, 1, None))
 
 
 def check(folder):
@@ -256,7 +256,7 @@ def test_what_the_disk_altered_while_it_was_written_is_seen_before_it_is_used(ou
     altering(monkeypatch, flip)
     checkpoints = out / run.CHECKPOINTS
     checkpoint.save(checkpoint.folder_of(checkpoints, 12), pieces(12), SHAPES, {"step": 12})
-    chosen, (remark,) = run.to_resume(out, "auto")
+    chosen, (remark,) = run.checkpoint_to_resume(out, "auto")
     assert chosen == checkpoint.folder_of(checkpoints, 8)
     assert "00000012" in remark
 
@@ -286,9 +286,9 @@ def test_any_damage_is_seen_and_the_checkpoint_before_is_used(tmp_path, damage, 
     checkpoint.save(checkpoint.folder_of(checkpoints, 8), pieces(8), SHAPES, {"step": 8})
     DAMAGE[damage](checkpoint.folder_of(checkpoints, 8) / file)
     if (file, damage) == ("manifest.json", "longer"):  # a blank more: what it says is the same
-        assert run.to_resume(out, "auto") == (checkpoint.folder_of(checkpoints, 8), [])
+        assert run.checkpoint_to_resume(out, "auto") == (checkpoint.folder_of(checkpoints, 8), [])
         return
-    chosen, remarks = run.to_resume(out, "auto")
+    chosen, remarks = run.checkpoint_to_resume(out, "auto")
     assert chosen == checkpoint.folder_of(checkpoints, 4)
     if (file, damage) != ("manifest.json", "gone"):  # then it is none
         (remark,) = remarks
@@ -385,7 +385,7 @@ def test_where_no_checkpoint_is_whole_training_does_not_begin_anew(out):
     (out / "checkpoints/00000008/state.json").unlink()
     before = everything(out)
     with pytest.raises(AgreedError) as caught:
-        run.to_resume(out, "auto")
+        run.checkpoint_to_resume(out, "auto")
     for part in (
         "00000008: state.json is missing; 00000004: rank_00000.safetensors is not as it was written",
         "Nothing was changed",
@@ -416,26 +416,26 @@ def test_a_disk_that_does_not_answer_is_no_damage(out, monkeypatch, error, what)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), suffix))
         with pytest.raises(AgreedError, match=os.strerror(error)):
-            run.to_resume(out, "auto")
+            run.checkpoint_to_resume(out, "auto")
     assert everything(out) == before
-    assert run.to_resume(out, "auto") == (checkpoint.folder_of(checkpoints, 8), [])
+    assert run.checkpoint_to_resume(out, "auto") == (checkpoint.folder_of(checkpoints, 8), [])
 
 
 def test_a_run_begins_where_it_is_told_and_then_goes_on_by_itself(out, tmp_path):
     """So the same command continues, whatever has become of what it began with."""
     begin, branch = str(out / "checkpoints/00000004"), tmp_path / "branch"
     branch.mkdir()
-    assert run.to_resume(branch, begin) == (out / "checkpoints/00000004", [])
+    assert run.checkpoint_to_resume(branch, begin) == (out / "checkpoints/00000004", [])
     with pytest.raises(AgreedError, match=f"--resume {out} is not a whole checkpoint: manifest.json is missing"):
-        run.to_resume(branch, str(out))
+        run.checkpoint_to_resume(branch, str(out))
     save(branch / run.CHECKPOINTS, 6)
     for told in (begin, str(out)):
-        chosen, (remark,) = run.to_resume(branch, told)
+        chosen, (remark,) = run.checkpoint_to_resume(branch, told)
         assert chosen == branch / "checkpoints/00000006"
         assert remark == f"{branch} has checkpoints of its own, so it does not begin with --resume {told} again"
     flip(branch / "checkpoints/00000006/state.json")
     with pytest.raises(AgreedError, match=r"no checkpoint in .* is whole"):
-        run.to_resume(branch, begin)
+        run.checkpoint_to_resume(branch, begin)
 
 
 def test_snapshots_that_training_goes_back_behind_are_put_aside_until_it_is_there_again(out):
@@ -451,7 +451,7 @@ def test_snapshots_that_training_goes_back_behind_are_put_aside_until_it_is_ther
         (snapshots / "00000010.abandoned").rename(snapshots / "00000010")
     assert sorted(path.name for path in snapshots.iterdir()) == ["00000002", "00000006", "00000010"]
     shutil.rmtree(out / run.CHECKPOINTS)
-    _, (remark,) = run.to_resume(out, "auto")
+    _, (remark,) = run.checkpoint_to_resume(out, "auto")
     assert "no checkpoint: training begins anew; later snapshots are put aside, as 00000002.abandoned" in remark
     assert check(snapshots) == []
 

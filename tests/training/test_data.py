@@ -31,7 +31,7 @@ from asymflow.errors import InputError
 from asymflow.pixels import UnreadableError, adm_crop
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
-from asymflow.training.loader import ATTEMPTS, Batch, Batches, on_device, read
+from asymflow.training.loader import ATTEMPTS, Batch, Batches, on_device, read_or_replace
 
 
 def pixels(seed, height=8, width=8):
@@ -149,16 +149,16 @@ def test_a_corrupt_image_is_replaced_and_reported(corrupt, seed):
     for g in range(10):
         before = len(problems)
         first = streams.image_index(seed, g, 10)
-        label = read(data, seed, g, problems).label
+        label = read_or_replace(data, seed, g, problems).label
         assert label not in corrupt
         assert (label == first) == (first not in corrupt)
         assert problems[before : before + 1] == ([f"image {first} is broken"] if first in corrupt else [])
-        assert read(data, seed, g, []).label == label
+        assert read_or_replace(data, seed, g, []).label == label
     assert len(problems) >= len(corrupt)
 
 
 def test_replacements_differ_from_sample_to_sample():
-    labels = [read(Planted(1000, range(500)), 0, g, []).label for g in range(1000)]
+    labels = [read_or_replace(Planted(1000, range(500)), 0, g, []).label for g in range(1000)]
     assert max(Counter(labels).values()) < 10
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymflow.averages import MISMATCH, YOUNG, Profile, increments, power_of, reconstruction
+from asymflow.averages import EARLY_SIGMA_REL, MISMATCH, Profile, increments, power_of, reconstruction
 from asymflow.errors import InputError
 from asymflow.fitting import fit_pca
 from asymflow.patches import patchify
@@ -93,9 +93,9 @@ def test_an_average_of_constant_decay_has_nothing_of_the_initial_weights(decay, 
 
 @given(DECAYS, st.integers(1, 10**7))
 def test_a_young_average_is_a_power_function_and_an_old_one_of_constant_decay(decay, step):
-    young, share = Profile(sigma_rel=YOUNG).share_at(step), Profile(decay=decay).share_at(step)
+    young, share = Profile(sigma_rel=EARLY_SIGMA_REL).share_at(step), Profile(decay=decay).share_at(step)
     assert share == max(young, 1 - decay)
-    if step * (1 - decay) > power_of(YOUNG):  # 1 - (1 - 1/t)^a <= a / t
+    if step * (1 - decay) > power_of(EARLY_SIGMA_REL):  # 1 - (1 - 1/t)^a <= a / t
         assert share == 1 - decay
 
 
@@ -103,7 +103,7 @@ def test_a_young_average_is_a_power_function_and_an_old_one_of_constant_decay(de
 def test_a_long_training_ends_as_with_a_constant_decay_from_the_start(decay):
     """What is left of the young average after 60 times 1 / (1 - b) steps is below the rounding of float32."""
     length = 1 / (1 - decay)
-    young_until, end = math.ceil(power_of(YOUNG) * length), math.ceil(60 * length)
+    young_until, end = math.ceil(power_of(EARLY_SIGMA_REL) * length), math.ceil(60 * length)
     assert (end - young_until) * math.log(max(decay, 1e-300)) < math.log(2**-24)
 
 

@@ -14,7 +14,7 @@ from processes import train, words
 
 from asymflow import AsymFlow
 from asymflow.cli import main
-from asymflow.pixels import to_image
+from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
 from asymflow.training.objectives.class_conditional import drawn
@@ -93,7 +93,9 @@ def test_both_roads_to_an_image_give_the_same_bits(run, model, tmp_path, precisi
     """As it is drawn for grids and for the evaluation in a training, and by the command line."""
     config, other = (load_config(run / "config.yaml", [f"sample.precision={p}"]) for p in (precision, "null"))
     images = []
-    monkeypatch.setattr("asymflow.cli.drawing.to_image", lambda image: (images.append(image), to_image(image))[1])
+    monkeypatch.setattr(
+        "asymflow.cli.drawing.tensor_to_pil", lambda image: (images.append(image), tensor_to_pil(image))[1]
+    )
     assert sampled(model, tmp_path / "out", config, "--precision", precision)["precision"] == precision
     flow, indices = AsymFlow.from_pretrained(model), range(config.sample.num)
     images_of = lambda config: drawn(flow, config, [i % config.model.num_classes for i in indices], indices)

@@ -28,7 +28,7 @@ from asymflow.training import loop
 from asymflow.training.loader import Batches
 from asymflow.training.loop import Training
 from asymflow.training.objectives.class_conditional import ClassConditional
-from asymflow.training.run.ranks import join, meet, take_place
+from asymflow.training.run.ranks import join_group, open_store, resolve_rank
 from asymflow.training.start import build, parse
 from asymflow.training.zero.internals import kept
 from asymflow.training.zero.shards import held_fragments
@@ -39,8 +39,8 @@ def device():
     """That of a group of this process alone."""
     before, linear = dict(os.environ), torch.nn.functional.linear
     os.environ.update(environment_of(1))
-    take_place()
-    yield join(meet())
+    resolve_rank()
+    yield join_group(open_store())
     dist.destroy_process_group()
     torch.nn.functional.linear = linear  # which ZeRO-3 replaces, for all of a process
     os.environ.clear()

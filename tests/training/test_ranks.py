@@ -20,7 +20,7 @@ from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training import start
 from asymflow.training.config.reading import load_config
-from asymflow.training.run.ranks import AgreedError, each, on_first, only_first, take_place, together
+from asymflow.training.run.ranks import AgreedError, all_or_raise, gather, rank0_broadcast, rank0_only, resolve_rank
 from asymflow.training.start import make_flow
 
 NAMES = {
@@ -43,7 +43,7 @@ def replace(name, function):
 def place(monkeypatch, environment):
     with monkeypatch.context() as m:
         m.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in NAMES} | environment)
-        rank = take_place()
+        rank = resolve_rank()
         assert os.environ["RANK"] == str(rank)
         return rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
@@ -159,16 +159,16 @@ def refuse(rank):
 def agreements(args, device):
     rank = dist.get_rank()
     lock = threading.Lock()  # which cannot be pickled
-    assert each(lambda: lock) is lock
-    assert together(lambda: 10 * rank) == [0, 10]
-    assert only_first(lambda: lock) is (lock if rank == 0 else None)
-    assert on_first(lambda: 10 * rank + 1) == 1
-    for function in (each, together):
+    assert all_or_raise(lambda: lock) is lock
+    assert gather(lambda: 10 * rank) == [0, 10]
+    assert rank0_only(lambda: lock) is (lock if rank == 0 else None)
+    assert rank0_broadcast(lambda: 10 * rank + 1) == 1
+    for function in (all_or_raise, gather):
         with pytest.raises(AgreedError, match=r"^this: rank 1: no$"):
             function(lambda: refuse(1), "this")
         with pytest.raises(AgreedError, match=r"^no$"):
             function(lambda: refuse(None))
-    for function in (only_first, on_first):
+    for function in (rank0_only, rank0_broadcast):
         with pytest.raises(AgreedError, match=r"^this: no$"):
             function(lambda: refuse(0), "this")
         assert function(lambda: refuse(1)) is None
@@ -248,7 +248,7 @@ def up_to_the_subspace(checkpoint=None):
 
     replace("make_flow", that_far)
     if checkpoint:
-        run.to_resume = lambda out, resume: (checkpoint, [])
+        run.checkpoint_to_resume = lambda out, resume: (checkpoint, [])
 
 
 def test_a_subspace_that_the_configuration_does_not_speak_of(tmp_path):
@@ -298,10 +298,10 @@ def test_the_full_rank_is_the_same_model_in_every_basis():
     "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 TiB"), MemoryError("Unable to allocate")]
 )
 def test_too_little_memory_is_one_line_that_says_what_takes_less(error):
-    text, code = start.answer(error, rank=0)
+    text, code = start.error_message(error, rank=0)
     assert code == 1
     assert text.startswith("train_ddp.py: error: ")
     assert "too little memory: " in text
     assert "train.micro_batch_size" in text
     assert "\n" not in text
-    assert "too little memory" not in start.answer(RuntimeError("something else"), rank=0)[0]
+    assert "too little memory" not in start.error_message(RuntimeError("something else"), rank=0)[0]

@@ -29,7 +29,7 @@ from asymflow.training.config.reading import Config, load_config
 from asymflow.training.objectives.encoded_batches import EncodedBatch
 from asymflow.training.objectives.finetuning import finetuned
 from asymflow.training.objectives.latent_to_pixel import LatentToPixel
-from asymflow.training.objectives.variance import Perceptual
+from asymflow.training.objectives.variance import PerceptualLoss
 
 CONFIGURATION = "asymflux2_klein_9b"
 PLACES = ("finetune.base", "finetune.subspace", "data.path")  # which it needs, and which cost nothing
@@ -65,11 +65,11 @@ def settings(lora_rank: int | None = LORA_RANK, checkpointing: bool = True, lpip
     return {**dict.fromkeys(PLACES, "none"), "finetune.checkpointing": checkpointing, **lora, **perceptual}
 
 
-def random_perceptual(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> Perceptual:
+def random_perceptual(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> PerceptualLoss:
     """LPIPS whose VGG16 is random, which costs as much as any other; on the meta device it is not even drawn."""
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips asks torchvision for VGG16 in a way of the past
-        return Perceptual("random", device, dtype)
+        return PerceptualLoss("random", device, dtype)
 
 
 class Step(nn.Module):
@@ -84,7 +84,7 @@ class Step(nn.Module):
         self,
         latent: Flux2Transformer2DModel,
         subspace: Subspace | None = None,
-        perceptual: Perceptual | None = None,
+        perceptual: PerceptualLoss | None = None,
         **options,
     ):
         super().__init__()

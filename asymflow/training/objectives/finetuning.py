@@ -89,7 +89,7 @@ def finetuned(latent: Flux2Transformer2DModel, config: Config, subspace: Subspac
     c = config.finetune
     reference = None
     if config.loss.variance_reduction or config.loss.perceptual:
-        reference = latent_flow(own_ends(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
+        reference = latent_flow(with_own_projections(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
     for name in ("x_embedder", "proj_out"):  # lifted and trained in float32
         getattr(latent, name).float()
     flow = latent_to_pixel(latent, subspace, subspace.patch_size or 16)
@@ -116,7 +116,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def own_ends(transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
+def with_own_projections(transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
     """The same transformer again, with copies of what the pixel model changes other than by LoRA."""
     with torch.device("meta"):
         other = Flux2Transformer2DModel.from_config(transformer.config)

@@ -18,7 +18,7 @@ from asymflow.training.objectives.encoded_batches import EncodedBatch, EncodedBa
 from asymflow.training.objectives.flow_matching import noise_level, noisy
 from asymflow.training.objectives.variance import (
     SHIFT,
-    Perceptual,
+    PerceptualLoss,
     agreement,
     denoising_loss,
     signal_share,
@@ -29,7 +29,7 @@ from asymflow.training.objectives.variance import (
 class LatentToPixel:
     """The finetuning of `Finetuned`: variance-reduced or plain, with a perceptual term if there is `perceptual`."""
 
-    def __init__(self, config: Config, dataset, device: torch.device, perceptual: Perceptual | None = None):
+    def __init__(self, config: Config, dataset, device: torch.device, perceptual: PerceptualLoss | None = None):
         self.config, self.dataset, self.device, self.perceptual = config, dataset, device, perceptual
         self.terms = ("loss", "perceptual") if perceptual else ("loss",)
         self.weights = (config.loss.weight, *([config.loss.perceptual.weight] if perceptual else []))
@@ -71,7 +71,7 @@ class LatentToPixel:
         terms = [denoising_loss(tokens(x0_pred), target, sigma, c.sigma_floor)]
         if self.perceptual is not None:
             weight = signal_share(sigma, c.variance_reduction or SHIFT) / sigma.clamp(min=c.sigma_floor).square()
-            weight = weight.view(-1, 1, 1, 1) * spread(gate.square().mean(2).sqrt(), x0, flow.patch_size)
+            weight = weight.view(-1, 1, 1, 1) * tokens_to_pixels(gate.square().mean(2).sqrt(), x0, flow.patch_size)
             terms.append(self.perceptual(x0_pred, x0, weight))
         return torch.stack(terms, dim=1)
 
@@ -98,7 +98,7 @@ class LatentToPixel:
             return self.dataset.empty_prompt
 
 
-def spread(values: Tensor, images: Tensor, patch_size: int) -> Tensor:
+def tokens_to_pixels(values: Tensor, images: Tensor, patch_size: int) -> Tensor:
     """Of a value for each token (B, N, 1), one for each pixel (B, 1, H, W)."""
     height, width = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     grid = values.view(-1, 1, height, width)

@@ -54,7 +54,7 @@ def denoising_loss(x0_pred: Tensor, target: Tensor, sigma: Tensor, floor: float 
     return (x0_pred - target).flatten(1).square().mean(1) / sigma.clamp(min=floor).square()
 
 
-class Perceptual:
+class PerceptualLoss:
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) of VGG16 between decoded images, weighted pixel by pixel.
 
     weights: a file with torchvision's weights of VGG16 (safetensors, or a pickle of plain tensors); None: that of

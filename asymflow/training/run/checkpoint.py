@@ -1,13 +1,13 @@
-"""Checkpoints that are complete or not there, of any ZeRO stage and number of ranks, readable by any other.
+"""Checkpoints: written whole or not at all, and readable at any ZeRO stage by any number of ranks.
 
     RUN/checkpoints/00001000/rank_00000.safetensors     the fragments of one rank: weights/NAME, exp_avg/NAME, ...
                              state.json                 the step, the full shapes, what it was trained with
                              manifest.json              size and SHA-256 of every file
 
-A checkpoint is written under a name that starts with a dot, flushed to the disk, and only then renamed. Whatever
-happens before the rename, the previous one is untouched, and nothing is found that is not whole. The checksums are of
-what was to be written: before a training goes on from a checkpoint, every byte is held against them, and if the disk
-kept something else, the checkpoint before is used. Nothing in it is a pickle.
+A checkpoint is written under a name that starts with a dot, flushed to the disk, and only then renamed. A crash before
+the rename leaves the previous checkpoint untouched, and no half-written one that could be found. The checksums are
+computed from memory, before the bytes reach the disk. Before training resumes from a checkpoint, all its files are
+checked against them; if one is damaged, the checkpoint before is used. Nothing in it is a pickle.
 
 Each rank writes its pieces one after the other, and copies no more than one of them to the host at a time.
 """
@@ -30,15 +30,15 @@ from torch import Tensor
 from asymflow import files
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
-from asymflow.training.run.ranks import on_first, together
+from asymflow.training.run.ranks import gather, rank0_broadcast
 
 STATE, MANIFEST = "state.json", "manifest.json"
-STARTS = "starts"  # in the metadata of a rank's file: where in the flattened parameter its fragments begin
+STARTS = "starts"  # key of a file's metadata: for each parameter, where in it (flattened) this rank's fragment begins
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One fragment of one quantity, such as "exp_avg", of the parameter `name`."""
+    """A contiguous part of the parameter `name`, flattened: its weights, or another `kind` such as "exp_avg"."""
 
     kind: str
     name: str
@@ -47,7 +47,7 @@ class Piece:
 
 
 def average_kind(name: str) -> str:
-    """The kind of the pieces of an average, by the name of its profile."""
+    """The `Piece.kind` of a moving average. name: of its profile."""
     return f"ema-{name}"
 
 
@@ -56,31 +56,31 @@ def rank_file(rank: int) -> str:
 
 
 def fingerprint(subspace: Subspace) -> str:
-    """The SHA-256 of its basis and scale: weights fit no other subspace, though the shapes of all parameters do."""
+    """SHA-256 of basis and scale. Weights trained with one subspace are useless with another of the same shape."""
     content = (tensor.cpu().numpy().tobytes() for tensor in (subspace.basis, subspace.state_dict()["scale"]))
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 def save(folder: Path, pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]], state: Mapping) -> None:
-    """Write the checkpoint `folder`, all ranks together; each gives its own pieces, and the same shapes and state.
+    """Write the checkpoint `folder`. Called by all ranks: each passes its own pieces, and the same shapes and state.
 
-    Raises AgreedError if one of them could not write: then nothing is left of it, and what was saved before stays.
+    If any rank fails to write, all raise AgreedError, and the folder is removed. Earlier checkpoints stay.
     """
     beside = folder.with_name(f".{folder.name}.writing")
     try:
-        on_first(lambda: prepare(beside), f"{folder} could not be begun")
+        rank0_broadcast(lambda: prepare(beside), f"{folder} could not be begun")
         mine = beside / rank_file(dist.get_rank())
-        entries = together(lambda: write_rank(mine, pieces), f"{folder} could not be written")
+        entries = gather(lambda: write_rank(mine, pieces), f"{folder} could not be written")
         content = {**state, "shapes": shapes, "ranks": dist.get_world_size()}
-        on_first(lambda: finish(beside, folder, dict(entries), content), f"{folder} could not be finished")
+        rank0_broadcast(lambda: finish(beside, folder, dict(entries), content), f"{folder} could not be finished")
     except InputError:
-        on_first(lambda: shutil.rmtree(beside, ignore_errors=True), f"{beside} stays")
+        rank0_broadcast(lambda: shutil.rmtree(beside, ignore_errors=True), f"{beside} stays")
         raise
 
 
 def prepare(beside: Path) -> None:
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that died while it wrote
+    shutil.rmtree(beside, ignore_errors=True)  # left by a run that died while it wrote
     beside.mkdir(parents=True)
 
 
@@ -92,32 +92,35 @@ def finish(beside: Path, folder: Path, entries: dict, content: dict) -> None:
     (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (beside / STATE, beside / MANIFEST, beside):
         sync(path)
-    if folder.exists():  # a snapshot after the checkpoint that was continued from
-        out_of_sight(folder)
+    if folder.exists():  # a snapshot of this step, taken before training went back to an earlier checkpoint
+        rename_for_removal(folder)
     beside.rename(folder)
     sync(folder.parent)
     clear_leftovers(folder.parent)
 
 
-def out_of_sight(folder: Path) -> Path:
-    """Rename to a name that nobody has, and that `clear_leftovers` removes."""
+def rename_for_removal(folder: Path) -> Path:
+    """Rename to an unused name that `clear_leftovers` removes."""
     return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.removed"))
 
 
 def remove(folder: Path) -> None:
-    """Renamed first: what is half gone is gone. What somebody still reads, on NFS, stays for `clear_leftovers`."""
-    shutil.rmtree(out_of_sight(folder), ignore_errors=True)
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never found under its own name.
+
+    Files that another process still has open on NFS cannot be removed; `clear_leftovers` removes them later.
+    """
+    shutil.rmtree(rename_for_removal(folder), ignore_errors=True)
 
 
 def clear_leftovers(checkpoints: Path) -> None:
-    """Remove what an earlier process was writing or removing when it died. Names with a dot are ours alone."""
+    """Remove what an earlier process was writing or removing when it died. Nobody else uses these names with a dot."""
     for path in checkpoints.glob(".*.*"):
         if path.suffix in (".writing", ".removed"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def write_rank(path: Path, pieces: Iterable[Piece]) -> tuple[str, dict]:
-    pieces = list(pieces)  # views of what is there: the file begins with the names and sizes of all
+    pieces = list(pieces)  # all at once, because the file's header lists them; they are views, so this copies nothing
     starts = {piece.name: piece.start for piece in pieces}
     tensors = {f"{piece.kind}/{piece.name}": piece.values for piece in pieces}
     size, checksum = files.write_tensors(path, tensors, {STARTS: json.dumps(starts)})
@@ -140,16 +143,16 @@ def sync(path: Path) -> None:
 
 # ---- Finding ---------------------------------------------------------------------------------------------------------
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in RUN/checkpoints, in order; those that are still being written do not count.
+    """The steps of all finished checkpoints in RUN/checkpoints, in order.
 
-    Raises OSError where that cannot be known: a disk that does not answer is no empty folder.
+    Raises OSError if the folder cannot be read. A failing disk must not look like an empty folder.
     """
-    found = folder.iterdir() if is_there(folder) else ()  # Path.glob would leave out what it cannot read
+    found = folder.iterdir() if is_there(folder) else ()  # not Path.glob: it skips what it cannot read
     return sorted(int(path.name) for path in found if path.name.isdecimal() and is_there(path / MANIFEST))
 
 
 def is_there(path: Path) -> bool:
-    """Path.exists, which says False of some errors, and of all of them since Python 3.14."""
+    """Like Path.exists, but raises OSError if the disk fails. Path.exists returns False for some such errors."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -162,7 +165,10 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the last few checkpoints and every n-th step. What cannot be removed stays for the next time."""
+    """Remove all checkpoints but the last `keep_last`, and those of every `keep_every`-th step.
+
+    A checkpoint that cannot be removed now is tried again the next time.
+    """
     for step in steps(checkpoints)[:-keep_last]:
         if not keep_every or step % keep_every:
             with suppress(OSError):
@@ -170,10 +176,10 @@ def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def fault(folder: Path, part: int = 0, parts: int = 1, progress: Callable[[list], Iterable] = iter) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if every byte is as it was written.
+    """What is wrong with a checkpoint, according to its manifest; None if every byte is as it was written.
 
-    Looks at every `parts`-th file, from `part` on, so that ranks can share the reading. `progress`: such as tqdm.
-    Raises OSError if a file is there and cannot be read: of that the checkpoint may be innocent.
+    Checks every `parts`-th file, starting with file `part`, so that ranks can share the reading. progress: such as
+    tqdm. Raises OSError if a file exists but cannot be read: the disk may be at fault, and the checkpoint whole.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -191,7 +197,7 @@ def fault(folder: Path, part: int = 0, parts: int = 1, progress: Callable[[list]
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 def read_state(folder: Path) -> dict:
-    """What was saved besides the tensors, without reading those. Raises InputError if that is damaged."""
+    """Read state.json, without the tensors. Raises InputError if it is damaged."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         if describe(folder / STATE) == json.loads((folder / MANIFEST).read_text())[STATE]:
             return json.loads((folder / STATE).read_text())
@@ -199,13 +205,13 @@ def read_state(folder: Path) -> dict:
 
 
 class Reader:
-    """Reads pieces of a checkpoint, wherever in its files they are, and no more than is asked for."""
+    """Reads pieces of parameters from a checkpoint, whichever ranks wrote them, and no more than is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.state = json.loads((folder / STATE).read_text())
         self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
-        self.where: dict[str, list[tuple[int, int, Path]]] = {}  # of each kind/NAME: start, end, file
+        self.where: dict[str, list[tuple[int, int, Path]]] = {}  # kind/NAME: the (start, end, file) of each fragment
         for rank in range(self.state["ranks"]):
             path = folder / rank_file(rank)
             with safe_open(path, framework="pt") as file:
@@ -219,7 +225,7 @@ class Reader:
         return sorted({key.split("/", 1)[0] for key in self.where})
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """`count` elements from `start` of the flattened parameter; InputError if not all of them are there."""
+        """Elements start to start + count - 1 of a flattened parameter. Raises InputError if one is missing."""
         out, covered = torch.empty(count), 0
         for begin, end, path in self.where.get(f"{kind}/{name}", ()):
             low, high = max(begin, start), min(end, start + count)
@@ -232,5 +238,5 @@ class Reader:
         return out
 
     def full(self, kind: str) -> dict[str, Tensor]:
-        """Every parameter of that kind, whole and in its shape."""
+        """All parameters of one kind, each whole and in its own shape."""
         return {n: self.read(kind, n, 0, torch.Size(shape).numel()).reshape(shape) for n, shape in self.shapes.items()}

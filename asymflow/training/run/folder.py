@@ -1,12 +1,12 @@
-"""The folder of a run: what is in it, whether it belongs to the configuration, and what to continue from.
+"""The folder of a run: its files, whether it belongs to the configuration, and the checkpoint to resume from.
 
 RUN/config.yaml             the resolved configuration
 RUN/subspace.safetensors    the subspace that the model uses
 RUN/metrics.jsonl           one object a step
 RUN/evaluations.jsonl       one object an evaluation
-RUN/checkpoints/00001000/   see checkpoint.py; one that was found damaged is renamed to 00001000.damaged
-RUN/snapshots/00001000/     power-function averages for `asymflow ema`; 00001000.abandoned: from before the training
-                            went on from an earlier step, and until it comes to this one again
+RUN/checkpoints/00001000/   see checkpoint.py; a damaged one is renamed to 00001000.damaged
+RUN/snapshots/00001000/     power-function averages for `asymflow ema`. If training goes back to an earlier step, it is
+                            renamed to 00001000.abandoned, and removed when training reaches step 1000 again
 RUN/samples/00001000.png    images from fixed noise
 RUN/problems.log            images that could not be read, one object each
 RUN/tensorboard, csv_monitor  what DeepSpeed's monitors write, if they are enabled
@@ -27,7 +27,7 @@ from asymflow.errors import InputError
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config
 from asymflow.training.run import checkpoint
-from asymflow.training.run.ranks import AgreedError, on_first, together
+from asymflow.training.run.ranks import AgreedError, gather, rank0_broadcast
 
 CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
@@ -37,9 +37,10 @@ LOCK, ABANDONED = ".lock", "abandoned"
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
 def open_run(out: Path, config: Config) -> TextIO:
-    """Write the configuration to a new run folder, or check that it is that of the run that is there already.
+    """Write the configuration to a new run folder, or check that an existing run has the same configuration.
 
-    Returns the lock, to be kept open as long as the run goes on. For rank 0 alone. Raises InputError.
+    Returns the lock, to be kept open as long as the run goes on. For rank 0 alone. Raises InputError if the folder is
+    not a run's, has another configuration, or is in use.
     """
     path = out / CONFIG
     if not path.exists() and out.exists() and (not out.is_dir() or any(p for p in out.iterdir() if p.name[0] != ".")):
@@ -58,24 +59,25 @@ def open_run(out: Path, config: Config) -> TextIO:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Remove what processes that were killed were writing. Names of this form, with a dot, are ours alone."""
+    """Remove what earlier processes were writing when they were killed. Nobody else uses these names with a dot."""
     for folder in (out / CHECKPOINTS, out / SNAPSHOTS):
         checkpoint.clear_leftovers(folder)
     for folder in (out, out / SAMPLES):
         for path in folder.glob(".*"):
-            if re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name):  # of `files.replacing`
+            if re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name):  # the names that `files.replacing` makes
                 path.unlink()
 
 
 # ---- Continuing ------------------------------------------------------------------------------------------------------
-def to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, and remarks. `resume`: auto, never, or the checkpoint that the run begins with.
+def checkpoint_to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, or None, and remarks for the user. resume: the option --resume.
 
-    Called by all ranks, which share the reading. Raises AgreedError, and then has changed nothing.
+    Called by all ranks; they share the work of reading. Raises AgreedError if `resume` is impossible or no checkpoint
+    is whole; then no file has been changed.
     """
     check_shared(out)
     folder = out / CHECKPOINTS
-    steps = on_first(lambda: checkpoint.steps(folder), "looking for checkpoints")
+    steps = rank0_broadcast(lambda: checkpoint.steps(folder), "looking for checkpoints")
     if steps and resume == "never":
         raise AgreedError(
             f"{out} has checkpoints up to step {steps[-1]}, and --resume never would begin anew: choose another --out"
@@ -89,19 +91,20 @@ def to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]]:
         if reason := shared_fault(Path(resume)):
             raise AgreedError(f"--resume {resume} is not a whole checkpoint: {reason}")
         return Path(resume), []
-    abandoned = on_first(lambda: abandon_snapshots(out, 0), "old snapshots stay")
+    abandoned = rank0_broadcast(lambda: abandon_snapshots(out, 0), "old snapshots stay")
     return None, [f"{out} has no checkpoint: training begins anew{abandoned}"] if abandoned else []
 
 
 def check_shared(out: Path) -> None:
-    """AgreedError unless all ranks see the same folder: else each machine would write checkpoints that are not whole.
+    """AgreedError unless all ranks see the same folder. Otherwise each machine would keep only a part of a checkpoint.
 
-    By a file of a name that no machine can remember not to have seen, and that `clear_leftovers` removes.
+    Rank 0 makes a file, and all look for it. Its name is random: a network file system may remember for a while that a
+    file of a known name did not exist.
     """
-    token = out / on_first(lambda: f".shared.{secrets.token_hex(4)}.token")
-    on_first(token.touch)
-    seen = together(token.exists)
-    on_first(token.unlink)
+    token = out / rank0_broadcast(lambda: f".shared.{secrets.token_hex(4)}.token")
+    rank0_broadcast(token.touch)
+    seen = gather(token.exists)
+    rank0_broadcast(token.unlink)
     if not all(seen):
         raise AgreedError(
             f"rank {seen.index(False)} sees another {out} than rank 0: choose an --out on a file system that all share"
@@ -109,7 +112,10 @@ def check_shared(out: Path) -> None:
 
 
 def newest_whole(folder: Path, steps: list[int]) -> tuple[Path, list[str]]:
-    """Of the checkpoints in `folder`; later ones are put aside, and remarked upon. AgreedError if none is whole."""
+    """The newest undamaged checkpoint in `folder`. Newer, damaged ones are renamed, with a remark for each.
+
+    Raises AgreedError if all are damaged; then nothing is renamed.
+    """
     faults = {}
     for step in reversed(steps):
         candidate = checkpoint.folder_of(folder, step)
@@ -124,19 +130,21 @@ def newest_whole(folder: Path, steps: list[int]) -> tuple[Path, list[str]]:
         )
     remarks = []
     for path, reason in list(faults.items())[:-1]:
-        aside = on_first(lambda path=path: put_aside(path, "damaged"), f"{path} is damaged ({reason}), but stays")
+        failure = f"{path} is damaged ({reason}), but stays"
+        aside = rank0_broadcast(lambda path=path: put_aside(path, "damaged"), failure)
         remarks.append(f"{path} is damaged, not used, and now called {aside.name}: {reason}")
     return candidate, remarks
 
 
 def shared_fault(folder: Path) -> str | None:
+    """As `checkpoint.fault`, with the files shared out among the ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    found = together(lambda: checkpoint.fault(folder, rank, world), f"{folder} cannot be read, and stays as it is")
+    found = gather(lambda: checkpoint.fault(folder, rank, world), f"{folder} cannot be read, and stays as it is")
     return next(filter(None, found), None)
 
 
 def put_aside(folder: Path, why: str) -> Path:
-    """Out of the way of the one of that step that will be written again: its new name."""
+    """Rename to FOLDER.why, so that the same step can be written again. Returns the new path."""
     aside = folder.with_name(f"{folder.name}.{why}")
     if aside.exists():
         checkpoint.remove(aside)
@@ -144,9 +152,10 @@ def put_aside(folder: Path, why: str) -> Path:
 
 
 def abandon_snapshots(out: Path, step: int) -> str:
-    """Put aside the snapshots after `step`, from which training goes on: they are of weights that will not come again.
+    """Rename the snapshots after `step`, from which training resumes: the weights that they average will change.
 
-    Not removed, until they are taken again: somebody may have gone back by mistake. Returns what to say of it.
+    They are removed only when training reaches their step again, in case somebody went back by mistake. Returns a
+    remark for the user, empty if there are none.
     """
     folder = out / SNAPSHOTS
     later = [checkpoint.folder_of(folder, taken) for taken in checkpoint.steps(folder) if taken > step]
@@ -155,17 +164,17 @@ def abandon_snapshots(out: Path, step: int) -> str:
 
 
 def forget_abandoned(snapshot: Path) -> None:
-    """Of a step that has been reached again."""
+    """Remove the abandoned snapshot of this step, now that there is a new one."""
     if (abandoned := snapshot.with_name(f"{snapshot.name}.{ABANDONED}")).exists():
         checkpoint.remove(abandoned)
 
 
 # ---- Journals --------------------------------------------------------------------------------------------------------
 class Journal:
-    """A file of JSON objects, one a line, each of a step, that only grows. For rank 0.
+    """A file of JSON objects, one on each line, with the key "step". Lines are only ever added. For rank 0.
 
-    Opened to continue after `step`, it loses the lines of later steps, which are about to be taken again, and a last
-    line that was cut off. Other lines that make no sense, of a disk or a user, are left alone.
+    When it is opened to continue after `step`, lines of later steps are removed, because these steps will be taken
+    again, and so is a last line that was cut off. Any other line that cannot be read stays.
     """
 
     def __init__(self, path: Path, step: int):
@@ -190,7 +199,7 @@ class Journal:
             raise OSError(e.errno, e.strerror, str(self.path)) from None
 
     def sync(self) -> None:
-        """Before a checkpoint is written: what it continues from is on the disk, also after a power cut."""
+        """Flush to the disk. Called before a checkpoint is written: what comes before it must survive a power cut."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -198,7 +207,7 @@ class Journal:
 
 
 def entry_of(line: bytes) -> dict | None:
-    """None if the line is none of ours, or damaged."""
+    """The JSON object in a line; None if there is none, or it has no step."""
     try:
         entry = json.loads(line)
         return entry if isinstance(entry["step"], int) else None

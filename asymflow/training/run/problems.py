@@ -1,24 +1,24 @@
-"""Images that could not be read, and were replaced: counted over all ranks, logged by name, too many end the run."""
+"""Images that could not be read: counted over all ranks and logged by name. Too many of them end the run."""
 
 import torch.distributed as dist
 
 from asymflow.training.run.folder import Journal
-from asymflow.training.run.ranks import AgreedError, on_first
+from asymflow.training.run.ranks import AgreedError, rank0_broadcast
 
-SHARE = 0.01  # of the images of the data set: of an epoch
+SHARE = 0.01  # of the images in the data set may be unreadable
 
 
 class Problems:
-    """`known`: "name: reason" of each image that could not be read so far, once, however often it came up."""
+    """`known`: "name: reason" of each image that could not be read so far, each only once."""
 
     def __init__(self, journal: Journal | None, images: int):
-        """journal: on rank 0. images: in the data set. Called by all ranks."""
+        """journal: given on rank 0 only. images: how many the data set has. Called by all ranks."""
         self.journal, self.images = journal, images
-        read = on_first(lambda: [entry["problem"] for entry in journal.entries()], "problems.log cannot be read")
+        read = rank0_broadcast(lambda: [entry["problem"] for entry in journal.entries()], "problems.log cannot be read")
         self.known = dict.fromkeys(read)
 
     def add(self, step: int, mine: list[str]) -> None:
-        """What this rank could not read in a step. Called by all ranks; raises AgreedError if it is too much."""
+        """mine: what this rank could not read. Called by all ranks; all raise AgreedError if it is too much."""
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         new = [p for p in dict.fromkeys(problem for each in everyone for problem in each) if p not in self.known]

@@ -1,4 +1,4 @@
-"""How far a training is, on stderr: a bar where that is a terminal, else a line every so many steps."""
+"""The progress of a training, on stderr: a bar if that is a terminal, else a line every `train.log_every` steps."""
 
 import sys
 import time
@@ -10,11 +10,10 @@ from asymflow.training.config.reading import Config
 
 class Progress:
     def __init__(self, config: Config, step: int, silent: bool):
-        """step: how many are done. silent: for all ranks but the first."""
+        """step: how many steps are done already. silent: on all ranks but rank 0."""
         self.every, self.steps, self.first = config.train.log_every, config.train.steps, step + 1
-        self.bar = tqdm(
-            desc="training", unit="step", total=self.steps, initial=step, disable=True if silent else None
-        )  # None: unless stderr is a terminal
+        disable = True if silent else None  # to tqdm, None means: disabled unless stderr is a terminal
+        self.bar = tqdm(desc="training", unit="step", total=self.steps, initial=step, disable=disable)
         self.silent, self.since, self.records = silent, time.monotonic(), []
 
     def __enter__(self) -> "Progress":
@@ -24,25 +23,25 @@ class Progress:
         self.bar.close()
 
     def add(self, record: dict, unreadable: int) -> None:
-        """Show a step. record: its line in the metrics. unreadable: images so far that could not be read."""
+        """Show a step. record: its line of metrics.jsonl. unreadable: how many images could not be read so far."""
         step = record["step"]
         if not self.bar.disable:
             self.bar.update()
-            self.bar.set_postfix_str(", ".join(told([record], unreadable)), refresh=False)
+            self.bar.set_postfix_str(", ".join(words_of([record], unreadable)), refresh=False)
         elif not self.silent:
             self.records.append(record)
             if step in (self.first, self.steps) or step % self.every == 0:
                 now = time.monotonic()
                 left = (now - self.since) / len(self.records) * (self.steps - step)
-                words = [*told(self.records, unreadable), f"{tqdm.format_interval(left)} left"]
+                words = [*words_of(self.records, unreadable), f"{tqdm.format_interval(left)} left"]
                 print(f"step {step} of {self.steps}: {', '.join(words)}", file=sys.stderr, flush=True)
                 self.since, self.records = now, []
 
 
-def told(records: list[dict], unreadable: int) -> list[str]:
-    """What to say of some steps: means over them, and the gradient of the last that was taken."""
+def words_of(records: list[dict], unreadable: int) -> list[str]:
+    """What to say of some steps: means over them, and the gradient norm of the last one that was not skipped."""
     taken = [record for record in records if record["grad_norm"] is not None]
-    seconds = [1 / record["images_per_second"] for record in records]  # of an image
+    seconds = [1 / record["images_per_second"] for record in records]  # for one image
     waiting = sum(record["waiting"] * s for record, s in zip(records, seconds, strict=True)) / sum(seconds)
     words = []
     if taken:

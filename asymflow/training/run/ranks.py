@@ -1,4 +1,4 @@
-"""What the processes of a training do together: begin, and agree. How they end: see lifeline.py."""
+"""How the processes of a training find each other, and how they act together. How they end: see lifeline.py."""
 
 import itertools
 import os
@@ -13,73 +13,75 @@ from safetensors import SafetensorError
 
 from asymflow.errors import InputError
 
-PATIENCE = timedelta(minutes=30)  # with a rank that lives but does not answer; one that died is noticed at once
+PATIENCE = timedelta(minutes=30)  # timeout for a rank that hangs; a rank that dies is noticed at once
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # of a process, as deepspeed and torchrun say it in the environment
-SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the same as srun says it, but no other part of Slurm
-SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many were started, by srun or an mpirun
-MEETING = ("MASTER_ADDR", "MASTER_PORT")
-meetings = itertools.count()
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by deepspeed and torchrun
+SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the same three, set by srun
+WORLD_SIZE_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by srun or mpirun
+RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+trainings = itertools.count()
 
 
 class AgreedError(InputError):
-    """An InputError that every rank raises alike: it is nobody's own."""
+    """An InputError that all ranks raise, with the same text: the message need not say which rank shows it."""
 
 
-# ---- Beginning -------------------------------------------------------------------------------------------------------
-def take_place() -> int:
-    """Which of the processes this is. Afterwards the environment says so, also if srun or nobody started it.
+# ---- Finding each other ----------------------------------------------------------------------------------------------
+def resolve_rank() -> int:
+    """The rank of this process. Sets RANK, WORLD_SIZE and LOCAL_RANK if srun, or no launcher, started it.
 
-    Raises AgreedError if there are others, but no telling which of them this is: each would train alone, all in one
-    folder.
+    Raises AgreedError if the environment says that there are other processes, but not which one this is: each of them
+    would train alone, all in one folder.
     """
     env = os.environ
-    sizes = {env[name] for name in SIZES if env.get(name, "1") != "1"}
-    given = [name for name in PLACE if name in env]
-    if len(given) < len(PLACE) and env.get("WORLD_SIZE") != "1":
-        if sizes == {env.get("SLURM_STEP_NUM_TASKS")} and {*SRUN, *MEETING} <= env.keys():
-            env.update({name: env[theirs] for name, theirs in zip(PLACE, SRUN, strict=True)})
+    sizes = {env[name] for name in WORLD_SIZE_VARIABLES if env.get(name, "1") != "1"}
+    given = [name for name in RANK_VARIABLES if name in env]
+    if len(given) < len(RANK_VARIABLES) and env.get("WORLD_SIZE") != "1":
+        if sizes == {env.get("SLURM_STEP_NUM_TASKS")} and {*SRUN_VARIABLES, *RENDEZVOUS_VARIABLES} <= env.keys():
+            env.update({name: env[theirs] for name, theirs in zip(RANK_VARIABLES, SRUN_VARIABLES, strict=True)})
         elif given or sizes:
-            said = ", ".join(f"{name} {env[name]}" for name in (*PLACE, *SIZES) if name in env)
+            said = ", ".join(f"{name} {env[name]}" for name in (*RANK_VARIABLES, *WORLD_SIZE_VARIABLES) if name in env)
             raise AgreedError(
                 f"the environment says {said}, so there may be others, but not which one this is: start with "
-                f"deepspeed, torchrun, or srun with {' and '.join(MEETING)} set (or set WORLD_SIZE to 1 to train alone)"
+                f"deepspeed, torchrun, or srun with {' and '.join(RENDEZVOUS_VARIABLES)} set (or set WORLD_SIZE to 1 "
+                "to train alone)"
             )
-    for name, alone in zip(PLACE, "010", strict=True):
+    for name, alone in zip(RANK_VARIABLES, "010", strict=True):
         env.setdefault(name, alone)
-    if not all(env[name].isdecimal() for name in PLACE) or int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-        said = ", ".join(f"{name} {env[name]}" for name in PLACE)
+    if not all(env[name].isdecimal() for name in RANK_VARIABLES) or int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        said = ", ".join(f"{name} {env[name]}" for name in RANK_VARIABLES)
         raise AgreedError(f"the environment says {said}, which cannot be: unset them, or start with torchrun")
     return int(env["RANK"])
 
 
-def meet() -> dist.Store:
-    """Where the processes that `deepspeed`, `torchrun`, srun or nobody started leave word before they are a group."""
-    return dist.PrefixStore(f"training{next(meetings)}", meeting_place())
+def open_store() -> dist.Store:
+    """A key-value store that all processes share; it works before there is a process group. Empty for each training."""
+    return dist.PrefixStore(f"training{next(trainings)}", rendezvous_store())
 
 
-@cache  # it is one address for as long as the process lives
-def meeting_place() -> dist.Store:
+@cache  # one for all trainings of this process, since it has one address
+def rendezvous_store() -> dist.Store:
     if os.environ["WORLD_SIZE"] == "1":
         return dist.HashStore()
-    with meeting_others():
+    with rendezvous_errors():
         return next(dist.rendezvous("env://", timeout=PATIENCE))[0]
 
 
 @contextmanager
-def meeting_others() -> Iterator[None]:
+def rendezvous_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as e:
         raise InputError(f"the processes could not find each other: {str(e).splitlines()[0]}") from None
 
 
-def join(store: dist.Store) -> torch.device:
-    """Make all processes a group, and return the device of this one.
+def join_group(store: dist.Store) -> torch.device:
+    """Join the process group of all ranks, and return the device of this rank.
 
-    Raises InputError if there is none for it, which the others hear of by the Lifeline.
+    Raises InputError, on this rank alone, if it has no GPU of its own or other hardware than rank 0: the Lifeline then
+    ends the other ranks.
     """
-    rank, world, local = (int(os.environ[name]) for name in PLACE)
+    rank, world, local = (int(os.environ[name]) for name in RANK_VARIABLES)
     cuda, there = torch.cuda.is_available(), torch.cuda.device_count()
     if cuda and local >= there:
         raise InputError(
@@ -94,16 +96,19 @@ def join(store: dist.Store) -> torch.device:
     if cuda:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        # Not an argument: it is to hold for the groups that DeepSpeed makes, too.
+        # The default, not an argument: DeepSpeed makes groups of its own, and they need this timeout too.
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = PATIENCE
-        with meeting_others():
+        with rendezvous_errors():
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-# ---- Agreeing --------------------------------------------------------------------------------------------------------
-def each(action: Callable, failure: str = ""):
-    """Do it on every rank, and return what it returned on this one. If one cannot, all raise AgreedError."""
+# ---- Acting together -------------------------------------------------------------------------------------------------
+# All ranks must call these functions, in the same order. Each waits until `action` has succeeded or failed on every
+# rank that runs it. If it failed on any (with an InputError, an OSError or a damaged safetensors file), all ranks raise
+# an AgreedError with the same text: `failure`, then what went wrong. So no rank goes on alone and waits for the others.
+def all_or_raise(action: Callable, failure: str = ""):
+    """Every rank runs `action` and gets its own result; if it fails on one rank, all raise AgreedError."""
     value, fault = attempt(action)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, fault)
@@ -115,15 +120,15 @@ def each(action: Callable, failure: str = ""):
     return value
 
 
-def together(action: Callable, failure: str = "") -> list:
-    """As `each`, but return what it returned on all ranks, in their order; it has to be pickled."""
+def gather(action: Callable, failure: str = "") -> list:
+    """Every rank runs `action` and gets the results of all, in the order of the ranks. They must be picklable."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, each(action, failure))
+    dist.all_gather_object(everyone, all_or_raise(action, failure))
     return everyone
 
 
-def only_first(action: Callable, failure: str = ""):
-    """Do it on rank 0 alone, and return there what it returned, and None elsewhere. Raises AgreedError as `each`."""
+def rank0_only(action: Callable, failure: str = ""):
+    """Only rank 0 runs `action` and gets its result; the others wait for it and get None."""
     value, fault = attempt(action) if dist.get_rank() == 0 else (None, None)
     told = [fault]
     dist.broadcast_object_list(told)
@@ -132,15 +137,15 @@ def only_first(action: Callable, failure: str = ""):
     return value
 
 
-def on_first(action: Callable, failure: str = ""):
-    """As `only_first`, but return on every rank what it returned there; it has to be pickled."""
-    told = [only_first(action, failure)]
+def rank0_broadcast(action: Callable, failure: str = ""):
+    """Only rank 0 runs `action`; the others wait, and all get its result. It must be picklable."""
+    told = [rank0_only(action, failure)]
     dist.broadcast_object_list(told)
     return told[0]
 
 
 def attempt(action: Callable) -> tuple:
-    """What it returns, and None; or None, and what went wrong outside of this program."""
+    """(result, None), or (None, message) after an error of the user or the system. Bugs are raised as they are."""
     try:
         return action(), None
     except (InputError, OSError, SafetensorError) as e:

@@ -1,17 +1,17 @@
-"""SIGTERM and SIGUSR1, as schedulers send them: finish the step, save, and end well."""
+"""SIGTERM and SIGUSR1, by which schedulers ask a training to finish its step, save, and exit."""
 
 import os
 import signal
 import time
 
 CAUGHT = (signal.SIGTERM, signal.SIGUSR1)
-ECHO = 2.0  # seconds in which a scheduler and a launcher may both pass on one signal
+ECHO = 2.0  # seconds: a second signal within them is the same one, sent by the scheduler and again by the launcher
 
 
 class Signals:
-    """Within it the first signal is remembered in `received`, and a second one ends the process at once.
+    """A context in which the first signal is kept in `received`, and a second one ends the process at once.
 
-    After a signal it stays so, for an echo that comes when all is saved.
+    If a signal came, the handlers stay after the context: its echo may arrive when everything is saved already.
     """
 
     def __init__(self):
@@ -33,6 +33,6 @@ class Signals:
 
 
 def ignore() -> None:
-    """In the workers of a DataLoader, which get the signals that are sent to all processes, but have yet to read."""
+    """For DataLoader workers. They get signals that are sent to all processes, but must finish the step's reading."""
     for number in (*CAUGHT, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from asymflow.training.config.derived import bf16_weights, repeated_blocks
 from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.reading import Config
 from asymflow.training.config.sections import Optimizer
-from asymflow.training.run.ranks import each, together
+from asymflow.training.run.ranks import all_or_raise, gather
 from asymflow.training.zero import internals, shards
 from asymflow.training.zero.averages import Averages
 from asymflow.training.zero.settings import deepspeed_config
@@ -45,13 +45,13 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     internals.compile_no_communication()
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
-    together(lambda: prepare_monitors(options, out))
+    gather(lambda: prepare_monitors(options, out))
     if config.train.compile:
-        each(lambda: prepare_compiling(flow, options))
+        all_or_raise(lambda: prepare_compiling(flow, options))
     originals = float32_copies(flow) if bf16_weights(config) else {}
     o = config.optimizer
-    groups = each(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
-    optimizer = each(lambda: make_optimizer(groups, o))
+    groups = all_or_raise(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
+    optimizer = all_or_raise(lambda: make_optimizer(groups, o))
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
     # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
     internals.base_optimizer(engine).state.clear()
@@ -59,8 +59,8 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
         with torch.no_grad():
             for f in (f for f in shards.held_fragments(engine) if f.name in originals):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
-        internals.spread_weights(engine)
-    internals.take_monitor(engine)
+        internals.refresh_model_weights(engine)
+    internals.detach_monitor(engine)
     if config.train.compile:
         compile_blocks(engine.module)
     return engine
@@ -133,7 +133,7 @@ def compile_blocks(flow: nn.Module) -> None:
     bytes at a time, from the weights of the other blocks as well, and does not look where those begin
     (pytorch/pytorch#193054). So unless all begin so, it must not.
     """
-    in_between = any(internals.kept(p).data_ptr() % 16 for p in flow.parameters())
+    in_between = any(internals.held_part(p).data_ptr() % 16 for p in flow.parameters())
     options = {"triton.divisible_by_16": False} if in_between else None
     for block in repeated_blocks(flow, "train.compile"):
         block.forward = torch.compile(block.forward, dynamic=False, options=options)
@@ -198,7 +198,7 @@ def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
     yield
     for f, weight in zip(held, kept, strict=True):
         f.weight.copy_(weight)
-    internals.spread_weights(engine)
+    internals.refresh_model_weights(engine)
 
 
 @torch.no_grad()
@@ -212,4 +212,4 @@ def load_weights(engine, owned: dict[str, tuple[int, Tensor]]) -> None:
             f.weight.zero_()
             f.weight[start : start + len(values)] = values
             dist.all_reduce(f.weight)
-    internals.spread_weights(engine)
+    internals.refresh_model_weights(engine)

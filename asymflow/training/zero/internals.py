@@ -35,7 +35,7 @@ def compile_no_communication() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def take_monitor(engine) -> None:
+def detach_monitor(engine) -> None:
     """The loop writes to it, not the engine, which counts anew from every start."""
     if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
         csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
@@ -108,24 +108,24 @@ def places(engine) -> Iterator[Place]:
                 cut = slice(here.start, here.start + here.numel)
                 yield Place(name, tuple(p.shape), start, flats[mapping.param_group_index], cut)
     else:
-        originals = dict(low_and_high(engine))
+        originals = dict(bf16_and_float32_pairs(engine))
         for p, name in named.items():
             yield Place(name, tuple(p.shape), 0, originals.get(p, p), slice(None))
 
 
-def kept(parameter: Tensor) -> Tensor:
+def held_part(parameter: Tensor) -> Tensor:
     """What this rank keeps of a parameter between the steps: at stage 3 a part of it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
-def low_and_high(engine) -> Iterator[tuple[Tensor, Tensor]]:
+def bf16_and_float32_pairs(engine) -> Iterator[tuple[Tensor, Tensor]]:
     """At stage 0: bfloat16 weights and their float32 originals, if DeepSpeed keeps such."""
     groups = (getattr(engine.optimizer, name, ()) for name in ("fp16_groups", "fp32_groups"))
     for low, high in zip(*groups, strict=True):
         yield from zip(low, high, strict=True)
 
 
-def spread_weights(engine) -> None:
+def refresh_model_weights(engine) -> None:
     """After the float32 weights were changed: bring the weights that the model computes with into line."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -138,5 +138,5 @@ def spread_weights(engine) -> None:
     elif stage > 0:
         optimizer.update_lp_params()
     else:
-        for low, high in low_and_high(engine):
+        for low, high in bf16_and_float32_pairs(engine):
             low.data.copy_(high.data)

@@ -45,7 +45,7 @@ class Fragment:
 def held_fragments(engine) -> list[Fragment]:
     """All that this rank holds. At stage 0 that is everything, on every rank."""
     base = internals.base_optimizer(engine)
-    known = kept_of_two(base)
+    known = state_of_two_numbers(base)
     return [fragment(place, base, known) for place in internals.places(engine)]
 
 
@@ -59,7 +59,7 @@ def owned_fragments(engine) -> list[Fragment]:
 
 
 def fragment(place: internals.Place, base: torch.optim.Optimizer, known: dict[str, Tensor | float]) -> Fragment:
-    """known: see `kept_of_two`."""
+    """known: see `state_of_two_numbers`."""
     name, shape, start, flat, cut = place
     state = base.state[flat]
     moments = [kind for kind, value in known.items() if isinstance(value, Tensor) and value.shape == (2,)]
@@ -71,7 +71,7 @@ def fragment(place: internals.Place, base: torch.optim.Optimizer, known: dict[st
     return Fragment(name, shape, start, flat.detach().view(-1)[cut], cuts, state)
 
 
-def kept_of_two(base: torch.optim.Optimizer) -> dict[str, Tensor | float]:
+def state_of_two_numbers(base: torch.optim.Optimizer) -> dict[str, Tensor | float]:
     """What an optimizer keeps of a tensor (2,), found by a step of a copy of it."""
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.zeros(2)
