@@ -117,9 +117,7 @@ class Evaluation:
 
         images: returns the images of the given numbers, (n, 3, H, W) uint8.
         """
-        each_rank = -(
-            -count // self.world
-        )  # the same on all ranks: under ZeRO-3 each call of the model needs all ranks
+        each_rank = -(-count // self.world)  # as many on every rank: under ZeRO-3 all must take part in each call
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
         size, features = self.config.evaluate.batch_size, []
         starts = range(0, each_rank, size)

@@ -144,9 +144,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     try:
         yield from map(finish, one_ahead(map(begin, batches)))
     finally:
-        compute.wait_stream(
-            copies
-        )  # if the last batch is never yielded: its memory is freed, but the copy may still run
+        compute.wait_stream(copies)  # a batch that was never yielded is freed now, and its copy may still be running
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

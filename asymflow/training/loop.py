@@ -302,7 +302,7 @@ class Training:
     def draw(self) -> None:
         """Save a grid of samples of `model_to_show`, from the same noise and classes every time."""
         count = self.config.sample.num
-        each = -(-count // self.world)  # the same on all ranks: under ZeRO-3 each call of the model needs all ranks
+        each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all must take part in each call
         mine = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
             parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]

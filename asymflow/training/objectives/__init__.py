@@ -1,7 +1,7 @@
-"""What a training minimizes: a class-conditional model from scratch, or a pixel model that goes on from a latent one.
+"""What a training minimizes: here for class-conditional models from scratch, and for latent models made pixel models.
 
-An objective knows the terms of the loss, the batches that they need, and how its model is drawn from. The loop knows
-nothing of the model.
+An objective defines the terms of the loss, the batches that they need, and how to draw samples from its model. The loop
+knows nothing of the model.
 """
 
 from typing import Protocol
@@ -14,20 +14,20 @@ from asymflow.training.loader import Batch, Batches
 
 class Objective(Protocol):
     terms: tuple[str, ...]
-    """Of the loss, as they are called in the metrics."""
+    """The names of the terms of the loss, as in metrics.jsonl."""
     weights: tuple[float, ...]
-    """Of the terms, in what is minimized."""
+    """The weight of each term in the loss that is minimized."""
 
     def flops(self) -> int | None:
-        """Of a training step on one image, without what is computed twice to save memory; None: not counted."""
+        """The FLOPs of a training step for one image, without recomputation; None if they are not counted."""
 
     def model(self, flow: AsymFlow) -> nn.Module:
-        """What the engine trains: an AsymFlow, perhaps with more to say while it is trained."""
+        """The module that the engine trains: `flow` itself, or an AsymFlow that returns more in training mode."""
 
     def batches(self, dataset, rank: int, world: int) -> Batches: ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The terms of the loss of each image of a micro-batch, not yet weighted: (B, terms)."""
+        """The terms of the loss for each image of a micro-batch, (B, terms), not yet weighted."""
 
     def draw(self, flow: AsymFlow, indices: range) -> Tensor:
         """RGB images (n, 3, H, W) in [-1, 1], always the same for the same weights and indices."""

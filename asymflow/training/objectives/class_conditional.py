@@ -1,4 +1,4 @@
-"""A class-conditional model, from scratch."""
+"""Training a class-conditional model from scratch."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ from asymflow.training.objectives.repa import Aligned, Encoder, misalignment
 
 
 class ClassConditional:
-    """Flow matching of images of classes, with REPA if there is an encoder."""
+    """Flow matching on images with class labels, plus REPA if `encoder` is given."""
 
     def __init__(self, config: Config, flow: AsymFlow, encoder: Encoder | None = None):
         self.config, self.flow, self.encoder = config, flow, encoder
@@ -25,7 +25,7 @@ class ClassConditional:
         self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
 
     def flops(self) -> int:
-        """Of the model alone, as is usual: what DINOv2 and the projection to its features cost is not in the MFU."""
+        """The FLOPs of the model alone. As is usual for the MFU, DINOv2 and the projector are not counted."""
         size = self.config.model.image_size
         label = torch.zeros(1, dtype=torch.long)
         shape = (self.flow.channels, size, size)
@@ -54,7 +54,7 @@ class ClassConditional:
 
 
 def drawn(flow: AsymFlow, config: Config, labels: list[int], indices: Iterable[int]) -> Tensor:
-    """Images (n, C, H, W) of the classes, with the sampler of the configuration; the noise of each is its index's."""
+    """Images (n, C, H, W) of the classes, with the configured sampler. Its index determines the noise of an image."""
     c = config.sample
     options = dict(steps=c.steps, guidance=c.guidance, interval=tuple(c.interval), method=sampler(c.method))
     options |= dict(size=(config.model.image_size,) * 2, null_label=config.model.num_classes)

@@ -1,11 +1,11 @@
-"""What it costs to finetune a FLUX.2 klein into a pixel model, counted in the real modules, without their numbers.
+"""What it costs to finetune a FLUX.2 klein into a pixel model. Counted on the real modules, with empty tensors.
 
-    step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))                 # nothing is allocated
+    step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))                 # allocates nothing
     training_memory(step, gpus=8, stage=2)                                   # bytes on each GPU, by kind
     activations(step, (1024, 1024), batch=1)                                 # and these on top
 
-It is the training of the configuration asymflux2_klein_9b: its model, its loss, LPIPS in bfloat16, and what DeepSpeed
-keeps for its section `deepspeed`.
+The training is that of the configuration asymflux2_klein_9b: its model, its loss with LPIPS in bfloat16, and the
+memory that DeepSpeed uses with its section `deepspeed`.
 """
 
 import json
@@ -32,7 +32,7 @@ from asymflow.training.objectives.latent_to_pixel import LatentToPixel
 from asymflow.training.objectives.variance import PerceptualLoss
 
 CONFIGURATION = "asymflux2_klein_9b"
-PLACES = ("finetune.base", "finetune.subspace", "data.path")  # which it needs, and which cost nothing
+PLACES = ("finetune.base", "finetune.subspace", "data.path")  # keys that it must have; their values do not matter here
 KLEIN = {  # the base models; 9,078,581,248 and 3,875,544,576 parameters
     "FLUX.2-klein-9B": dict(
         num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False
@@ -44,40 +44,41 @@ KLEIN = {  # the base models; 9,078,581,248 and 3,875,544,576 parameters
 CHANNELS, PATCH = 3, 16
 LORA_RANK, LORA_DROPOUT, TEXT_LENGTH = 256, 0.05, 512
 OFFLOADS = ("optimizer", "weights")
-# Of gradients, as DeepSpeed 0.19 keeps them where they are added up in float32 (at stage 0 it cannot): bytes for each
-# trained parameter on every GPU, bytes divided among the GPUs, and bytes for each number in a bucket of those that are
-# on their way. At stages 0 and 1 they are there in bfloat16 and float32; at stage 3 another time, for the step.
+# Memory for gradients at each ZeRO stage, as DeepSpeed 0.19 keeps them when it adds them up in float32 (at stage 0 it
+# cannot): bytes per trained parameter on every GPU, bytes per trained parameter divided among the GPUs, and bytes per
+# number in the bucket for communication. Stages 0 and 1 have a bfloat16 and a float32 copy; stage 3 has two float32
+# copies, one of them for the step.
 GRADIENTS = {0: (6, 0, 0), 1: (6, 0, 0), 2: (0, 4, 2), 3: (0, 8, 2)}
-BUCKET = 500_000_000  # numbers: zero_optimization.reduce_bucket_size, which the configuration leaves as it is
+BUCKET = 500_000_000  # numbers: DeepSpeed's default of zero_optimization.reduce_bucket_size
 
 
 def empty_transformer(config: dict) -> Flux2Transformer2DModel:
-    """The transformer of a configuration of diffusers, in bfloat16, on the meta device."""
+    """The transformer of a diffusers configuration, in bfloat16, on the meta device."""
     with torch.device("meta"):
         return Flux2Transformer2DModel.from_config(config).bfloat16()
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------
 def settings(lora_rank: int | None = LORA_RANK, checkpointing: bool = True, lpips: bool = True) -> dict:
-    """By keys of the configuration. lora_rank: None for no LoRA: everything is trained."""
+    """What differs from the shipped configuration: {key: value}. lora_rank: None trains all weights, without LoRA."""
     lora = {"finetune.lora.rank": lora_rank} if lora_rank else {"finetune.lora": None}
     perceptual = {"loss.perceptual.vgg": "random"} if lpips else {"loss.perceptual": None}
     return {**dict.fromkeys(PLACES, "none"), "finetune.checkpointing": checkpointing, **lora, **perceptual}
 
 
 def random_perceptual(device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> PerceptualLoss:
-    """LPIPS whose VGG16 is random, which costs as much as any other; on the meta device it is not even drawn."""
+    """LPIPS with a random VGG16, which costs as much as the real one. On the meta device it has no numbers at all."""
     with torch.device(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips asks torchvision for VGG16 in a way of the past
+        warnings.simplefilter("ignore")  # lpips uses a deprecated argument of torchvision
         return PerceptualLoss("random", device, dtype)
 
 
 class Step(nn.Module):
-    """A micro-batch of the training, with the weights as the engine has them: forward is its loss.
+    """One micro-batch of the training: `forward` returns its loss. Weights have the dtypes that the engine gives them.
 
-    latent: a transformer in bfloat16, which it takes over. subspace: of rank r; by default the first r coordinates,
-    which cost as much as any others. options: of `settings`. perceptual: instead of one that is drawn.
-    Raises InputError for a transformer that is none of a base model.
+    latent: a transformer in bfloat16; do not use it afterwards. subspace: of rank r; by default the first r coordinates
+    (any others cost as much). options: of `settings`. perceptual: by default `random_perceptual`.
+    Raises InputError for a transformer that is not of a base model.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Step(nn.Module):
         self.model = finetuned(latent, self.config, subspace, base="").bfloat16().train()
         perceptual = (perceptual or random_perceptual(device)) if self.config.loss.perceptual else None
         self.objective = LatentToPixel(self.config, None, device, perceptual)
-        self.lpips = perceptual and perceptual.model  # so that its weights are seen to be weights
+        self.lpips = perceptual and perceptual.model  # a submodule, so that its weights count as weights
 
     def forward(self, batch: EncodedBatch) -> Tensor:
         losses = self.objective.losses(self.model, batch)
@@ -112,7 +113,7 @@ class Step(nn.Module):
 def inputs(
     step: Step, size: tuple[int, int], batch: int, text_length: int, device: str | torch.device = "cpu"
 ) -> EncodedBatch:
-    """Noise for `Step`: images of `size`, (height, width)."""
+    """A batch of noise for `Step`. size: (height, width) of the images."""
     sides = [length // PATCH for length in size]
     if min(sides) < 1 or [side * PATCH for side in sides] != list(size):
         raise InputError(f"images must be multiples of {PATCH} pixels high and wide, but are {size[0]} x {size[1]}")
@@ -138,9 +139,9 @@ def forward_flops(step: Step, size: tuple[int, int], text_length: int = TEXT_LEN
 
 
 def step_flops(step: Step, size: tuple[int, int], text_length: int = TEXT_LENGTH) -> int:
-    """FLOPs of a training step for one image: the latent model, forward and backward, what is computed twice, LPIPS.
+    """FLOPs of a training step for one image: latent model, forward, backward, recomputation and LPIPS.
 
-    Through frozen layers the gradient of what goes into them is computed, but none of their weights.
+    For a frozen layer, the backward pass computes the gradient of its input only, not of its weights.
     """
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step = cost.stand_in(step, "cpu")
@@ -150,7 +151,7 @@ def step_flops(step: Step, size: tuple[int, int], text_length: int = TEXT_LENGTH
 
 @contextmanager
 def all_kept(step: Step) -> Iterator[None]:
-    """Within it, nothing is computed twice."""
+    """A context without activation checkpointing: all activations are kept, nothing is recomputed."""
     before, step.transformer.gradient_checkpointing = step.transformer.gradient_checkpointing, False
     try:
         yield
@@ -160,12 +161,12 @@ def all_kept(step: Step) -> Iterator[None]:
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 def activations(step: Step, size: tuple[int, int], batch: int = 1, text_length: int = TEXT_LENGTH) -> tuple[int, int]:
-    """`(kept, peak)` bytes of a training step, see `asymflow.cost.activation_bytes`: those of the CPU's kernels."""
+    """`(kept, peak)` bytes of a training step with the CPU's kernels, see `asymflow.cost.activation_bytes`."""
     return cost.step_bytes(step, lambda step: step(inputs(step, size, batch, text_length)))
 
 
 def parameters(step: Step) -> dict[str, int]:
-    """Numbers of parameters, all of the base but `reference` (copies for the latent model) and `perceptual` (LPIPS)."""
+    """Numbers of parameters. reference: those that the latent model has for itself. perceptual: those of LPIPS."""
     own = dict(step.transformer.named_parameters())
     lora = {name for name in own if ".lora_" in name}
     known = {id(p) for p in own.values()}
@@ -182,12 +183,12 @@ def parameters(step: Step) -> dict[str, int]:
 
 
 def training_memory(step: Step, gpus: int = 1, stage: int = 0, offload: str | None = None) -> dict[str, int]:
-    """The bytes on each GPU that do not depend on the batch, by kind; "host": in the memory of the machine, for each.
+    """The bytes on each GPU that do not depend on the batch, by kind, and under "host" those in host memory per GPU.
 
-    weights: that are frozen, with those of LPIPS (on every GPU). trained: bfloat16. optimizer: Adam's moments and the
-    float32 originals. gradients, buckets: see `GRADIENTS`. gathered: what stage 3 collects for the largest layer.
-    offload: "optimizer" moves the optimizer and the average to the host (from stage 1 on), "weights" the weights too
-    (stage 3). Gradients are counted on the GPU all the same, where they are made.
+    weights: the frozen ones, and LPIPS (whole on every GPU). trained: the trained weights, in bfloat16. optimizer:
+    Adam's moments and the float32 masters. gradients, buckets: see `GRADIENTS`. gathered: the largest layer, whose
+    weights stage 3 gathers. offload: "optimizer" moves optimizer and average to the host (from stage 1 on), "weights"
+    also the weights (at stage 3). Gradients are always counted on the GPU, where they are made.
     """
     if offload not in (None, *OFFLOADS):
         raise InputError(f"offload must be one of {', '.join(OFFLOADS)}, but it is {offload!r}")

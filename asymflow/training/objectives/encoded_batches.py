@@ -1,4 +1,4 @@
-"""Micro-batches of encoded shards: images of one size, with their latents and prompts."""
+"""Micro-batches from encoded shards: images of one size, with their latents and prompts."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from asymflow.errors import InputError
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import ATTEMPTS, Batch, Batches
 
-BUCKETS = 5  # the stream of the buckets of a seed; the others are in streams.py
+BUCKETS = 5  # the random stream that chooses buckets; the other streams are in streams.py
 
 
 @dataclass
@@ -31,10 +31,10 @@ class EncodedBatch(Batch):
 
 
 class EncodedBatches(Batches):
-    """As `Batches`, of `EncodedShards`. All images of a step are of one bucket, on all ranks.
+    """As `Batches`, for `EncodedShards`. All images of a step, on all ranks, are from one bucket.
 
-    So all ranks have the same work, and a step has the same images whatever their number. The bucket of a step is drawn
-    with the share of the images that it has, and its images are gone through in epochs of its own.
+    So all ranks have the same work, and the images of a step do not depend on the number of ranks. Each step draws its
+    bucket at random, in proportion to the numbers of images; each bucket has epochs of its own.
     """
 
     def __init__(self, dataset: EncodedShards, config: Config, rank: int, world: int):
@@ -44,7 +44,7 @@ class EncodedBatches(Batches):
 
     @cached_property
     def plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each step of the training: its bucket, and how many steps before it had that bucket."""
+        """(bucket, before): for each step of the training, its bucket, and how many earlier steps had the same one."""
         shares = np.cumsum([len(members) for members in self.members]) / len(self.dataset)
         numbers = streams.generator(self.config.train.seed, BUCKETS, 0).random(self.config.train.steps)
         bucket = np.searchsorted(shares, numbers, side="right")
@@ -58,7 +58,7 @@ class EncodedBatches(Batches):
         step, part = divmod(k, self.accumulation)
         share = streams.share(step, c.train.global_batch_size, self.rank, self.world)
         samples = list(share[part * self.micro : (part + 1) * self.micro])
-        # Numbered within the bucket, as if it were trained on alone.
+        # Number samples within the bucket, as if there were no other.
         moved = (int(before[step]) - step) * c.train.global_batch_size
         problems: list[str] = []
         picked = [self.read(int(buckets[step]), sample + moved, problems) for sample in samples]
@@ -74,10 +74,7 @@ class EncodedBatches(Batches):
         return EncodedBatch(pixels, eps, labels, normal, samples, problems, latents, torch.stack(prompts))
 
     def read(self, bucket: int, sample: int, problems: list[str]) -> EncodedSample:
-        """Sample number `sample` of a bucket; if it cannot be read, another one of it, always the same.
-
-        What could not be read is added to `problems`. InputError after `ATTEMPTS` of them.
-        """
+        """Sample number `sample` of a bucket; if it cannot be read, another one. See `loader.read_or_replace`."""
         members, seed = self.members[bucket], self.config.train.seed + bucket
         index = streams.image_index(seed, sample, len(members))
         replacements = streams.generator(seed, streams.REPLACEMENT, sample)
@@ -91,7 +88,7 @@ class EncodedBatches(Batches):
 
 
 def rare_buckets(dataset: EncodedShards, batch: int) -> list[str]:
-    """A remark, if there are buckets with fewer images than the global batch, which is of one bucket."""
+    """A remark, if a bucket has fewer images than the global batch: a step of this bucket would repeat images."""
     counts = np.bincount(dataset.bucket, minlength=len(dataset.buckets))
     rare = [f"{h}x{w}: {n}" for (h, w), n in zip(dataset.buckets, counts, strict=True) if 0 < n < batch]
     if not rare:

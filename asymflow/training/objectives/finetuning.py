@@ -1,4 +1,7 @@
-"""A latent text-to-image model becomes a pixel model: what is trained, and on what (arXiv 2605.12964)."""
+"""The model of a finetuning: a pixel model made of a latent text-to-image model, and which of its weights are trained.
+
+See arXiv 2605.12964.
+"""
 
 import copy
 import json
@@ -19,19 +22,20 @@ from asymflow.subspace import Subspace
 from asymflow.training.config.derived import bf16_weights
 from asymflow.training.config.reading import Config
 
-TRANSFORMER = "transformer"  # its folder within that of the base
-PREFIX = "backbone.transformer."  # begins the names of its parameters in a Finetuned
+TRANSFORMER = "transformer"  # the folder of the transformer in that of the base model
+PREFIX = "backbone.transformer."  # the prefix of the transformer's parameters in a Finetuned
 
 
 class Finetuned(AsymFlow):
-    """A pixel model that in training also says what the latent model says: (velocity, velocity of the latents).
+    """A pixel model that can also evaluate the latent model that it was made of, as the loss needs it.
 
-    It does so where it is given noisy latents; where it is not, it is the AsymFlow that it is made of, with the same
-    names of parameters.
+    If it is given noisy latents, it returns (velocity of the pixels, velocity of the latents). Otherwise it is the
+    AsymFlow `flow`, with the same names of parameters.
 
-    reference: the latent model, see `latent_flow`; None if it is not asked. Either it shares the blocks with the
-    backbone, whose LoRAs are off meanwhile, and has the original projections and norm_out; or it shares nothing.
-    base: which latent model that is, see `asymflow.backbones.flux2.adapter.fingerprint`.
+    reference: the latent model, see `latent_flow`; None if the loss does not need it. With LoRA it shares the blocks
+    with the backbone, whose LoRA layers are switched off for it, but has its own projections and norm_out; in a full
+    finetuning it shares nothing.
+    base: the fingerprint of the latent model, see `asymflow.backbones.flux2.adapter.fingerprint`.
     """
 
     def __init__(self, flow: AsymFlow, reference: AsymFlow | None, base: str):
@@ -56,10 +60,10 @@ class Finetuned(AsymFlow):
 
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Within it, layers with LoRA are the linear layers that they were made of."""
+    """A context in which the LoRA layers of a module have no effect."""
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
-        # Not layer.enable_adapters(False): that says that their weights need no gradient, on which an engine is built.
+        # Not layer.enable_adapters(False): it also sets requires_grad to False, and the engine trains these weights.
         layer._disable_adapters = True
     try:
         yield
@@ -79,18 +83,20 @@ def make_finetuned(config: Config, subspace: Subspace) -> Finetuned:
 
 
 def finetuned(latent: Flux2Transformer2DModel, config: Config, subspace: Subspace, base: str) -> Finetuned:
-    """The model that goes on from `latent`, which it takes over: what is trained in float32, the rest frozen.
+    """The model to finetune. What is trained is in float32, except for the blocks in a full finetuning in bf16.
 
-    latent: in bfloat16 if the section deepspeed has bf16 switched on, else in float32; the frozen weights stay so.
-    base: its `fingerprint`. Before the first step the velocity inside of the subspace is that of the latent model, and
-    outside that of x0 = 0, up to the rounding of the lifted projections to the dtype of the weights.
-    Raises InputError if it does not fit the subspace or the configuration.
+    latent: do not use it afterwards. In bfloat16 if the section `deepspeed` has bf16 switched on, else in float32; its
+    frozen weights keep this dtype. base: its `fingerprint`.
+
+    Before the first step the velocity inside of the subspace is that of the latent model, and outside that of x0 = 0,
+    up to the rounding of the lifted projections to the dtype of the weights.
+    Raises InputError if `latent` does not fit the subspace or the configuration.
     """
     c = config.finetune
     reference = None
     if config.loss.variance_reduction or config.loss.perceptual:
         reference = latent_flow(with_own_projections(latent) if c.lora else copy.deepcopy(latent)).requires_grad_(False)
-    for name in ("x_embedder", "proj_out"):  # lifted and trained in float32
+    for name in ("x_embedder", "proj_out"):  # these two are lifted and trained in float32
         getattr(latent, name).float()
     flow = latent_to_pixel(latent, subspace, subspace.patch_size or 16)
     transformer = flow.backbone.transformer
@@ -104,7 +110,7 @@ def finetuned(latent: Flux2Transformer2DModel, config: Config, subspace: Subspac
         flow.requires_grad_(True)
     lifted = {id(transformer.x_embedder.weight), id(transformer.proj_out.weight)}
     for p in trained(flow):
-        # Of the others, after full finetuning began, float32 knows no more than bfloat16: DeepSpeed's originals will.
+        # The other weights of a full finetuning in bf16 stay in bfloat16; DeepSpeed keeps float32 masters of them.
         if c.lora or id(p) in lifted or not bf16_weights(config):
             p.data = p.data.float()
     if c.checkpointing:
@@ -117,7 +123,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def with_own_projections(transformer: Flux2Transformer2DModel) -> Flux2Transformer2DModel:
-    """The same transformer again, with copies of what the pixel model changes other than by LoRA."""
+    """A transformer that shares all blocks with this one, but has its own copies of the projections and of norm_out."""
     with torch.device("meta"):
         other = Flux2Transformer2DModel.from_config(transformer.config)
     for name, module in transformer.named_children():
@@ -142,7 +148,7 @@ def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
 
 
 def transformer_config(base: Path) -> dict:
-    """That of the transformer in a FLUX.2 klein folder; InputError if it has none, or is of a distilled model."""
+    """The transformer's config.json in a FLUX.2 klein folder. InputError if it is missing, or the model distilled."""
     try:
         config = json.loads((base / TRANSFORMER / "config.json").read_text())
         name = config["_class_name"]
@@ -158,13 +164,13 @@ def transformer_config(base: Path) -> dict:
 
 
 def is_distilled(index: Path) -> bool:
-    """By the index of a pipeline: the shapes of the weights are those of the base that it was distilled from."""
+    """Whether model_index.json says so. The weights cannot tell: a distilled model has the shapes of its base model."""
     try:
         return bool(json.loads(index.read_text()).get("is_distilled"))
-    except (OSError, ValueError, AttributeError):  # the folder may have a transformer alone
+    except (OSError, ValueError, AttributeError):  # the folder may hold nothing but a transformer
         return False
 
 
 def published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a checkpoint, by the names of the published layout."""
+    """The weights of a checkpoint under the names of the published layout."""
     return published_names({name.removeprefix(PREFIX): value for name, value in weights.items()})

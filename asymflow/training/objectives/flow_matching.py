@@ -1,4 +1,4 @@
-"""Flow matching: the loss that every model here is trained with, whatever it predicts."""
+"""Flow matching: the loss of the velocity, the same whatever a model predicts."""
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ def noisy(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, floor: float = SIGMA_FLOOR) -> Tensor:
-    """`((velocity - (eps - x0)) sigma / max(sigma, floor))^2`, the mean of each image (B,), in float32 or better.
+    """`((velocity - (eps - x0)) sigma / max(sigma, floor))^2`, the mean over each image (B,), in float32 or better.
 
-    velocity, x0, eps: (B, ...); sigma: (B,). Near the data the velocity of an x0-prediction is an error divided by
-    sigma: below the floor the weight takes the division away (arXiv 2605.12964).
+    velocity, x0, eps: (B, ...); sigma: (B,). The error of an x0-prediction is divided by sigma in its velocity, and
+    would dominate the loss near sigma = 0. Below `floor` the weight cancels this division (arXiv 2605.12964).
     """
     error = (velocity - (eps - x0)).flatten(1).square().mean(1)
     return error * (sigma / sigma.clamp(min=floor)).square()

@@ -1,4 +1,4 @@
-"""A pixel model that goes on from a latent text-to-image model."""
+"""Finetuning a latent text-to-image model into a pixel model."""
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from asymflow.training.objectives.variance import (
 
 
 class LatentToPixel:
-    """The finetuning of `Finetuned`: variance-reduced or plain, with a perceptual term if there is `perceptual`."""
+    """The objective for `Finetuned`: a variance-reduced or plain loss, plus a perceptual term if that is given."""
 
     def __init__(self, config: Config, dataset, device: torch.device, perceptual: PerceptualLoss | None = None):
         self.config, self.dataset, self.device, self.perceptual = config, dataset, device, perceptual
@@ -59,7 +59,7 @@ class LatentToPixel:
             velocity, latent_velocity = model(
                 x_sigma, sigma, noisy_latents=noisy_latents, tau=tau, encoder_hidden_states=text
             )
-            # z - z_ref, with z_ref = z_tau - tau v: what the latent model gets wrong, then lifted to pixels
+            # The error of the latent model, z - z_ref with z_ref = z_tau - tau v, then lifted to pixels.
             wrong = batch.latents - (noisy_latents - tau.view(-1, 1, 1, 1) * latent_velocity)
             d_low = patchify(wrong, 1) @ (scale * basis).to(x0).mT
         x0_pred = x_sigma - sigma.view(-1, 1, 1, 1) * velocity
@@ -76,7 +76,7 @@ class LatentToPixel:
         return torch.stack(terms, dim=1)
 
     def draw(self, flow: AsymFlow, indices: range) -> Tensor:
-        """With the prompts of samples of the largest bucket, in their order; the empty one for a damaged sample."""
+        """Images for the prompts of the first samples in the largest bucket, repeated if there are too few."""
         c, device = self.config.sample, flow.subspace.basis.device
         bucket = np.bincount(self.dataset.bucket).argmax()
         members = np.flatnonzero(self.dataset.bucket == bucket)
@@ -94,12 +94,12 @@ class LatentToPixel:
     def prompt(self, index: int) -> Tensor:
         try:
             return self.dataset[index].prompt
-        except InputError:  # training goes on without it, too
+        except InputError:  # a damaged sample: training goes on without it, and so does drawing
             return self.dataset.empty_prompt
 
 
 def tokens_to_pixels(values: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """Of a value for each token (B, N, 1), one for each pixel (B, 1, H, W)."""
+    """Repeat one value per token (B, N, 1) over the pixels of its patch: (B, 1, H, W)."""
     height, width = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     grid = values.view(-1, 1, height, width)
     return grid.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)

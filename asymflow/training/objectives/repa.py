@@ -1,12 +1,12 @@
 """REPA: representation alignment with DINOv2 (Yu et al. 2024, arXiv 2410.06940).
 
-Inside of the network, after some blocks, the tokens of the noisy image are projected onto the features that DINOv2 has
-of the clean one, and the cosine between the two becomes part of the loss:
+After some blocks of the network, a small projector maps the tokens of the noisy image to DINOv2's features of the clean
+image. The cosine between the two becomes part of the loss:
 
     repa = mean over the tokens of -cos(projector(token), feature)        loss = flow matching + weight * repa
 
-The features depend on the images alone, on no weight that is trained: they are computed without gradients, for each
-micro-batch anew, so that the memory they take does not grow with the number of micro-batches in a step.
+The features depend on the images alone, so they are computed without gradients. Each micro-batch computes its own, so
+that their memory does not grow with the number of micro-batches in a step.
 """
 
 import json
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from asymflow.errors import InputError
 from asymflow.model import OPTIONS, AsymFlow
 
-CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}  # of transformers
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: what DINOv2 expects pixels to be scaled by
-AT_ONCE = 64  # images that DINOv2 looks at together
-PROJECTOR = "projector."  # begins the names of the parameters that only training needs
+CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}  # in the package transformers
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; DINOv2 expects pixels normalized by them
+AT_ONCE = 64  # images in one pass through DINOv2
+PROJECTOR = "projector."  # the prefix of the parameters that only training needs
 
 
 class Aligned(AsymFlow):
-    """An AsymFlow that in training also says what DINOv2 would see: `(velocity, projected tokens (B, N, features))`.
+    """An AsymFlow that in training mode returns `(velocity, projected tokens (B, N, features))`.
 
-    In eval mode it is the AsymFlow that it is made of: same backbone and subspace, same names of their parameters.
+    In eval mode it is the AsymFlow `flow`, with the same backbone, subspace and names of parameters.
 
-    after: blocks that the tokens have passed; only those of the image are projected, never those of the class.
+    after: the number of blocks after which tokens are projected; only those of the image, not those of the class.
     hidden, features: widths of the projector, three linear layers with SiLU between them.
     """
 
@@ -64,13 +64,13 @@ def misalignment(projected: Tensor, features: Tensor) -> Tensor:
 class Encoder:
     """DINOv2, frozen, from a folder of the package `transformers`, with or without registers.
 
-    `encoder(x0)` are its features of images (B, 3, H, W) in [-1, 1]: one for each token of the model that is trained,
-    (B, h * w, width) for `grid` (h, w), row by row, after the last norm, in `dtype`. The images are resized so that its
-    own patches form that grid: 256 pixels in 16 x 16 patches become 224 for the patches of 14 pixels that DINOv2 has.
-    `transformers` interpolates the positions.
+    `encoder(x0)` returns its features of images (B, 3, H, W) in [-1, 1]: (B, h * w, width), after the last norm, in
+    `dtype`, one for each token of the trained model, row by row. grid: (h, w), the tokens of that model. The images are
+    resized so that DINOv2's patches of 14 pixels form the same grid: 256 pixels in 16 x 16 tokens become 224 pixels.
+    `transformers` interpolates the position embeddings.
 
-    It is no module of anything: neither engine nor checkpoints see it. Only weights in safetensors are read, and no
-    code that lies beside them. Raises InputError, in one line, if the folder holds no DINOv2 or not all of one.
+    It is not an nn.Module, so that neither the engine nor checkpoints see it. Only safetensors are read, and no code is
+    loaded from the folder. Raises InputError if the folder holds no DINOv2, or not all of one.
     """
 
     def __init__(
@@ -99,29 +99,29 @@ class Encoder:
 
 
 def load(folder: Path) -> nn.Module:
-    """The DINOv2 of a folder, as it is used, in eval mode and without gradients. Raises InputError."""
+    """The DINOv2 in a folder, in eval mode and without gradients. Raises InputError."""
     name = class_name(folder)
     try:
         import transformers
     except ImportError:
         raise InputError('REPA needs the package transformers: pip install -e ".[repa]"') from None
-    # Neither progress bars nor tables of what fits: what matters of those is an error here.
+    # No progress bars, and no table of missing weights: these raise an error below.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         model, report = getattr(transformers, name).from_pretrained(folder, **options)
-    except Exception as e:  # of as many types as there are ways to damage a file
+    except Exception as e:  # a damaged file can raise many types of errors
         reason = " ".join(str(e).split())
         raise InputError(f"{folder} cannot be loaded as a {name} ({type(e).__name__}: {reason[:200]})") from None
     misfits = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-    if misfits:  # they would be random
+    if misfits:  # transformers has initialized them at random
         raise InputError(f"{folder} lacks weights of a {name}, or has them in another shape: {', '.join(misfits[:5])}")
     return model.eval().requires_grad_(False)
 
 
 def class_name(folder: Path) -> str:
-    """The class of transformers that a folder is of. Raises InputError if it is no DINOv2 in safetensors."""
+    """The name of the class in `transformers` for a folder. Raises InputError if it is no DINOv2 in safetensors."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give that of a DINOv2, downloaded as from Hugging Face")
     try:

@@ -1,1 +1,1 @@
-"""Everything that knows DeepSpeed: the engine, and what ZeRO keeps of the model on each rank."""
+"""The only code that knows DeepSpeed: the engine, and the parts of the model that ZeRO keeps on each rank."""

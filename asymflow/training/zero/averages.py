@@ -10,10 +10,10 @@ from asymflow.training.zero.shards import Fragment
 
 
 class Averages:
-    """The averages of the fragments of one rank, in float32. Before the first step they are the initial weights.
+    """The averages of this rank's fragments, in float32. Before the first step they are the initial weights.
 
-    Earlier versions kept to 1 - b from the first step on. A checkpoint of theirs goes on with what its averages have of
-    the initial weights, a share that falls in every step.
+    In earlier versions of this library an average of constant decay b used the share 1 - b from the first step on. In a
+    training resumed from such a checkpoint, its averages still contain initial weights, fewer with every step.
     """
 
     def __init__(self, fragments: Sequence[Fragment], profiles: Sequence[Profile]):
@@ -22,11 +22,11 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after step 1, 2, ... into every average."""
+        """Move every average towards the weights after step 1, 2, ..."""
         weights = [f.weight for f in self.fragments]
         for profile, values in self.values.items():
             torch._foreach_lerp_(values, weights, profile.share_at(step))
 
     def named_pieces(self, profile: Profile) -> dict[str, tuple[int, Tensor]]:
-        """What this rank has of an average: by parameter, where it starts and its values."""
+        """This rank's part of an average: for each parameter, where it starts in it (flattened), and its values."""
         return {f.name: (f.start, value) for f, value in zip(self.fragments, self.values[profile], strict=True)}

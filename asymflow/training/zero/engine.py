@@ -25,22 +25,23 @@ from asymflow.training.zero import internals, shards
 from asymflow.training.zero.averages import Averages
 from asymflow.training.zero.settings import deepspeed_config
 
-MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}  # and packages
+# DeepSpeed's monitors, and the Python package that each needs.
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": "csv"}
 
 
 # ---- Making it -------------------------------------------------------------------------------------------------------
 def make_engine(flow: nn.Module, config: Config, out: Path):
     """The engine that trains `flow`: AdamW under the ZeRO stage of the configuration.
 
-    flow: in float32; the engine takes it over. out: the folder of the run, where monitors write if nothing else is
-    said. Called by all ranks; raises AgreedError if a monitor's package is not installed.
+    flow: in float32; do not use it afterwards. out: the folder of the run, where monitors write by default. Called by
+    all ranks; raises AgreedError if a monitor's package is not installed, or a section cannot be used.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer versions of torch warn of, in every step.
+    # In every step DeepSpeed uses old names of collectives, of which newer versions of torch warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed  # takes seconds: not before it is needed
+    import deepspeed  # here, because it takes seconds
 
     internals.compile_no_communication()
     deepspeed.init_distributed()
@@ -53,9 +54,9 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     groups = all_or_raise(lambda: parameter_groups(flow, o.multipliers), "optimizer.multipliers")
     optimizer = all_or_raise(lambda: make_optimizer(groups, o))
     engine, *_ = deepspeed.initialize(model=flow, optimizer=optimizer, config=options)
-    # Some of DeepSpeed's optimizers take a step with zero gradients to allocate the moments, and count it.
+    # Forget a step with zero gradients, by which some of DeepSpeed's optimizers allocate the moments: they count it.
     internals.base_optimizer(engine).state.clear()
-    if originals:  # DeepSpeed has made its own from weights that it had rounded before
+    if originals:  # DeepSpeed made its float32 masters from weights that it had already rounded to bfloat16
         with torch.no_grad():
             for f in (f for f in shards.held_fragments(engine) if f.name in originals):
                 f.weight.copy_(originals[f.name].view(-1)[f.start : f.start + len(f.weight)])
@@ -67,17 +68,18 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
 
 
 def make_optimizer(groups: list[dict], o: Optimizer) -> torch.optim.Optimizer:
-    """That of optimizer.kind: see config/optimizers.py. InputError if it does not take the options."""
+    """The optimizer that optimizer.kind names: see config/optimizers.py. InputError if it does not take the options."""
     make = find(o.kind, OPTIMIZERS, "optimizer.kind")
     given = accepted(make, {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay})
-    fused = {} if is_own(o.kind) else {"fused": True}  # a kernel for all; also on CPUs
+    fused = {} if is_own(o.kind) else {"fused": True}  # one kernel for all parameters, on CPUs too
     return called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
 
 
 def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
-    """For an optimizer: the trained parameters, in groups that share a multiplier of the learning rate.
+    """The trained parameters in groups for an optimizer, one for each multiplier of the learning rate.
 
-    multipliers: by names of layers, such as proj_out; those below them have it too. InputError if one trains nothing.
+    multipliers: by names of layers, such as proj_out; they hold for all layers inside of these, too. Where several
+    apply, the longest name counts. InputError if a name matches no trained parameter.
     """
     groups, unused = {}, dict(multipliers)
     for name, p in flow.named_parameters():
@@ -103,7 +105,7 @@ def prepare_monitors(options: dict, out: Path) -> None:
             continue
         if importlib.util.find_spec(package) is None:
             raise InputError(f"deepspeed.{name}.enabled is true, but {package} is not installed: pip install {package}")
-        if name in ("tensorboard", "csv_monitor"):  # they write to output_path/job_name
+        if name in ("tensorboard", "csv_monitor"):  # DeepSpeed writes to output_path/job_name
             section.setdefault("job_name", out.name if section.get("output_path") else name)
             section["output_path"] = section.get("output_path") or str(out)
         elif name == "wandb":
@@ -111,11 +113,11 @@ def prepare_monitors(options: dict, out: Path) -> None:
 
 
 def prepare_compiling(flow: nn.Module, options: dict) -> None:
-    """What DeepSpeed has to know of it beforehand.
+    """Set what DeepSpeed must know before it starts, if blocks are to be compiled.
 
-    Under ZeRO-3 a block's weights are gathered at once, before it is entered: where that happens, inside, at every
-    layer, a graph would be cut. At stages 1 and 2, where weights lie one after the other, each begins at a multiple of
-    16 bytes: see `compile_blocks`.
+    At stage 3 all weights of a block are gathered before it runs, because gathering inside, layer by layer, would break
+    its graph. At stages 1 and 2, where weights lie one after the other in memory, DeepSpeed is asked to let each begin
+    at a multiple of 16 bytes: see `compile_blocks`.
     """
     import deepspeed
 
@@ -127,19 +129,20 @@ def prepare_compiling(flow: nn.Module, options: dict) -> None:
 
 
 def compile_blocks(flow: nn.Module) -> None:
-    """torch.compile for each block: alike as they are, a few graphs do for all, however deep the network is.
+    """Compile each block. All blocks have the same code, so they share a few graphs, however deep the network is.
 
-    What is left outside is small. Where the weights of the first block begin at multiples of 16 bytes, torch reads 16
-    bytes at a time, from the weights of the other blocks as well, and does not look where those begin
-    (pytorch/pytorch#193054). So unless all begin so, it must not.
+    The rest of the network is small and stays eager. If the first block's weights begin at multiples of 16 bytes, torch
+    makes kernels that read 16 bytes at a time, and uses them for all blocks without checking where their weights begin
+    (pytorch/pytorch#193054), which fails with a misaligned address. So it may do so only if all weights are aligned.
     """
-    in_between = any(internals.held_part(p).data_ptr() % 16 for p in flow.parameters())
-    options = {"triton.divisible_by_16": False} if in_between else None
+    misaligned = any(internals.held_part(p).data_ptr() % 16 for p in flow.parameters())
+    options = {"triton.divisible_by_16": False} if misaligned else None
     for block in repeated_blocks(flow, "train.compile"):
         block.forward = torch.compile(block.forward, dynamic=False, options=options)
 
 
 def float32_copies(flow: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of the trained float32 weights, which DeepSpeed is about to round to bfloat16."""
     trained = ((name, p) for name, p in flow.named_parameters() if p.requires_grad and p.dtype == torch.float32)
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trained}
 
@@ -151,16 +154,16 @@ def set_learning_rate(engine, lr: float) -> None:
 
 
 def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
-    """Take the accumulated step, unless a number in `sums` or in its gradient is not finite: then nothing changes.
+    """Take the accumulated step, unless a number in `sums` or in the gradient is not finite: then no weight changes.
 
-    sums: (n,) on the device, the same on all ranks. Returns them and the norm of the gradient, infinite if it is not
-    finite. Both are read at once, just before Adam: but for DeepSpeed, and batches that may not run further ahead
-    (training/loader.py), a step waits for the GPU only here.
+    sums: (n,) on the device, the same on all ranks. Returns these numbers and the norm of the gradient; the norm is
+    infinite if the gradient is not finite. Both are copied to the CPU in one go, just before the optimizer's step. That
+    is the only place where our code makes a step wait for the GPU, besides the limit on batches in training/loader.py.
     """
     optimizer, norm, seen = internals.base_optimizer(engine), norm_at_stage_0(engine), []
     adam = optimizer.step
 
-    def guarded(*args, **options) -> None:  # called once for each group that DeepSpeed has
+    def guarded(*args, **options) -> None:  # DeepSpeed calls it once for each of its groups
         if not seen:
             known = internals.last_norm(engine) if norm is None else norm
             seen.extend(torch.cat([sums, known.to(sums).view(1)]).tolist())
@@ -172,25 +175,28 @@ def step_if_finite(engine, sums: Tensor) -> tuple[list[float], float]:
         engine.step()
     finally:
         del optimizer.step
-    *values, found = seen or [*sums.tolist(), math.inf]  # a gradient that is not finite DeepSpeed may discard itself
+    *values, found = seen or [*sums.tolist(), math.inf]  # not called: DeepSpeed found a gradient that is not finite
     return values, found if found >= 0 else math.inf
 
 
 def norm_at_stage_0(engine) -> Tensor | None:
-    """The norm of the gradient before the step: there every rank has all of it, and DeepSpeed does not compute it."""
+    """The norm of the gradient, which at stage 0 DeepSpeed does not compute; every rank has all of the gradient there.
+
+    None at other stages.
+    """
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # also of bfloat16
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # in float32 even if gradients are bfloat16
     return torch.stack(norms).norm()
 
 
 # ---- Other weights ---------------------------------------------------------------------------------------------------
 @contextmanager
 def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
-    """Within it the model has an average as its weights; afterwards the weights are back, bit for bit.
+    """A context in which the model has an average as its weights. Afterwards it has its own again, bit for bit.
 
-    But not after an error: to bring them back takes all ranks, and the others, who know nothing of it, would wait.
+    After an error it does not: to restore the weights takes all ranks, and those without an error would not take part.
     """
     held = shards.held_fragments(engine)
     kept = [f.weight.clone() for f in held]
@@ -203,12 +209,12 @@ def averaged(engine, averages: Averages, profile: Profile) -> Iterator[None]:
 
 @torch.no_grad()
 def load_weights(engine, owned: dict[str, tuple[int, Tensor]]) -> None:
-    """Set the weights from what each rank owns of them, name: (start, values)."""
+    """Set the weights of the model. owned: {name: (start, values)}, this rank's part of each, as `owned_fragments`."""
     for f in shards.held_fragments(engine):
         start, values = owned.get(f.name, (f.start, f.weight[:0]))
         if engine.zero_optimization_stage() > 0:
             f.weight.copy_(values)
-        else:  # every rank holds all, and owns a part
+        else:  # at stage 0 every rank holds all of a parameter, but owns only a part: add up the parts
             f.weight.zero_()
             f.weight[start : start + len(values)] = values
             dist.all_reduce(f.weight)

@@ -1,4 +1,4 @@
-"""What is used of DeepSpeed beyond its documented interface: all of it is here, and may change with any release."""
+"""All uses of DeepSpeed beyond its documented interface. Any release may break them."""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-OLDEST, NEWEST = "0.19.8", "0.19.8"  # that the tests were run with
-# Older ones have the same names, but take a gradient that is NaN for one of norm 1, and the step with it.
+OLDEST, NEWEST = "0.19.8", "0.19.8"  # releases that the tests were run with
+# Older releases have the same names, but treat a NaN gradient as one of norm 1, and take the step.
 
 
 def remarks() -> list[str]:
-    """One, if the installed release is none of those that the tests were run with."""
+    """A list with one remark if the tests were not run with the installed release; else empty."""
     import deepspeed
 
     release = lambda version: [int(number) for number in re.findall(r"\d+", version)[:3]]
@@ -24,11 +24,11 @@ def remarks() -> list[str]:
 
 
 def compile_no_communication() -> None:
-    """On CPUs DeepSpeed would compile an extension first.
+    """Keep DeepSpeed from compiling its extension for communication on CPUs.
 
-    That needs a compiler, and a process killed meanwhile leaves a lock behind that all later ones wait for.
+    Compiling needs a compiler, and a process killed during it leaves a lock that all later processes wait for.
     """
-    if torch.cuda.is_available():  # where to look at the table would be to try a compiler for each of its entries
+    if torch.cuda.is_available():  # on GPUs, only accessing the table below tries a compiler for each of its entries
         return
     import deepspeed
 
@@ -36,16 +36,16 @@ def compile_no_communication() -> None:
 
 
 def detach_monitor(engine) -> None:
-    """The loop writes to it, not the engine, which counts anew from every start."""
-    if csv := engine.monitor.csv_monitor:  # of a run that is continued: no second headings
+    """Keep the engine from writing to its monitors: it counts steps anew after every start. The loop writes to them."""
+    if csv := engine.monitor.csv_monitor:  # a continued run has files with headings already: do not write them again
         csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
     engine.monitor.enabled = False
 
 
 # ---- The configuration -----------------------------------------------------------------------------------------------
 def config_class() -> type:
-    """Made of a dictionary, it raises what DeepSpeed has to say against that."""
-    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: not before it is needed
+    """A class whose constructor, given DeepSpeed's configuration as a dictionary, raises an error if it is invalid."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # here, because it takes seconds
 
     return DeepSpeedConfig
 
@@ -59,7 +59,7 @@ def config_models() -> list[type]:
 
 # ---- The optimizer ---------------------------------------------------------------------------------------------------
 def base_optimizer(engine) -> torch.optim.Optimizer:
-    """torch's AdamW, inside of DeepSpeed's optimizer or alone."""
+    """The optimizer of torch, such as AdamW, which DeepSpeed's own optimizer wraps at most stages."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -69,15 +69,15 @@ def param_groups(engine) -> Iterator[dict]:
 
 
 def last_norm(engine) -> Tensor:
-    """() of the gradient of the step that is being taken, at stages 1 to 3."""
+    """The norm () of the gradient of the step that is being taken. At stages 1 to 3 only."""
     return torch.as_tensor(engine.optimizer._global_grad_norm)
 
 
 # ---- The weights -----------------------------------------------------------------------------------------------------
 class Place(NamedTuple):
-    """Where a piece of a parameter is: from `start` in the parameter, flattened; at `cut` in `flat`, flattened.
+    """Where a piece of a parameter lies: it begins at `start` in the flattened parameter, and is `flat.view(-1)[cut]`.
 
-    flat: what the optimizer works on, with its state in `base_optimizer(engine).state[flat]`.
+    flat: the tensor that the optimizer works on; its state is `base_optimizer(engine).state[flat]`.
     """
 
     name: str
@@ -88,14 +88,14 @@ class Place(NamedTuple):
 
 
 def places(engine) -> Iterator[Place]:
-    """Of all trained float32 weights that this rank holds: pieces at stages 1 to 3, whole parameters at stage 0."""
+    """The places of all trained float32 weights that this rank holds: whole parameters at stage 0, else pieces."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     named = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
     if stage == 3:
         for p, name in named.items():
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
             start = p.ds_tensor.numel() * dist.get_rank(p.ds_process_group)
-            size = min(size, p.ds_numel - start)  # without the padding of the last rank
+            size = min(size, p.ds_numel - start)  # the last rank's piece may end with padding
             if size > 0:
                 flat = optimizer.fp32_partitioned_groups_flat[group]
                 yield Place(name, tuple(p.ds_shape), start, flat, slice(offset, offset + size))
@@ -114,22 +114,22 @@ def places(engine) -> Iterator[Place]:
 
 
 def held_part(parameter: Tensor) -> Tensor:
-    """What this rank keeps of a parameter between the steps: at stage 3 a part of it."""
+    """The part of a parameter that this rank stores between steps: at stage 3 its shard, else all of it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def bf16_and_float32_pairs(engine) -> Iterator[tuple[Tensor, Tensor]]:
-    """At stage 0: bfloat16 weights and their float32 originals, if DeepSpeed keeps such."""
+    """At stage 0: pairs of a bfloat16 weight and its float32 master; none if the weights are float32 themselves."""
     groups = (getattr(engine.optimizer, name, ()) for name in ("fp16_groups", "fp32_groups"))
     for low, high in zip(*groups, strict=True):
         yield from zip(low, high, strict=True)
 
 
 def refresh_model_weights(engine) -> None:
-    """After the float32 weights were changed: bring the weights that the model computes with into line."""
+    """Copy changed float32 masters into the weights that the model computes with. Called by all ranks."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        # What the optimizer does after each step: every group of partitions anew from its float32 originals.
+        # As the optimizer does after each step: fill every group of partitions from its float32 masters.
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

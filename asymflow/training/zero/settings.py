@@ -1,4 +1,4 @@
-"""The configuration of DeepSpeed, from that of the training."""
+"""DeepSpeed's configuration, made from the training's configuration."""
 
 import copy
 import os
@@ -15,10 +15,10 @@ from asymflow.training.zero.internals import config_class, config_models
 
 
 def deepspeed_config(config: Sections, world: int) -> dict:
-    """The dictionary for `deepspeed.initialize`, without an optimizer: that comes from the section of this name.
+    """The dictionary for `deepspeed.initialize`. It has no optimizer: `make_engine` makes that.
 
-    Raises InputError if `world` ranks cannot share the batch, the section deepspeed says otherwise, or DeepSpeed cannot
-    read it.
+    Raises InputError if `world` ranks cannot share the batch, if the section `deepspeed` contradicts other keys, or if
+    DeepSpeed rejects it.
     """
     micro, accumulation = batch_sizes(config, world)
     derived = {
@@ -30,22 +30,22 @@ def deepspeed_config(config: Sections, world: int) -> dict:
         if not same(config.deepspeed.get(name, value), value):
             raise InputError(f"deepspeed.{name} {disagreement(config.deepspeed[name], value)} on {world} ranks")
     defaults = {
-        "steps_per_print": 2**62,  # the loop has a line of its own
-        "gradient_clipping": 0.0,  # none; DeepSpeed's own default is a norm of 1
-        "zero_allow_untested_optimizer": True,  # one of the user's own
-        "zero_force_ds_cpu_optimizer": False,  # with CPU offload, DeepSpeed would refuse torch's AdamW
+        "steps_per_print": 2**62,  # never: the loop prints its own line
+        "gradient_clipping": 0.0,  # off; DeepSpeed's default is a norm of 1
+        "zero_allow_untested_optimizer": True,  # allow the user's own optimizer
+        "zero_force_ds_cpu_optimizer": False,  # else DeepSpeed refuses torch's AdamW with CPU offload
     }
     check_by_deepspeed({name: value for name, value in config.deepspeed.items() if name not in derived}, world)
     return defaults | copy.deepcopy(config.deepspeed) | derived
 
 
 def check_by_deepspeed(given: dict, world: int) -> None:
-    """Let DeepSpeed read the section, one key more each time: InputError on the first that it cannot use.
+    """Let DeepSpeed check the section, with one more key each time. InputError for the first key that it rejects.
 
-    It would say so itself, but in many lines, and only when the model is built.
+    By itself DeepSpeed complains only after the model is built, in many lines.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
     checked, options = config_class(), {"train_batch_size": world}
     for name, value in given.items():
         options[name] = value
@@ -53,16 +53,16 @@ def check_by_deepspeed(given: dict, world: int) -> None:
             checked(copy.deepcopy(options))
         except ValidationError as e:
             raise InputError(refusal(name, e)) from None
-        except ImportError:  # DeepSpeed itself is not there
+        except ImportError:  # DeepSpeed is not installed
             raise
-        except Exception as e:  # anything: some of its sections it uses before it checks them
+        except Exception as e:  # of any type: DeepSpeed uses some sections before it checks them
             raise InputError(f"deepspeed.{name} is refused by DeepSpeed: {one_line(e)}{given_as(value)}") from None
 
 
 def refusal(name: str, error: ValidationError) -> str:
-    """The first of what DeepSpeed's models say of the key `name`, in one line."""
+    """The first error that DeepSpeed's pydantic models report for the key `name`, in one line."""
     first = error.errors(include_url=False)[0]
-    path = ".".join(map(str, first["loc"]))  # within the section, or beginning with it
+    path = ".".join(map(str, first["loc"]))  # it may or may not begin with `name`
     section = "deepspeed" if first["loc"][:1] == (name,) else f"deepspeed.{name}"
     key = f"{section}.{path}".removesuffix(".")
     if first["type"] != "extra_forbidden":
