@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from asymflow import packages
 
-MODULES = {  # of each name here; imported when it is first used, so that `asymflow --help` does not wait for torch
+MODULES = {  # the module of each public name; imported on first use, so that `asymflow --help` does not wait for torch
     "AsymFlow": "model",
     "InputError": "errors",
     "Subspace": "subspace",

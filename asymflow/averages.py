@@ -1,13 +1,13 @@
-"""Moving averages of the weights, sharded like the weights, and of any length after training.
+"""Moving averages of the weights: of constant decay, and power-function averages of a length chosen after training.
 
-In each step t = 1, 2, ... an average moves towards the new weights by a share of the distance. The power function of
-Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696) has the share
-1 - (1 - 1/t)^a, which weighs the weights of the steps so far by
+In each step t = 1, 2, ... an average moves towards the new weights by a share of the distance. The power-function
+average of Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696)
+has the share 1 - (1 - 1/t)^a. After T steps it is a sum of the weights after each step t, with coefficients
 
     p(t) = (t^a - (t - 1)^a) / T^a,        a = gamma + 1:
 
-its length is always the same share of the training. From snapshots of two of them, taken now and then, the average of
-any other length is put together by least squares.
+its length is always the same fraction of the training. From snapshots of two such averages, saved now and then during
+training, an average of any other length can be put together afterwards, by least squares.
 
 A constant decay b has the share 1 - b. While the training is shorter than about 9 / (1 - b) steps, that would leave the
 average with much of the initial weights, which are noise. So an average of constant decay takes the larger of two
@@ -24,13 +24,13 @@ import numpy as np
 
 from asymflow.errors import InputError
 
-EARLY_SIGMA_REL = 0.1  # sigma_rel of an average of constant decay while the training is short
-MISMATCH = 0.1  # of the norm, as `reconstruction` says it: what a tenth more or less of width makes of a profile
+EARLY_SIGMA_REL = 0.1  # width with which an average of constant decay begins
+MISMATCH = 0.1  # an error of `reconstruction` that is as large as if the width were off by a tenth
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How one average weighs the past: a constant `decay`, or the power function of relative width `sigma_rel`."""
+    """The kind of an average: either a constant `decay`, or a power function of relative width `sigma_rel`."""
 
     decay: float | None = None
     sigma_rel: float | None = None
@@ -45,11 +45,11 @@ class Profile:
 
     @property
     def name(self) -> str:
-        """As in checkpoints: "0.9999", or "rel-0.050"."""
+        """Its name in checkpoints, such as "0.9999" or "rel-0.050"."""
         return f"{self.decay:.10g}" if self.sigma_rel is None else f"rel-{self.sigma_rel:.3f}"
 
     def share_at(self, step: int) -> float:
-        """How far the average moves in step 1, 2, ... towards the weights after it: in the first, all the way."""
+        """How far the average moves in step 1, 2, ... towards the weights after that step: 1 in the first."""
         power = power_of(EARLY_SIGMA_REL if self.sigma_rel is None else self.sigma_rel)
         share = 1.0 if step == 1 else -math.expm1(power * math.log1p(-1 / step))  # 1 - (1 - 1/t)^a
         return share if self.decay is None else max(share, 1 - self.decay)
@@ -57,9 +57,9 @@ class Profile:
 
 @cache
 def power_of(sigma_rel: float) -> float:
-    """a = gamma + 1 of the power function whose standard deviation is `sigma_rel` of the training time.
+    """The exponent a = gamma + 1 of the power function with a standard deviation of `sigma_rel` times the training.
 
-    The profile a t^(a - 1) on [0, 1] has the variance a / ((a + 1)^2 (a + 2)): solved for a, by bisection.
+    The profile a t^(a - 1) on [0, 1] has the variance a / ((a + 1)^2 (a + 2)); this is solved for a by bisection.
     Raises InputError unless 0 < sigma_rel < 0.2887, the width of the plain mean over all steps (a = 1).
     """
     widest = math.sqrt(1 / 12)
@@ -73,30 +73,29 @@ def power_of(sigma_rel: float) -> float:
 
 
 def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float) -> tuple[np.ndarray, float]:
-    """How to put together the average of width `sigma_rel` after `step` from snapshots (step, sigma_rel).
+    """How to combine snapshots (step, sigma_rel) to the average of width `sigma_rel` after `step`.
 
-    Returns the coefficient of each snapshot, and what cannot be matched: the norm of the difference of the two
-    profiles, relative to that of the target. Least squares over the profiles themselves, step by step, among the
-    coefficients whose sum is 1: so weights that never changed come back as they are.
-    Raises InputError if there is no snapshot up to that step.
+    Returns the coefficient of each snapshot, and the error: the norm of the difference between the combined profile and
+    the target's, relative to the norm of the target's. It is minimized over all coefficients whose sum is 1, so weights
+    that never change come out unchanged. Raises InputError if there is no snapshot up to that step.
     """
     usable = [i for i, (taken, _) in enumerate(snapshots) if taken <= step]
     if not usable:
         raise InputError(f"there is no snapshot up to step {step}: the first is of step {min(snapshots)[0]}")
-    # Every such combination is one snapshot, and multiples of how the others differ from it.
+    # Coefficients sum to 1, so a combination is one snapshot plus multiples of the others' differences from it.
     nearest = min(usable, key=lambda i: (step - snapshots[i][0], abs(snapshots[i][1] - sigma_rel)))
     others = [i for i in usable if i != nearest]
     columns = [(taken, power_of(width)) for taken, width in (*(snapshots[i] for i in others), (step, sigma_rel))]
     gram, norm = np.zeros((len(columns), len(columns))), 0.0
     block = 1 << 16
-    for first in range(1, step + 1, block):  # the profiles of a long training do not fit into memory all at once
+    for first in range(1, step + 1, block):  # in blocks: the profiles of a long training do not fit into memory
         t = np.arange(first, min(first + block, step + 1), dtype=np.float64)
         profiles = np.stack([increments(t, end, a) for end, a in columns])
         norm += profiles[-1] @ profiles[-1]
         profiles -= increments(t, snapshots[nearest][0], power_of(snapshots[nearest][1]))
         gram += profiles @ profiles.T
-    # Snapshots are rounded to float32, and large multiples of small differences would be made of that: below 1e-5 of
-    # the largest, whose square is here, none are taken.
+    # Large multiples of small differences would amplify the float32 rounding of the snapshots. So directions whose
+    # singular value is below 1e-5 of the largest are left out (the Gram matrix has the squares: 1e-10).
     multiples = np.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1], rcond=1e-10)[0]
     coefficients = np.zeros(len(snapshots))
     coefficients[others] = multiples

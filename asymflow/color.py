@@ -1,7 +1,8 @@
 """Oklab (Ottosson 2020), the colour space in which pixels continue FLUX.2's latents (arXiv 2605.12964).
 
-Equal distances in Oklab look about equally large, and lightness is an axis of its own: squared errors there count what
-the eye sees. Everything is computed in float32, or float64 if given, whatever autocast and TF32 settings say.
+Equal distances in Oklab look about equally large, and lightness is an axis of its own, so squared errors in Oklab
+measure what the eye sees. Everything is computed in float32, or float64 if given, whatever autocast and TF32 settings
+say.
 """
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from asymflow.numerics import at_least_float32, no_autocast
 
-# https://bottosson.github.io/posts/oklab: linear sRGB to the responses of the eye's cones (LMS), and their cube roots
-# to lightness L, green-red a and blue-yellow b. The inverses are computed here, so that they are inverses to the last
-# digit; the published ones are rounded.
+# From https://bottosson.github.io/posts/oklab. The first matrix maps linear sRGB to the responses of the eye's cones
+# (LMS), the second maps their cube roots to lightness L, green-red a and blue-yellow b. The inverses are computed,
+# because the published ones are rounded.
 RGB_TO_LMS = [
     [0.4122214708, 0.5363325363, 0.0514459929],
     [0.2119034982, 0.6806995451, 0.1073969566],
@@ -24,15 +25,15 @@ LMS_TO_LAB = [
 ]
 LMS_TO_RGB = torch.tensor(RGB_TO_LMS, dtype=torch.float64).inverse().tolist()
 LAB_TO_LMS = torch.tensor(LMS_TO_LAB, dtype=torch.float64).inverse().tolist()
-MEAN, STD = (0.56, 0.0, 0.01), 0.16  # as the published models were trained
+MEAN, STD = (0.56, 0.0, 0.01), 0.16  # the normalization that the published models were trained with
 TINY = 1e-9  # see `cube_root`
 
 
 def rgb_to_oklab(images: Tensor) -> Tensor:
     """Pixels (..., 3, H, W), sRGB in [-1, 1], to normalized Oklab, `(oklab - (0.56, 0, 0.01)) / 0.16`.
 
-    Returns the same shape in float32, or float64 if given. Values outside of [-1, 1] are converted as well, by the odd
-    extension of the curves; `oklab_to_rgb` is the inverse everywhere. Differentiable, with finite gradients.
+    Returns the same shape in float32, or float64 if given. Values outside of [-1, 1] are converted too: the curves are
+    extended as odd functions, so that `oklab_to_rgb` is the inverse everywhere. Differentiable, with finite gradients.
     """
     with no_autocast(images):
         images = images.to(at_least_float32(images))
@@ -43,8 +44,8 @@ def rgb_to_oklab(images: Tensor) -> Tensor:
 def oklab_to_rgb(images: Tensor) -> Tensor:
     """Normalized Oklab (..., 3, H, W) to sRGB: the inverse of `rgb_to_oklab`; every 8-bit colour comes back exactly.
 
-    Returns the same shape in float32, or float64 if given. Colours that no screen can show come out beyond [-1, 1], and
-    are not clamped. Differentiable, with finite gradients.
+    Returns the same shape in float32, or float64 if given. Colours that no screen can show are outside of [-1, 1], and
+    not clamped. Differentiable, with finite gradients.
     """
     with no_autocast(images):
         images = images.to(at_least_float32(images))
@@ -53,12 +54,12 @@ def oklab_to_rgb(images: Tensor) -> Tensor:
 
 
 def clamp_to_gamut(images: Tensor) -> Tensor:
-    """Normalized Oklab (..., 3, H, W) to the colours nearest in sRGB, channel by channel, that a screen can show."""
+    """Normalized Oklab (..., 3, H, W), with its sRGB values clamped to what a screen can show."""
     return rgb_to_oklab(oklab_to_rgb(images).clamp(-1, 1))
 
 
 def mix(images: Tensor, matrix: list[list[float]]) -> Tensor:
-    """A 3 x 3 matrix times every pixel. By sums, since matrix products may be allowed to round to TF32."""
+    """Multiply every pixel by a 3 x 3 matrix. By sums, because matrix products may be rounded to TF32."""
     x, y, z = images.unbind(-3)
     return torch.stack([a * x + b * y + c * z for a, b, c in matrix], dim=-3)
 
@@ -66,16 +67,17 @@ def mix(images: Tensor, matrix: list[list[float]]) -> Tensor:
 def cube_root(x: Tensor) -> Tensor:
     """The cube root, of negative numbers too, with a finite slope at 0.
 
-    The slope of the true one is infinite there, and black pixels would make every gradient NaN. This one follows it
-    down to |x| of 1e-9 or so and then goes straight through 0, with the slope 1e6. The smallest x of an 8-bit colour
-    that is not black is 1.5e-5, where the two differ by a part in 10^9; nowhere do their cubes differ by more than
-    5e-10, which moves a channel of the image in [-1, 1] by 1e-7 at most, as much as the rounding of float32.
+    The true cube root has an infinite slope at 0, and black pixels would make every gradient NaN. This function follows
+    it down to |x| of about 1e-9, and goes straight through 0 with slope 1e6. The smallest x of an 8-bit colour other
+    than black is 1.5e-5, where the two differ by a part in 10^9. Their cubes differ by at most 5e-10 anywhere, which
+    changes a channel of the image by at most 1e-7, as much as the rounding of float32.
     """
     return x * (x * x + TINY**2) ** (-1 / 3)
 
 
-# The curves of sRGB, odd around 0. Both are written as x times a factor: that has the right slope at 0, where |x| or
-# sign(x) have none. The clamps keep the power, which is not used there, from an infinite slope that would become NaN.
+# The curves of sRGB, extended as odd functions. Both are written as x times a factor, which has the right slope at 0,
+# where |x| and sign(x) have none. Near 0 the power is not used, but its gradient is still computed: the clamps keep it
+# finite, because 0 times infinity would be NaN.
 def linear_from_srgb(x: Tensor) -> Tensor:
     size = x.abs().clamp(min=0.04045)
     return x * torch.where(x.abs() <= 0.04045, 1 / 12.92, ((size + 0.055) / 1.055) ** 2.4 / size)

@@ -1,4 +1,4 @@
-"""The conditions that a backbone takes, by name, and whether labels are classes."""
+"""Which conditions a backbone takes, by name, and checking that labels are classes."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from asymflow.errors import InputError
 
 
 def forward_parameters(backbone: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of a backbone, or of what it wraps (as torch.compile and DistributedDataParallel do)."""
+    """The parameters of a backbone's forward, also inside of a wrapper (torch.compile, DistributedDataParallel)."""
     for module in backbone.modules():
         parameters = inspect.signature(module.forward).parameters
-        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):  # not just passed on
+        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):  # else it is a wrapper
             return parameters
     return {}
 
 
 def conditions_needed(backbone: nn.Module) -> list[str]:
-    """The conditions that its forward cannot do without, by name."""
+    """The names of the conditions that the backbone's forward requires."""
     named = [p for p in forward_parameters(backbone).values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [p.name for p in named[2:] if p.default is p.empty and p.name != "grid"]
 

@@ -1,4 +1,4 @@
-"""The one error that means: what was given cannot be used. Its message says what, why, and what to do."""
+"""The one error for mistakes of a user. Its message says what cannot be used, why, and what to do."""
 
 import re
 
@@ -8,6 +8,6 @@ class InputError(ValueError):
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """Whether a machine or a GPU has too little memory. Of torch, only some GPUs have an error of their own for it."""
+    """Whether an error says that the machine or a GPU has too little memory. Torch has no one type for all of these."""
     said = isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory", str(e))
     return isinstance(e, MemoryError) or bool(said)

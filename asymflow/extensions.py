@@ -1,7 +1,7 @@
-"""What is found by a name: one of a table of this library, or "package.module:Name" of one's own.
+"""Finding a class or function by its name: a name in a table of this library, or the user's own "package.module:Name".
 
-Such a dotted name is only ever taken from a configuration or a command line that the user gives, never from a file that
-somebody else may have written: to import a module is to run it.
+A dotted name is taken only from a configuration or a command line that the user gives, never from a file that somebody
+else may have written, because importing a module runs its code.
 """
 
 import importlib
@@ -17,12 +17,15 @@ OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def is_own(name: str) -> bool:
-    """Whether the name is that of code outside of this library."""
+    """Whether a name is dotted, and so means code outside of this library."""
     return ":" in name
 
 
 def check_name(name: str, table: Mapping[str, Any]) -> str | None:
-    """What is wrong with a name, as the end of a sentence that begins with what it is for. Nothing is imported."""
+    """What is wrong with a name, as the end of a sentence such as "model.backbone must be ..."; None if nothing is.
+
+    Imports nothing.
+    """
     if name in table or OWN.fullmatch(name):
         return None
     near = get_close_matches(name, table, 1)
@@ -31,9 +34,9 @@ def check_name(name: str, table: Mapping[str, Any]) -> str | None:
 
 
 def find(name: str, table: Mapping[str, str], key: str) -> Any:
-    """What `table` has under this name, as "module:Name" too, or what the name itself says.
+    """Import and return what a name means: "module:Name", or a short name for which `table` has one.
 
-    key: what the name was given for, in errors: such as model.backbone. Raises InputError if there is no such thing.
+    key: what the name was given for, for error messages, such as model.backbone. Raises InputError if it is not found.
     """
     if wrong := check_name(name, table):
         raise InputError(f"{key} {wrong}")
@@ -42,7 +45,7 @@ def find(name: str, table: Mapping[str, str], key: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if not is_own(name) or not f"{module}.".startswith(f"{e.name}."):
-            raise  # of this library: a package is not installed; or something that the user's module needs
+            raise  # a package that this library needs, or that the user's own module needs, is not installed
         raise InputError(
             f"{key} is {name}, but there is no module {e.name}: install it, or set PYTHONPATH to the folder it is in"
         ) from None
@@ -54,15 +57,15 @@ def find(name: str, table: Mapping[str, str], key: str) -> Any:
 
 
 def accepted(function: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that the function has arguments for, by name."""
+    """The subset of `values` for which the function has arguments of these names."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in values.items() if name in parameters}
 
 
 def called(function: Callable, key: str, options: Mapping[str, Any], **arguments: Any) -> Any:
-    """`function(**arguments, **options)`, where `options` are what a user gave under `key`.
+    """Call `function(**arguments, **options)`, where `options` are what a user gave under `key`.
 
-    Raises InputError, naming the key, if the function has no such argument, lacks one, or refuses their values.
+    Raises InputError, naming the key, if an option is unknown to the function, one is missing, or the call fails.
     """
     parameters = inspect.signature(function).parameters
     name = getattr(function, "__name__", str(function))

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever left, and reading tensors without ever running what is in the file."""
+"""Writing files whole or not at all, and reading tensors without ever running code from a file."""
 
 import hashlib
 import json
@@ -23,19 +23,19 @@ from asymflow.errors import InputError
 
 @contextmanager
 def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write to. It becomes `path` when the block ends well, and is removed when it does not.
+    """A context with a temporary path to write to. It is renamed to `path` at the end, or removed after an error.
 
-    new: what is there already is not replaced, whoever made it and when: then it raises FileExistsError.
+    new: raise FileExistsError, instead of replacing, if `path` exists by then.
 
-    The folder is made if it is not there. The content is on the disk before the name is: a reader sees the old file or
-    the whole new one, also after a power cut.
+    The folder is made if needed. The content is flushed to the disk before the rename, so a reader sees either the old
+    file or the whole new one, also after a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield beside
-        with beside.open("rb+") as file:  # Windows wants to write what it is to flush
+        with beside.open("rb+") as file:  # not "rb": Windows can flush only what is open for writing
             os.fsync(file.fileno())
         if new:
             os.link(beside, path)
@@ -48,20 +48,21 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write a safetensors file, whole or not at all. Returns its size and its SHA-256, from what was to be written.
+    """Write a safetensors file, whole or not at all. Returns its size and SHA-256, computed from memory.
 
-    Tensors may be on any device, and may share memory: one of them at a time is copied to the host, if it is elsewhere.
+    Tensors may be on any device, and may share memory. They are copied to the host one at a time.
     """
     with replacing(path) as beside:
         return stream(tensors, beside, {"format": "pt", **(metadata or {})})
 
 
 def stream(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write the header, then one tensor after the other. Equal content gives equal bytes, in whatever order it comes.
+    """Write the header, then one tensor after the other. The order of `tensors` makes no difference to the bytes.
 
-    The format: https://huggingface.co/docs/safetensors#format. The library would want all tensors on the host at once.
+    The format: https://huggingface.co/docs/safetensors#format. The library's own function is not used because it needs
+    all tensors on the host at once.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # wide first: all aligned
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # wide ones first: aligned
     header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes
@@ -78,24 +79,25 @@ def stream(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str
         write(len(text).to_bytes(8, "little"))
         write(text)
         for _, tensor in ordered:
-            write(content(tensor))  # which nobody holds when the next one is copied
+            write(content(tensor))  # no variable keeps the copy alive while the next one is made
     return 8 + len(text) + end, digest.hexdigest()
 
 
 def content(tensor: Tensor) -> np.ndarray:
-    """Its bytes, in the order of its elements: a view, if the tensor is on the host and contiguous."""
+    """The bytes of a tensor, in the order of its elements. A view, if it is on the host and contiguous."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # one element may have any stride
+    # as_strided, because a tensor of one element counts as contiguous with any stride, and `view` would refuse it.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls it."""
+    """The name that safetensors has for a dtype."""
     return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. InputError if it is cut off or something else."""
+    """The tensors and the metadata of a safetensors file. InputError if it is damaged or something else."""
     path = existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -107,12 +109,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(path: str | Path) -> object:
-    """What `torch.save` wrote, if it is tensors in plain containers; anything else in it is refused, and never run."""
+    """Read what `torch.save` wrote, if it is tensors in plain containers. Anything else is refused, and never run."""
     path = existing_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # torch reports a damaged or hostile file by exceptions of many types
-        # Not torch's own words: they advise to load the file with weights_only=False.
+    except Exception as e:  # a damaged or hostile file can raise many types of errors
+        # Do not quote torch's message: it advises to load the file with weights_only=False.
         raise InputError(
             f"{path} cannot be read as plain tensors ({type(e).__name__}): it is damaged, or carries code, which is "
             "never run. Download or copy it again, or ask whoever made it for safetensors"
@@ -147,10 +149,10 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
 
 
 def hold(path: Path, use: str) -> TextIO:
-    """Lock a file until it is closed, or the process ends, however it ends. InputError if another process holds it.
+    """Lock a file until it is closed or the process ends, however it ends. InputError if another process holds it.
 
-    use: of the folder, in the error: such as "is being trained in". A POSIX lock: also over NFS, if the server keeps
-    locks (version 4 does). Where no locks are to be had, it is not held, and nothing is said.
+    use: what the folder is used for, for the error message, such as "is being trained in". It is a POSIX lock, which
+    works over NFS too, if the server keeps locks (version 4 does). Where locks do not work, it silently does nothing.
     """
     lock = path.open("a+")
     try:

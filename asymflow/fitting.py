@@ -1,12 +1,12 @@
 """Fitting a subspace to data, in one pass: PCA for training from scratch, Procrustes to start from a latent model.
 
-Both need only sums over tokens of products of their coordinates, at most D x D numbers, which are added up in float64.
-Both return a `Subspace` on the CPU, in float64, whose `spectrum` (D,) holds energies in mean square per token: first,
-falling, those along the principal directions inside of the subspace, then, falling, those outside. So its sum is the
-mean of |x|^2, and `spectrum[:rank].sum() / spectrum.sum()` the share of the energy that the subspace holds.
+Both need only sums, over all tokens, of products of coordinates: at most D x D numbers, added up in float64. Both
+return a `Subspace` on the CPU, in float64, whose `spectrum` (D,) holds energies in mean square per token: first those
+along the principal directions inside of the subspace, in falling order, then those outside, in falling order. So its
+sum is the mean of |x|^2, and `spectrum[:rank].sum() / spectrum.sum()` is the share of the energy in the subspace.
 
-Under torch.distributed each process gives its own share of the data, also none at all, and all get the same result, bit
-for bit. What goes wrong in one is raised in all. Each waits for the slowest, at most as long as the group's timeout.
+Under torch.distributed each process reads its own share of the data, which may be empty, and all get the same result,
+bit for bit. An error in one process is raised in all. All wait for the slowest, up to the group's timeout.
 """
 
 import operator
@@ -22,7 +22,7 @@ from asymflow.errors import InputError
 from asymflow.numerics import has_float64
 from asymflow.subspace import Subspace
 
-CHUNK = 2**20  # numbers of a batch that are in float64 at a time: 8 MiB
+CHUNK = 2**20  # so many numbers of a batch are converted to float64 at a time: 8 MiB
 
 
 # ---- The two fits ----------------------------------------------------------------------------------------------------
@@ -34,16 +34,16 @@ def fit_pca(
     group: "dist.ProcessGroup | None" = None,
     **record,
 ) -> Subspace:
-    """The subspace of the `rank` directions that hold most of the energy of the data (arXiv 2605.12964).
+    """The subspace of the `rank` directions with the most energy in the data (arXiv 2605.12964).
 
     batches: tensors of tokens (..., D), see `patchify`; any floating point dtype, any device. Read once.
     rank: r in [0, D], or "auto": chosen by `auto_rank` for noise of standard deviation `noise_scale`.
     group: of processes, under torch.distributed (default: all). record: patch_size, token_order, color_space, fitted_on
         of the `Subspace`.
 
-    The directions are eigenvectors of sum x x^T, of largest eigenvalue first, without a mean taken away: the mean of
-    patches is part of what the network has to predict. The sign of each is such that its entry of largest magnitude is
-    positive; of entries as large to 1e-6, the first. The spectrum is that of the mean of x x^T. Scale: 1.
+    The directions are eigenvectors of sum x x^T, largest eigenvalue first. No mean is subtracted, since the network has
+    to predict the mean of the patches too. Signs: the entry of largest magnitude in each is positive (the first, if
+    several are equal to 1e-6). The spectrum is that of the mean of x x^T. The scale is 1.
     Raises InputError if there are no tokens, all are 0, one is not finite, D changes, or rank or record do not fit.
     """
     threshold = energy_threshold(noise_scale)
@@ -51,7 +51,7 @@ def fit_pca(
         rank = as_rank(rank)
 
     def check(dim: int) -> None:
-        Subspace.empty(dim, **record)  # refuses what does not fit before the long pass, not after it
+        Subspace.empty(dim, **record)  # raises an error about the record now, before the long pass
         if rank != "auto" and rank > dim:
             raise InputError(f"rank must be at most the dimension of the tokens, {dim}, but it is {rank}")
 
@@ -77,12 +77,12 @@ def fit_procrustes(
 
         C = sum z^T x = U S V^T,      A = V_r U^T,      s = sqrt( sum |A^T x|^2 / sum |z|^2 )
 
-    Of all orthonormal A, this one makes sum |s A z - x|^2 the smallest, for every s > 0 (orthogonal Procrustes). The
-    scale gives the lifted latents s A z the energy that the pixels have in the subspace, so that A^T x / s is as large
-    as z, which the network knows; with the s of least squares, which is smaller, it would be larger. The columns of A
-    belong to the coordinates of z: their order and signs have a meaning.
+    Of all orthonormal A, this one minimizes sum |s A z - x|^2, whatever s > 0 is (orthogonal Procrustes). The scale
+    gives the lifted latents s A z the same energy that the pixels have in the subspace, so that A^T x / s is as large
+    as the latents z that the network was trained on. (The s of least squares is smaller, and A^T x / s would be too
+    large.) Column i of A belongs to coordinate i of z, so the order and the signs of the columns have a meaning.
     Raises InputError as `fit_pca`, or if the leading axes differ, r is not in [1, D], or fewer than r latent directions
-    are correlated with the pixels: rounding would decide where the others lie, on each machine in its own way.
+    are correlated with the pixels: rounding would decide the others, differently on each machine.
     """
 
     def solve(count: Tensor, gram: Tensor, cross: Tensor, latent_energy: Tensor) -> tuple[Tensor, float, Tensor]:
@@ -124,37 +124,37 @@ def as_rank(rank: object) -> int:
 
 # ---- Which rank? -----------------------------------------------------------------------------------------------------
 def auto_rank(spectrum: Tensor, noise_scale: float = 1.0, sigma: Tensor | None = None) -> int:
-    """How many directions carry so much energy that the network should predict the velocity there, and not the data.
+    """The number of directions with so much energy that the network should predict the velocity there, not the data.
 
     spectrum: (D,) energies lambda_i, as of `fit_pca`. noise_scale, n below: the standard deviation of the noise.
     sigma: equally likely noise levels in [0, 1] that the model is trained with; default: those of the paper for
         training from scratch, sigmoid(0.8 + 0.8 normal). Raises InputError if these make no sense.
 
-    In the direction i the network has to put out n eps - x0, of power n^2 + lambda_i, if i is inside of the subspace,
-    and -x0, of power lambda_i, if it is outside, where its error is then divided by sigma. Say that the square of its
-    error is a fraction of that power, the same everywhere. With w = (sigma / max(sigma, 0.05))^2, the weight of the
-    loss, the error of the velocity is the smallest that any rank gives if i is inside just when
+    If direction i is inside of the subspace, the network has to predict n eps - x0, of power n^2 + lambda_i, there. If
+    it is outside, the network predicts -x0, of power lambda_i, and its error is divided by sigma. Assume that its
+    squared error is the same fraction of this power everywhere. With the weight w = (sigma / max(sigma, 0.05))^2 of the
+    loss, the error of the velocity is smallest if i is inside exactly when
 
         (n^2 + lambda_i) E[w] < lambda_i E[w / sigma^2],    so    lambda_i > n^2 E[w] / (E[w / sigma^2] - E[w]),
 
-    by default 0.51 n^2. It is the same threshold if the error is a fraction of the power of the best possible output
-    E[target | x_sigma]: what is taken away, that which nothing can predict, is equal on both sides when counted in the
-    velocity. Of the data, nothing is assumed but its energies.
+    by default 0.51 n^2. The threshold is the same if the error is a fraction of the power of the best possible output,
+    E[target | x_sigma]: the unpredictable rest is the same on both sides when counted in the velocity. Nothing is
+    assumed of the data but its energies.
 
-    Where it was tried: toy/closed_form.py, with its uniform sigma, gets 4; 4 and 5 are best (README). 3,781 emoji of
-    64 x 64 pixels at patch 16, D = 768, get 38, with 96 % of the energy; of the ranks 0, 8, 32 and 768, 32 had the
-    smallest held-out loss after a short training, and 8 one 2 % larger. But the assumption about the network is crude:
-    it has rank 768 before rank 0 on them, and measured it was five times worse, since a network that is narrower than D
-    fails at noise by far more than at images. And the noise levels matter: uniform ones would give 179.
+    Where it was tried: for toy/closed_form.py, with its uniform sigma, it gives 4; 4 and 5 are best (README). For 3,781
+    emoji of 64 x 64 pixels at patch 16, D = 768, it gives 38, with 96 % of the energy; of the ranks 0, 8, 32 and 768,
+    32 had the smallest held-out loss after a short training, and 8 one 2 % larger. But the assumption about the network
+    is crude. For the emoji it predicts that rank 768 beats rank 0; measured, rank 768 was five times worse, because a
+    network narrower than D is far worse at noise than at images. And the noise levels matter: uniform ones give 179.
     """
     return int((torch.as_tensor(spectrum) > energy_threshold(noise_scale, sigma)).sum())
 
 
 def energy_threshold(noise_scale: float = 1.0, sigma: Tensor | None = None) -> float:
-    """The energy above which a direction belongs inside of the subspace. Arguments, derivation: see `auto_rank`."""
+    """The energy above which a direction belongs inside of the subspace. See `auto_rank` for the derivation."""
     if not 0 < noise_scale < float("inf"):
         raise InputError(f"noise_scale must be a positive number, but it is {noise_scale}")
-    if sigma is None:  # the quantiles in the middle of 100,000 equal parts: the threshold is exact to 2e-4
+    if sigma is None:  # the midpoints of 100,000 quantiles, which make the threshold exact to 2e-4
         n = 100_000
         sigma = torch.sigmoid(0.8 + 0.8 * torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n))
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -169,7 +169,8 @@ def energy_threshold(noise_scale: float = 1.0, sigma: Tensor | None = None) -> f
 def add_up(batches: Iterable, read: Callable[[object], list[Tensor]], check: Callable[[int], None]) -> list[Tensor]:
     """The sums of `zero_sums` over all batches, on the device of the first one; [] without batches.
 
-    `read` makes of a batch the matrices x (n, D) and perhaps z (n, r); `check` is asked about D before the long pass.
+    read: turns a batch into the matrices x (n, D) and, for Procrustes, z (n, r). check: called once with D, before the
+    long pass.
     """
     sums, dims = [], []
     for index, batch in enumerate(batches):
@@ -192,7 +193,7 @@ def add_up(batches: Iterable, read: Callable[[object], list[Tensor]], check: Cal
                 sums[2].addmm_(z.mT, x)
                 sums[3] += z.square().sum()
         energy = sums[1].trace() + (sums[3] if len(sums) > 2 else 0)
-        if not energy.isfinite():  # no need to look through the batch
+        if not energy.isfinite():  # cheaper than looking through the batch
             raise InputError(f"batch {index}: it has NaN, infinity, or numbers whose squares add up to infinity")
     return sums
 
@@ -234,10 +235,10 @@ def read_pair(pair: object) -> list[Tensor]:
 
 # ---- One process or many ---------------------------------------------------------------------------------------------
 def solve_together(local_sums: Callable[[], list[Tensor]], solve: Callable, group: "dist.ProcessGroup | None") -> tuple:
-    """`solve(*sums)`, with the sums over all processes on the CPU.
+    """`solve(*sums)`, where the sums are added up over all processes, on the CPU.
 
-    The first process solves, so that all have the same bits, also on different machines. Whatever fails in one process,
-    all of them make the same collective calls before they raise it: none is left waiting for another.
+    Only the first process solves, so that all get the same bits, even on different machines. If one process fails, all
+    still make the same collective calls before they raise the error, so that none waits for another forever.
     """
 
     def solved(sums: list[Tensor]) -> tuple:
@@ -255,7 +256,7 @@ def solve_together(local_sums: Callable[[], list[Tensor]], solve: Callable, grou
     except Exception as e:
         fault, report = e, InputError(str(e)) if isinstance(e, InputError) else RuntimeError(repr(e))
     device = torch.device("cpu")
-    if dist.get_backend(group) == "nccl":  # it sends nothing but what is on a GPU
+    if dist.get_backend(group) == "nccl":  # nccl can send only what is on a GPU
         on_gpu = bool(sums) and sums[0].is_cuda
         device = sums[0].device if on_gpu else torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -279,7 +280,10 @@ def solve_together(local_sums: Callable[[], list[Tensor]], solve: Callable, grou
 
 
 def agreed_dims(reports: list[list[int] | Exception], fault: Exception | None) -> list[int]:
-    """The dimensions that all processes with data report, or raise what one reports instead (here, `fault`)."""
+    """The dimensions that all processes with data report. If one reports an error, raise it.
+
+    fault: the error of this process, if there is one: the cause of what is raised.
+    """
     for process, report in enumerate(reports):
         if isinstance(report, Exception):
             raise type(report)(f"process {process}: {report}") from fault

@@ -1,4 +1,4 @@
-"""Models that are here, or else on the Hugging Face Hub."""
+"""Finding a model on this disk or on the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from asymflow.errors import InputError
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # nobody's are downloaded
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
 def locate(path: str | Path, *names: str, what: str) -> Path:
-    """`path`, if something is there; else what the Hub has by that name, downloaded.
+    """`path`, if it exists; else download it from the Hub, and return where it is.
 
-    path: `ORG/NAME`, of which the files `names` are downloaded, and their folder is returned; or the safetensors file
-        `ORG/NAME/FILE`.
-    what: it is meant to be, in the error: such as "an adapter".
-    Raises InputError if there is neither.
+    path: on the Hub either `ORG/NAME`, of which the files `names` are downloaded and their folder is returned, or a
+        safetensors file `ORG/NAME/FILE`.
+    what: what it should be, for the error message, such as "an adapter".
+    Raises InputError if it is neither here nor on the Hub.
     """
     path = Path(path)
     if path.exists():

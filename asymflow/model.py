@@ -51,9 +51,9 @@ class AsymFlow(
     `flow(x_sigma, sigma, **conditions)` is the velocity u = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps
     (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
-    backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`: see
-        `asymflow.backbones` for what that means, and what else it may have.
-    subspace: of tokens of dimension D = channels * patch_size^2.
+    backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. What it may have besides
+        is listed in `asymflow.backbones`.
+    subspace: for tokens of dimension D = channels * patch_size^2.
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,
         by max(sigma, 1e-6).
@@ -97,8 +97,8 @@ class AsymFlow(
     def forward(self, x_sigma: Tensor, sigma: Tensor | float, **conditions) -> Tensor | tuple:
         """The velocity at x_sigma (B, C, H, W), or a video (B, T, C, H, W), at the noise levels sigma (B,) in [0, 1].
 
-        The result has the shape of x_sigma, in float32, or float64 if x_sigma or sigma has it, under autocast too.
-        conditions: passed to the backbone as they are; for JiT `labels` (B,), whose last index means "no class".
+        The result has the shape of x_sigma. It is in float32, or float64 if x_sigma or sigma is, even under autocast.
+        conditions: passed on to the backbone; for JiT `labels` (B,), of which num_classes means "no class".
         Raises InputError if the image does not fit patch size or channels, or there is not one sigma for each image.
         """
         grid = token_grid(x_sigma, self.patch_size)
@@ -140,7 +140,7 @@ class AsymFlow(
 
     @property
     def backbone_dtype(self) -> torch.dtype | None:
-        """The dtype in which the backbone computes, if it says so, or that of its weights; None if it has none."""
+        """The attribute `dtype` of the backbone, else the dtype of its weights; None if it has neither."""
         if isinstance(dtype := getattr(self.backbone, "dtype", None), torch.dtype):
             return dtype
         for p in self.backbone.parameters():
@@ -158,20 +158,20 @@ class AsymFlow(
             "network": {"class": type(self.backbone).__name__, "config": dict(getattr(self.backbone, "config", {}))},
         }
 
-    # ---- Saving and loading: config.json and model.safetensors, by huggingface_hub's mixin (push_to_hub is its own) --
+    # ---- Saving and loading: config.json and model.safetensors, with huggingface_hub's mixin (it adds push_to_hub) ---
     def save_pretrained(self, save_directory: str | Path, **options) -> str | None:
         """Write `config.json`, `model.safetensors` (the subspace is in it) and a model card to a folder.
 
-        options: see `huggingface_hub.ModelHubMixin.save_pretrained`. If it fails, what was there before is still there.
+        options: see `huggingface_hub.ModelHubMixin.save_pretrained`. If it fails, files of an earlier model stay.
         """
         folder = Path(save_directory).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        # The mixin begins with removing config.json: let it work in a folder of its own.
+        # In a temporary folder, because the mixin first removes config.json.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as temporary:
             beside = Path(temporary) / folder.name
             url = super().save_pretrained(beside, **options)
             for name in (WEIGHTS, CONFIG, CARD):
-                if name != CARD or not (folder / CARD).exists():  # a card may have been edited: it stays
+                if name != CARD or not (folder / CARD).exists():  # keep an old card: somebody may have edited it
                     (beside / name).replace(folder / name)
         return url
 
@@ -203,14 +203,14 @@ class AsymFlow(
     ) -> "AsymFlow":
         """A model in eval mode, from a folder that `save_pretrained` wrote or a repository of the Hugging Face Hub.
 
-        backbone: needed if its class is not in this library: that class, or a module to put the weights into.
-        dtype: of the backbone's weights, if not as in the file. hub_options: revision, token, cache_dir, ...
+        backbone: its class, or a module to load the weights into. Required if the class is not in this library.
+        dtype: of the backbone's weights; by default as in the file. hub_options: revision, token, cache_dir, ...
         Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
         is missing, unexpected or misshaped.
         """
         if unknown := hub_options.keys() - HUB_OPTIONS:
             raise TypeError(f"from_pretrained has no options {', '.join(sorted(unknown))}")
-        # Not by the mixin's method, which reads config.json in its own way before ours, and hands parts of it on.
+        # Not with the mixin's method: it reads config.json itself first, and passes parts of it on as arguments.
         folder = Path(pretrained_model_name_or_path)
         try:
             if not folder.is_dir():
@@ -230,7 +230,7 @@ class AsymFlow(
 def build(
     config: dict, tensors: dict[str, Tensor], backbone: nn.Module | Callable[..., nn.Module] | None, source: str
 ) -> AsymFlow:
-    """The model that `config` describes, with exactly these tensors."""
+    """Make the model that `config` describes, with exactly these tensors."""
     try:
         options, tokens, network = config["flow"], config["tokens"], config["network"]
         if not isinstance(backbone, nn.Module):
@@ -256,22 +256,22 @@ def build(
     weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     own = backbone.state_dict(keep_vars=True)
     for name, weight in own.items():
-        if not weight.is_meta:  # a backbone that was passed in: in place, so that tied weights stay tied
+        if not weight.is_meta:  # the user's own module: change its weights in place, so that tied ones stay tied
             weight.data = weight.data.to(weights[name].dtype)
     backbone.load_state_dict(weights, assign=any(weight.is_meta for weight in own.values()))
     return flow
 
 
 def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """Its weights come from the file. own: makes the backbone, if it is not one of this library."""
+    """A backbone whose weights will come from a file. own: its class, if not one of this library."""
     if own is None and name not in backbones.TABLE:
         raise InputError(
             f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
             f"{f', with {config!r},' if config else ''} and pass it, or its class, as from_pretrained(..., backbone=)"
         )
-    if own is not None:  # it may compute what is in no file, such as positions
+    if own is not None:  # not on the meta device: it may compute buffers that are in no file, such as positions
         return own(**config)
-    with torch.device("meta"):  # no numbers are drawn, and no memory is taken twice
+    with torch.device("meta"):  # initializes no weights, and allocates no memory for them
         return find(name, backbones.TABLE, "the backbone")(**config)
 
 
@@ -286,7 +286,7 @@ def read_config(path: Path) -> dict:
 
 
 def agreed(name: str, given: object, subspace: Subspace, backbone: nn.Module) -> object:
-    """The value of an option that is given, or that subspace or backbone have; InputError if those that do differ."""
+    """The value of an option: as given, or as the subspace or the backbone has it. InputError if any two differ."""
     sources = {
         "the argument": given,
         "the subspace": getattr(subspace, name),

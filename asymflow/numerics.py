@@ -1,4 +1,4 @@
-"""In which numbers to compute: what devices have, what autocast and TF32 settings would do to a formula."""
+"""Choosing the dtype to compute in: which dtypes a device has, and how to escape autocast and TF32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 
 def float32_products_are_exact() -> bool:
+    """Whether matrix products of float32 are computed in float32, and not rounded to TF32 or bfloat16."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # somebody used the newer setting, fp32_precision, to which this older one has no answer
+    except RuntimeError:  # the user has set the newer fp32_precision, which this older function cannot report
         return False
 
 
-# What torch.compiler.assume_constant_result does: under torch.compile the answer is a constant, and what is compiled is
-# compiled anew when the setting changes. As a decorator it would import the compiler, for seconds, at every start.
+# The same as the decorator torch.compiler.assume_constant_result: torch.compile takes the result for a constant, and
+# compiles anew when the setting changes. The decorator would import the compiler, which takes seconds, at every start.
 float32_products_are_exact._dynamo_marked_constant = True
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:
-    device = like.device.type  # torch.amp.is_autocast_available would ask in general, but breaks the graph in torch 2.6
+    # "meta" has no autocast. torch.amp.is_autocast_available would tell, but breaks the graph in torch 2.6.
+    device = like.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 

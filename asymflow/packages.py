@@ -1,4 +1,4 @@
-"""Packages that are not installed: which extra of pyproject.toml brings them, said in one line."""
+"""One-line advice for a missing package: which extra of pyproject.toml installs it."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# By the names that are imported. Of several extras that bring a package, the smallest. "": what every install has.
+# The import names of packages, each under the smallest extra that installs it. "": installed without any extra.
 EXTRAS = {
     "": ("torch", "numpy", "tqdm", "matplotlib"),
     "library": ("safetensors", "huggingface_hub", "PIL"),
@@ -19,9 +19,9 @@ EXTRAS = {
 
 
 def advice(e: ModuleNotFoundError) -> str | None:
-    """How to install what is missing, in one line. None if no extra brings it: then nobody forgot an extra.
+    """How to install the missing package, in one line. None if no extra installs it.
 
-    None too if the package is there, and only a module within it is missing: its version is another.
+    None too if the package is installed and only a module inside of it is missing: then its version is wrong.
     """
     package, _, module = (e.name or "").partition(".")
     if module and find_spec(package):
@@ -42,10 +42,10 @@ def need(*packages: str) -> None:
 
 @contextmanager
 def importing(module: str) -> Iterator[None]:
-    """Around the imports of a program: what is not installed ends it with one line and exit code 2.
+    """A context for the imports of a program: if a package is missing, exit with one line and code 2.
 
-    module: the `__name__` of the program. Where that is not "__main__", somebody imports it, and the error is theirs.
-    Of the processes that a launcher started, the first of each machine speaks for all.
+    module: the `__name__` of the program. If it is not "__main__", the program is being imported, and the error is
+    raised as usual. If a launcher started several processes, only the first on each machine prints.
     """
     try:
         yield

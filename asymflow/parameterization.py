@@ -5,11 +5,11 @@ subspace, P = A A^T and a scale s, the network predicts
 
     u_a = P eps - x0 / s,
 
-the noise inside the subspace only, and the data everywhere. `recover_velocity` gives u back in closed form.
+the noise inside the subspace only, and the data everywhere. `recover_velocity` computes u from it in closed form.
 
-All of it is differentiable any number of times, and works under torch.compile(fullgraph=True) and torch.func.vmap. It
-is computed in float32, or float64 if an argument has it, whatever autocast says: outside of the subspace, rounding
-errors are divided by sigma.
+All functions can be differentiated any number of times, and work under torch.compile(fullgraph=True) and
+torch.func.vmap. They compute in float32, or float64 if an argument has it, whatever autocast says: outside of the
+subspace, rounding errors are divided by sigma.
 """
 
 import torch
@@ -34,7 +34,7 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:
 def recover_velocity(
     u_a: Tensor, x_sigma: Tensor, sigma: Tensor | float, subspace: Subspace, sigma_min: float = 0.0
 ) -> Tensor:
-    """The velocity `u = eps - x0`, in closed form, from the asymmetric one.
+    """The velocity `u = eps - x0` from the asymmetric velocity, in closed form.
 
         inside of the subspace      k (s u_a + (1 - s) x_sigma)        with k = 1 / (s + (1 - s) sigma)
         outside                     (x_sigma + s u_a) / max(sigma, sigma_min)
@@ -42,9 +42,9 @@ def recover_velocity(
     u_a, x_sigma: (..., D). sigma in [0, 1]: a number, or one for each leading axis or vector: (B,), (B, 1), (B, N) and
     (B, N, 1) all go with x_sigma (B, N, D). Returns (..., D) in float32, or float64 if given.
 
-    Inside nothing is divided by sigma: exact down to 0. Outside, rounding errors grow as 1 / sigma; at sigma = 0 with
-    sigma_min = 0, where x_sigma says nothing about the noise any more, u is there given its mean, -x0 = s u_a.
-    Raises InputError if D is not the subspace's, or sigma has more axes than x_sigma.
+    Inside, nothing is divided by sigma, and the result is exact down to sigma = 0. Outside, rounding errors grow as
+    1 / sigma. At sigma = 0 with sigma_min = 0, x_sigma no longer contains the noise, and u outside is set to its mean,
+    -x0 = s u_a. Raises InputError if D is not the subspace's, or sigma has more axes than x_sigma.
     """
     check_dim(subspace, u_a, x_sigma)
     dtype = at_least_float32(u_a, x_sigma)
@@ -56,17 +56,17 @@ def recover_velocity(
         rest = s * u_a + x_sigma * (divisor > 0)
         outside = (rest - subspace.project(rest)) / torch.where(divisor > 0, divisor, 1)
         inside = k * (s * u_a + (1 - s) * x_sigma)
-        return outside + subspace.project(inside - outside)  # inside, P takes away what rounding left of `outside`
+        return outside + subspace.project(inside - outside)  # also removes rounding errors of `outside` in the subspace
 
 
 def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """`(k, tau)`: the network gets `k x_sigma` at the noise level `tau`, where
+    """`(k, tau)`: the network's input is `k x_sigma`, and its noise level `tau`, where
 
         k = 1 / (s + (1 - s) sigma),        tau = k sigma.
 
-    If the data inside of the subspace is `s z`, then k x_sigma is there the latent path (1 - tau) z + tau eps.
-    sigma: any shape, in [0, 1]; scale: s > 0. Both results have the shape of sigma. At sigma = 0 they are 1 / s and 0,
-    at sigma = 1 both are 1, without rounding; with s = 1, k is 1 and tau is sigma.
+    If the data inside of the subspace is `s z`, then k x_sigma inside is the latent path (1 - tau) z + tau eps.
+    sigma: any shape, in [0, 1]; scale: s > 0. Both results have the shape of sigma. At sigma = 0 they are exactly 1 / s
+    and 0, at sigma = 1 exactly 1 and 1; with s = 1, k is 1 and tau is sigma.
     """
     sigma = torch.as_tensor(sigma)
     sigma = sigma.to(at_least_float32(sigma))
@@ -75,7 +75,7 @@ def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, T
 
 
 def one_per_vector(sigma: Tensor | float, vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Line sigma up with the leading axes of `vectors` (..., D), so that it broadcasts against them."""
+    """Reshape sigma so that its axes are the leading axes of `vectors` (..., D), and it broadcasts against them."""
     sigma = torch.as_tensor(sigma, dtype=dtype, device=vectors.device)
     leading = vectors.shape[: sigma.ndim]
     if len(leading) < sigma.ndim or any(n not in (1, size) for n, size in zip(sigma.shape, leading, strict=True)):

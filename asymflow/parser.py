@@ -1,4 +1,4 @@
-"""Options of a command: parsing that answers in one line."""
+"""Parsing of a command's options, with errors of one line."""
 
 import argparse
 

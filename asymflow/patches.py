@@ -1,4 +1,4 @@
-"""Images to tokens and back: a token is one square patch, flattened in one of the two orders in use."""
+"""Images to tokens and back. A token is one square patch, flattened in one of two orders."""
 
 from math import prod
 
@@ -14,9 +14,9 @@ TOKEN_ORDERS = (CHANNEL_LAST, CHANNEL_FIRST)
 def patchify(images: Tensor, patch_size: int, token_order: str = CHANNEL_LAST) -> Tensor:
     """Cut images into tokens.
 
-    images: (B, C, H, W), or a video (B, T, C, H, W); H and W multiples of `patch_size`. Returns
+    images: (B, C, H, W), or a video (B, T, C, H, W); H and W are multiples of `patch_size`. Any dtype. Returns
     (B, H / patch_size * W / patch_size, C patch_size^2), for a video with T times as many tokens, frame after frame.
-    Tokens run row by row; inside of a token the axes are ordered as `token_order` says. Any dtype.
+    Tokens run row by row; `token_order` says how the numbers in a token are ordered.
     Raises InputError if the sizes do not fit.
     """
     grid = token_grid(images, patch_size)

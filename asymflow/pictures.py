@@ -17,14 +17,14 @@ from asymflow.patches import CHANNEL_LAST, unpatchify
 from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 
-SHOWN = 64  # more patches than that are too small to see
+SHOWN = 64  # at most so many patches are drawn: more would be too small to see
 INK, ACCENT = "0.25", "#d1495b"
 
 
 def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Images (n, 3, H, W) in [-1, 1] row by row in one image, with white gaps of `gap` pixels between them.
+    """One image with all of the images (n, 3, H, W) in [-1, 1], row by row, with white gaps of `gap` pixels.
 
-    columns: as many as make the grid about square, if None. Raises InputError if the shape is another or n is 0.
+    columns: None makes the grid about square. Raises InputError if the shape is another or n is 0.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise InputError(f"images must be (n, 3, H, W) with n at least 1, but they are {tuple(images.shape)}")
@@ -65,15 +65,15 @@ def draw_subspace(subspace: Subspace, file: str | Path) -> None:
 def basis_patches(subspace: Subspace, count: int) -> Tensor:
     """The first `count` basis vectors as patches (n, 3, p, p) in [-1, 1], each scaled to its own range.
 
-    Of other than three channels the first three are red, green and blue, or the first alone is grey.
+    Of more than three channels the first three are shown as red, green and blue; of fewer, the first as grey.
     """
     if subspace.patch_size is None:
         raise InputError("a subspace without a patch size cannot be drawn: nothing says how its vectors become patches")
     vectors = subspace.basis[:, :count].detach().float().cpu().mT[:, None]
     patches = unpatchify(vectors, (1, 1), subspace.patch_size, subspace.token_order or CHANNEL_LAST)
     if subspace.color_space == "oklab" and patches.shape[1] == 3:
-        # A direction in colour, seen from the mean colour (0) and about as far as a screen goes: white is 2.75 above
-        # it in lightness, and at its own lightness every hue can be shown to 0.6.
+        # Show the direction as colours around the mean colour (0), scaled to about the range of a screen: white is 2.75
+        # above the mean in lightness, and at the mean's lightness every hue can be shown up to 0.6.
         reach = torch.tensor([2.5, 0.6, 0.6])[:, None, None]
         return oklab_to_rgb(patches / (patches / reach).abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12))
     patches = patches[:, :3] if patches.shape[1] >= 3 else patches[:, :1].expand(-1, 3, -1, -1)
@@ -81,17 +81,17 @@ def basis_patches(subspace: Subspace, count: int) -> Tensor:
 
 
 def magnified(patches: Tensor) -> Tensor:
-    """Every pixel a square of pixels, so that the gaps between patches are thin at any patch size."""
+    """Enlarge small patches, by repeating pixels, so that the gaps between them look thin at any patch size."""
     times = max(1, 96 // patches.shape[-1])
     return patches.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
 def draw_spectrum(subspace: Subspace, above, below) -> None:
-    """The share of energy along each principal direction, and below the share of the first n together."""
+    """Draw the share of energy along each principal direction, and below that the share of the first n together."""
     energy = subspace.spectrum.cpu().double()
     share = energy / energy.sum()
     together, number = share.cumsum(0), torch.arange(1, len(share) + 1)
-    seen = share > 1e-12 * share.max()  # below is rounding
+    seen = share > 1e-12 * share.max()  # smaller values are rounding errors
     above.loglog(number[seen], share[seen], color=INK, linewidth=1.5)
     below.semilogx(number, together, color=INK, linewidth=1.5)
     above.set_title("energy along each direction", fontsize=10, color=INK)
@@ -103,7 +103,7 @@ def draw_spectrum(subspace: Subspace, above, below) -> None:
             panel.axvline(subspace.rank, color=ACCENT, linewidth=1, linestyle="--")
             (mark,) = panel.plot(subspace.rank, values[subspace.rank - 1], "o", color=ACCENT, markersize=5)
         mark.set_label(f"rank {subspace.rank}: {100 * together[subspace.rank - 1]:.1f} %")
-        # A curve that only rises, and ever slower, leaves this corner free.
+        # The curve rises ever more slowly, and so leaves this corner free.
         below.legend(loc="lower right", fontsize=9, framealpha=1, edgecolor="white", labelcolor=ACCENT)
     for panel in (above, below):
         panel.grid(color="0.92", which="major")

@@ -1,9 +1,9 @@
 """Reading images, and latents beside them, from folders and tar shards.
 
-What is found is a list of `Entry`: names, and where the bytes lie. Nothing is opened before it is needed, so a folder
-of a million images on a local disk is listed in seconds, and an image inside of a shard is read as directly as a file.
-Of a shard only the headers are read to list it. All that follows are plain functions: `choose` some entries,
-`read_square` them, and `in_order` does that in several threads.
+Finding gives a list of `Entry`: a name, and where the bytes lie. Listing opens no image, so a folder of a million
+images on a local disk is listed in seconds; of a shard only the headers are read. An image inside of a shard is read
+from its place, as fast as a file. The rest are plain functions: `choose` chooses entries at random, `read_square` reads
+one, and `in_order` reads many in several threads.
 """
 
 import io
@@ -30,7 +30,7 @@ T, Result = TypeVar("T"), TypeVar("Result")
 
 
 class UnreadableError(InputError):
-    """A file is there, but it is damaged or not what its name says. A few of those may be skipped."""
+    """A file exists, but is damaged, or is not what its name says. Callers may skip a few of these."""
 
 
 class Entry(NamedTuple):
@@ -70,8 +70,8 @@ class Entry(NamedTuple):
 
 
 def nonblocking_opener(path: str, flags: int) -> int:
-    """For `open`: a pipe is opened without waiting for someone to write to it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows does not have
+    """The `opener` of an `open` that does not block: a pipe is opened without waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no O_NONBLOCK
 
 
 # ---- Finding -------------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def nonblocking_opener(path: str, flags: int) -> int:
 def find_images(paths: Iterable[str | Path]) -> list[Entry]:
     """Every image in folders (and the folders in them), tar files, and single files. None is opened.
 
-    The order is that of the paths, in a folder that of the names, whatever the file system says, and in a tar file its
-    own. Hidden files are left out. Raises InputError if there is no image, or a path is something else.
+    In the order of the paths; in a folder sorted by name, in a tar file in its own order. Hidden files are left out.
+    Raises InputError if there is no image, or a path is something else.
     """
     paths = list(paths)
     images = [entry for entry in find_entries(paths) if entry.is_image]
@@ -91,7 +91,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Entry]:
 
 
 def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
-    """(image, latents) of every sample that has both: `KEY.png` (or jpg, ...) and `KEY.latent.npy`, no dot in KEY.
+    """(image, latents) of every sample that has both: `KEY.png` (or jpg, ...) and `KEY.latent.npy`; KEY has no dot.
 
     Found and ordered as by `find_images`. Raises InputError if there is none, or a sample has two images.
     """
@@ -135,7 +135,7 @@ def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
 
 
 def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
-    """The files in a folder and below. Links are followed, but not round in circles."""
+    """The files in a folder and in all folders below. Links are followed, unless they lead back to a folder above."""
     here = os.path.realpath(folder)
     if here in above:
         return
@@ -151,14 +151,14 @@ def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
 
 def tar_entries(path: str) -> Iterator[Entry]:
     """The files in a tar file. InputError unless it is whole and not compressed."""
-    if not os.path.isfile(path):  # noqa: PTH113 (to open a pipe is to wait for someone to write to it)
+    if not os.path.isfile(path):  # noqa: PTH113 (opening a pipe would wait for a writer)
         raise InputError(f"{path} is not a file")
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isreg() and member.sparse is None and not member.name.rpartition("/")[2].startswith("."):
                     yield Entry(path, member.name, member.offset_data, member.size)
-            # Where a file is cut off between two members, or has garbage there, tarfile sees nothing but an end.
+            # If a file is cut off between two members, or has garbage there, tarfile takes that for its end.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("there is no end-of-archive mark")
@@ -175,13 +175,13 @@ def listing(paths: list[str | Path], shown: int = 2) -> str:
 
 
 def choose(items: list[T], count: int, seed: int) -> list[T]:
-    """`count` of the items at random, in their order; all of them if there are no more.
+    """`count` of the items, chosen at random, in their order; all of them if there are no more.
 
-    From all of them, in tar files too: the first ones of a shard may well be of one class. The seed fixes the choice,
-    on every machine, and a choice of fewer is a part of a choice of more.
+    Not simply the first ones, which may well be of one class. The seed fixes the choice, on every machine, and a choice
+    of fewer is a part of a choice of more.
     """
     draw = random.Random(seed)
-    lots = [draw.random() for _ in items]  # the one method whose numbers Python promises never to change
+    lots = [draw.random() for _ in items]  # Python promises that the numbers of this method never change
     return [items[i] for i in sorted(sorted(range(len(items)), key=lots.__getitem__)[:count])]
 
 
@@ -196,8 +196,9 @@ def read_square(entry: Entry, size: int) -> Tensor:
 def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tensor]:
     """(latents (h, w, r) float32, image (3, h patch_size, w patch_size) float32 in [-1, 1]) of one sample.
 
-    The latents are tokens as the transformer sees them: (i, j) covers the patch (i, j) of the image. UnreadableError if
-    a file is damaged; InputError, naming the sample, if the latents have another form or the sizes do not fit.
+    The latents are tokens as the transformer sees them: token (i, j) covers patch (i, j) of the image. Raises
+    UnreadableError if a file is damaged; InputError, naming the sample, if the latents have another shape or dtype, or
+    the sizes do not fit.
     """
     image, latents = to_tensor(read_image(pair[0])), read_latents(pair[1])
     height, width = (n * patch_size for n in latents.shape[:2])
@@ -211,22 +212,22 @@ def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tenso
 
 
 def read_image(entry: Entry) -> Image.Image:
-    """The image in RGB, as `to_rgb` makes it. Raises UnreadableError, naming the file, if it cannot be decoded."""
+    """The image in RGB, see `to_rgb`. Raises UnreadableError, naming the file, if it cannot be decoded."""
     return decoded(entry, to_rgb)
 
 
 def decoded(entry: Entry, look: Callable[[Image.Image], Result]) -> Result:
-    """What `look` makes of an image. Raises UnreadableError, naming the file, if it cannot be decoded."""
+    """Return `look(image)`. Raises UnreadableError, naming the file, if the image cannot be decoded."""
     content = entry.read()
     try:
         return look(Image.open(io.BytesIO(content)))
-    except Exception as e:  # the decoders report damage by exceptions of many types
+    except Exception as e:  # a damaged image can raise many types of errors
         reason = "no image format that is known" if isinstance(e, Image.UnidentifiedImageError) else e
         raise UnreadableError(f"{entry} is not a whole image ({reason})") from None
 
 
 def read_latents(entry: Entry) -> Tensor:
-    """Latent tokens (h, w, r) in float32, from a file of numpy's; nothing in it is ever run."""
+    """Latent tokens (h, w, r) in float32 from a .npy file. Pickled objects in it are refused."""
     content = entry.read()
     try:
         latents = np.load(io.BytesIO(content), allow_pickle=False)
@@ -242,9 +243,9 @@ def read_latents(entry: Entry) -> Tensor:
 
 
 def in_order(read: Callable[[T], Result], items: Iterable[T], threads: int) -> Iterator[Result | UnreadableError]:
-    """`read(item)` for each item, in order, by several threads that run a little ahead.
+    """Yield `read(item)` for each item, in order. Several threads read a little ahead.
 
-    What raises UnreadableError comes as a value in its place, for the caller to count; other errors are raised.
+    An UnreadableError is yielded in place of the result, for the caller to count; other errors are raised.
     """
 
     def attempt(item: T) -> Result | UnreadableError:
@@ -271,10 +272,10 @@ def in_order(read: Callable[[T], Result], items: Iterable[T], threads: int) -> I
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB.
 
-    Grey, palette and CMYK are converted as Pillow, and so ADM, does it: without colour profiles; and as with ADM, the
-    orientation of EXIF is not applied. Two kinds are treated better than there, where they would be ruined. What is
-    transparent is composited on white, the colour of a page: the colours below full transparency were never seen by
-    anyone. And 16-bit grey is scaled to 8 bits instead of clipped at 255.
+    Grey, palette and CMYK images are converted by Pillow, without colour profiles, and the orientation of EXIF is not
+    applied, all as ADM does it. Two kinds, which ADM would ruin, are treated differently: transparent images are
+    composited on white, since the colours below full transparency were never meant to be seen, and 16-bit grey is
+    scaled to 8 bits instead of clipped at 255.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -287,9 +288,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of an image, size x size: the crop of ADM (Dhariwal and Nichol 2021), DiT and JiT.
 
-    Also that of the images in ADM's evaluation, so its details matter to FID. The image is halved by averaging while
-    its shorter side is at least 2 size (one bicubic step from far would alias), then resized, or enlarged, until the
-    shorter side is `size`; of the longer side the middle is kept.
+    The reference images of ADM's evaluation are cropped like this, so its details matter to FID. The image is halved by
+    averaging while its shorter side is at least 2 size, because one large bicubic step would alias. Then it is resized
+    so that the shorter side is `size`, and the middle of the longer side is kept.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -302,13 +303,13 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W) float32 in [-1, 1]: 0 is -1 and 255 is 1."""
     pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1)  # by numpy: torch would start threads in each of the threads that read
+    return torch.from_numpy(pixels / 127.5 - 1)  # in numpy: torch would start more threads in each reading thread
 
 
 def tensor_to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as an RGB image, rounded to the nearest of the 256 values: the inverse of `to_tensor`.
+    """(3, H, W) in [-1, 1] as an RGB image, rounded to 256 values: the inverse of `to_tensor`.
 
-    What is outside of [-1, 1] is clamped, and NaN is black.
+    Values outside of [-1, 1] are clamped, and NaN becomes black.
     """
     values = ((image.detach().cpu().float() + 1) * 127.5).nan_to_num(nan=0).round().clamp(0, 255)
     return Image.fromarray(values.to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""In which precision a model computes when images are drawn from it: one setting, for trainings and for `asymflow`."""
+"""The precision in which a model computes when images are sampled: one setting, in training and on the command line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,20 @@ from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 
 Precision = Literal["bf16", "float32"]
-"""bf16: autocast, with attention in float32, as the figures of arXiv 2605.12964 were made."""
+"""bf16: autocast, but attention in float32, as for the results of arXiv 2605.12964."""
 
 
 def usual_precision(device: torch.device) -> Precision:
-    """bf16 on a GPU that has it, float32 elsewhere."""
+    """The default: bf16 on a GPU that has it, float32 elsewhere."""
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 @contextmanager
 def computing(flow: AsymFlow, precision: Precision) -> Iterator[None]:
-    """Within it, `flow` computes in this precision. Its weights stay as they are, and its own formulas in float32.
+    """A context in which `flow` computes in this precision. Weights do not change; AsymFlow's formulas stay in float32.
 
-    Attention is in float32 in layers with an attribute `float32_attention`, as JiT's; in others it follows autocast.
-    Where the weights are in bfloat16, there is nothing to cast: they are used as they are in both precisions.
-    Raises InputError for another precision.
+    Attention is computed in float32 in layers with an attribute `float32_attention`, such as JiT's; in others it
+    follows autocast. Weights in bfloat16 are used as they are, in both precisions. Raises InputError for another name.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, but it is {precision!r}")

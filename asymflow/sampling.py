@@ -1,8 +1,8 @@
 """From noise to images: integrate dx/dsigma = u(x, sigma) from sigma = 1 down to 0, guided or not.
 
 A `Velocity` is any function of x (B, ...) and sigma (B,), such as `guided(...)`, or
-`lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model. They give it sigma on the
-CPU, whatever the device of x: what depends on its value is decided without waiting for the GPU.
+`lambda x, sigma: flow(x, sigma, labels=labels)`. Samplers know nothing else of the model. They pass sigma on the CPU,
+whatever the device of x, so that decisions which depend on its value need not wait for the GPU.
 """
 
 import math
@@ -32,9 +32,9 @@ def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
 
 
 def time_shift(sigma: Tensor, shift: float) -> Tensor:
-    """`shift sigma / (1 + (shift - 1) sigma)`: more steps at high noise levels for shift > 1; 0 and 1 stay.
+    """`shift sigma / (1 + (shift - 1) sigma)`: shift > 1 moves steps to higher noise levels. 0 and 1 do not change.
 
-    Larger images need it: at the same sigma, more pixels tell more about what they show (arXiv 2605.12964).
+    Larger images need a larger shift: at the same sigma, more pixels reveal more of the image (arXiv 2605.12964).
     """
     if not shift > 0:
         raise InputError(f"shift must be above 0, but it is {shift}")
@@ -44,8 +44,8 @@ def time_shift(sigma: Tensor, shift: float) -> Tensor:
 def dynamic_shift(height: int, width: int) -> float:
     """The shift of `sigma_grid` for an image of a pixel FLUX.2: 17 sqrt(height width) / 1024.
 
-    Twice the side makes four pixels of what was one, whose mean has half the noise: the same is known of an image at
-    twice the ratio of noise to signal. arXiv 2605.12964 has 17 at 1024^2 and 34 at 2048^2.
+    With twice the side, four pixels show what one showed before, and their mean has half the noise. So the image is
+    known as well as before only at twice the ratio of noise to signal. arXiv 2605.12964: 17 at 1024^2, 34 at 2048^2.
     """
     return 17 * math.sqrt(height * width) / 1024
 
@@ -99,7 +99,7 @@ def sample(
     bar = tqdm(total=len(levels) - 1, desc="sampling", unit="step", leave=False, disable=not progress)
 
     def steered(x: Tensor, sigma: float) -> Tensor:
-        bar.update(sum(level > sigma for level in levels) - bar.n)  # so many steps are done, or nearly
+        bar.update(sum(level > sigma for level in levels) - bar.n)  # steps done, counted by the levels above sigma
         u = velocity(x, torch.full(x.shape[:1], sigma, dtype=x.dtype)).to(x.dtype)
         if denoised_hook is None:
             return u
@@ -138,12 +138,13 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance: `u = u_cond + (scale - 1) (u_cond - u_uncond)` for sigma within `interval`.
 
-    flow: called as `flow(x, sigma, **conditions)`. conditions, unconditional: the same names; tensors have one entry
-        for each image, also those in lists; anything else must be the same in both. Both are evaluated in one call,
-        and the unconditional one only for images whose sigma is within the interval (its ends belong to it), and not
-        at all at scale 1. Of a sigma on a GPU, it is evaluated for all images: to look at sigma would be to wait.
-    orthogonal: in [0, 1], how much of the part of the guidance that is parallel to the denoised image x0 = x - sigma u
-        to take away, image by image: that part only raises the contrast (arXiv 2605.12964, uses 1).
+    flow: called as `flow(x, sigma, **conditions)`.
+    conditions, unconditional: with the same names. Tensors, also those in lists, have one entry for each image;
+        anything else must be equal in both. Both are evaluated in one call, the unconditional one only for images whose
+        sigma is within the interval, ends included, and not at all at scale 1. If sigma is on a GPU, it is evaluated
+        for all images, because reading sigma would wait for the GPU.
+    orthogonal: in [0, 1], the fraction to remove of that part of the guidance which is parallel to the denoised image
+        x0 = x - sigma u, for each image: it only raises the contrast (arXiv 2605.12964 uses 1).
     Raises InputError if the names, the interval or `orthogonal` are not as described.
     """
     if conditions.keys() != unconditional.keys():
@@ -164,7 +165,7 @@ def guided(
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         if scale == 1:
             return flow(x, sigma, **conditions)
-        # In the precision of sigma, so that 0.88 is within [0, 0.88] in float32 too.
+        # Rounded like sigma, so that a sigma of 0.88 is within [0, 0.88] in float32 too.
         ends = torch.tensor([low, high], dtype=sigma.dtype).tolist()
         inside = (sigma >= ends[0]) & (sigma <= ends[1])
         if not on_host(inside):
@@ -181,7 +182,7 @@ def guided(
             **{name: entries(value, needed) for name, value in both.items()},
         ).split([len(x), len(rows)])
         guided_rows = pushed(entries(u, rows), u_uncond, some, levels)
-        dtype = torch.promote_types(u.dtype, guided_rows.dtype)  # a flow may compute in less than x is in
+        dtype = torch.promote_types(u.dtype, guided_rows.dtype)  # the flow may return a narrower dtype than x has
         return u.to(dtype).index_copy(0, on_device_of(x, rows), guided_rows.to(dtype))
 
     return velocity
@@ -192,21 +193,22 @@ def on_host(values: Tensor) -> bool:
 
 
 def on_device_of(x: Tensor, values: Tensor) -> Tensor:
-    """Without waiting for the GPU when they come from the CPU; the other way, one has to wait for what is in them.
+    """Move `values` to the device of x, from the CPU to a CUDA GPU without waiting.
 
-    CUDA only: MPS would read a temporary of the CPU after it was freed (pytorch#139550).
+    Copies to the CPU must wait for the values. MPS would read the CPU's memory after it is freed (pytorch#139550).
     """
     return values.to(x.device, non_blocking=x.is_cuda and on_host(values))
 
 
 def entries(values: object, rows: Tensor) -> object:
-    """Those of the `rows` of a tensor (B, ...), also of tensors in lists; anything else as it is."""
+    """The `rows` of a tensor (B, ...), or of each tensor in a list; anything else unchanged."""
     if isinstance(values, list):
         return [entries(value, rows) for value in values]
     return values[on_device_of(values, rows)] if isinstance(values, Tensor) else values
 
 
 def stacked(name: str, condition: object, unconditional: object) -> object:
+    """Concatenate a condition and its unconditional counterpart. InputError if they are not tensors, and differ."""
     if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
         return torch.cat([condition, unconditional])
     pair, sequences = (condition, unconditional), (list, tuple)
@@ -220,7 +222,7 @@ def stacked(name: str, condition: object, unconditional: object) -> object:
 
 
 def parallel(v: Tensor, direction: Tensor) -> Tensor:
-    """The part of v (B, ...) along `direction` (B, ...), image by image; zero where the direction is."""
+    """The part of v (B, ...) along `direction` (B, ...), for each image. Zero where `direction` is zero."""
     axes = tuple(range(1, v.ndim))
     energy = direction.square().sum(axes, keepdim=True)
     return (v * direction).sum(axes, keepdim=True) / energy.clamp(min=torch.finfo(v.dtype).tiny) * direction
@@ -230,12 +232,12 @@ def expanded(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-# ---- Noise, and the whole way from labels to images ------------------------------------------------------------------
+# ---- Noise, and images from labels -----------------------------------------------------------------------------------
 def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise (n, *shape) in float32: that of an image depends on (seed, its index) and nothing else.
+    """Standard normal noise (n, *shape) in float32. The noise of an image depends on the seed and its index alone.
 
-    Not on the batch that it is in, on the number of processes, or on the device: it is drawn on the CPU, from a
-    counter-based generator with seed and index as its key. Both within [0, 2^64).
+    The batch, the number of processes and the device make no difference: it is drawn on the CPU, by a counter-based
+    generator with the key (seed, index), both within [0, 2^64).
     """
     draws = [
         np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
@@ -264,15 +266,15 @@ def generate(
     denoised_hook: Hook | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Images (n, C, H, W) of the given classes (n,) by a class-conditional model, in its own range (RGB: [-1, 1]).
+    """Sample images (n, C, H, W) of the given classes (n,), in the range of the training data (RGB: [-1, 1]).
 
-    flow: of a backbone whose condition is `labels`. indices: which image of the endless row that `seed` defines each
-    one is; 0 to n - 1 by default. size: height and width; by default those of the training images, if the backbone has
-    a `grid`. null_label: what means "no class"; by default the backbone's num_classes, if it has that. The rest is
-    explained at `sample` and `guided`; the settings of arXiv 2605.12964, for ImageNet are guidance 2.3 on the interval
-    (0, 0.88) and 50 Heun steps.
-    Raises InputError for a label that is not a class, a model in training mode, a size that is no multiple of the
-    patch, or if the backbone does not say what is not given.
+    flow: its backbone takes the condition `labels`. indices: with `seed`, they determine the noise of each image; 0 to
+    n - 1 by default. size: height and width; by default those of the training images, if the backbone has a `grid`.
+    null_label: the label that means "no class"; by default the backbone's num_classes, if it has that. The rest is
+    explained at `sample` and `guided`. arXiv 2605.12964 uses for ImageNet guidance 2.3 on the interval (0, 0.88) and 50
+    Heun steps.
+    Raises InputError for a label that is not a class, a model in training mode, a size that is not a multiple of the
+    patch size, or if size or null_label is needed and neither given nor known to the backbone.
     """
     if flow.training:
         raise InputError("the model is in training mode: call flow.eval() before sampling")

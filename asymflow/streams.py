@@ -1,8 +1,8 @@
-"""Everything random in training, as functions of (seed, index of the sample), so that nothing has to be replayed.
+"""Everything random in training, as functions of (seed, number of the sample): a resumed training replays nothing.
 
 Sample g of a training is at position g % batch of step g // batch, however many ranks and accumulation steps share the
-batch. What is drawn for it comes from counter-based generators whose key it is: a resumed training, or one on another
-number of ranks, sees the same images in the same order, with the same flips, labels, noise levels and noise.
+batch. Its random numbers come from counter-based generators with the key (seed, g). So a resumed training, or one on
+another number of ranks, sees the same images in the same order, with the same flips, labels, noise levels and noise.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-ORDER, DRAWS, NOISE, DROPOUT, REPLACEMENT = range(5)  # the streams of a seed
+ORDER, DRAWS, NOISE, DROPOUT, REPLACEMENT = range(5)  # the independent random streams of a seed
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for one sample besides its noise. normal: of the noise level; flip, drop: uniform in [0, 1)."""
+    """A sample's random numbers besides its noise. normal: for its noise level. flip, drop: uniform in [0, 1)."""
 
     normal: float
     flip: float
@@ -24,17 +24,17 @@ class Draws:
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """The generator of one (seed, stream, index), all of them non-negative; no two share a number."""
+    """A generator for (seed, stream, index), all non-negative. Different arguments give independent numbers."""
     key = np.array([seed, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
 def image_index(seed: int, sample: int, images: int) -> int:
-    """Which of the images sample g is: each epoch is a permutation of its own."""
+    """The index of the image that is sample number `sample`. Each epoch is a permutation of all images."""
     return int(permutation(seed, sample // images, images)[sample % images])
 
 
-@lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+@lru_cache(maxsize=2)  # a batch may contain samples of two epochs
 def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return generator(seed, ORDER, epoch).permutation(images)
 
@@ -50,12 +50,12 @@ def noise(seed: int, sample: int, out: Tensor) -> None:
 
 
 def share(step: int, global_batch: int, rank: int, world: int) -> range:
-    """The samples of a step (0, 1, ...) that are a rank's: one contiguous block."""
+    """The numbers of the samples that a rank has in step 0, 1, ...: one contiguous block."""
     size = global_batch // world
     start = step * global_batch + rank * size
     return range(start, start + size)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """For torch's own generator, which dropout draws from: its masks depend on the rank, and how its share is cut."""
+    """A step's seed for torch's global generator, from which dropout draws: masks depend on rank and micro-batches."""
     return int(generator(seed, DROPOUT, (step << 20) + rank).integers(2**63))

@@ -1,4 +1,4 @@
-"""The low-rank subspace in which the noise is predicted: an orthonormal basis, a scale, and where they came from."""
+"""The low-rank subspace in which the noise is predicted: an orthonormal basis, a scale, and how they were made."""
 
 import math
 from pathlib import Path
@@ -17,15 +17,15 @@ TOLERANCE = 1e-4  # of orthonormality, in float32
 class Subspace(nn.Module):
     """An r-dimensional subspace of token space, `P = A A^T`, and the scale s (arXiv 2605.12964).
 
-    basis: A, (D, r) with orthonormal columns, 0 <= r <= D; float32 or float64. Rank 0 makes x0-prediction of an
-        asymmetric flow, rank D u-prediction.
+    basis: A, (D, r) with orthonormal columns, 0 <= r <= D; float32 or float64. With rank 0 an asymmetric flow is
+        x0-prediction, with rank D u-prediction.
     scale: s > 0, the ratio of pixel units to the units in which the network works inside the subspace.
-    The rest is for the record, and for checks against the model: patch_size and token_order (see `patchify`) say how
-    tokens are cut, `color_space` and `fitted_on` what of, `spectrum` (n,) the energy along the principal directions.
+    The rest is a record, used for checks against the model: patch_size and token_order (see `patchify`), color_space,
+    fitted_on (a description of the data), and spectrum (n,), the energy along the principal directions.
 
-    A module only so that it moves between devices, and is saved, with the model that it belongs to. It has no weights,
-    and casts to less than float32 leave it alone: a basis rounded to bfloat16 would not be orthonormal. On a device
-    without float64 (MPS) it is in float32. The scale is a number, and on no device; a state dict has it as a tensor ().
+    It is a module so that it moves between devices, and is saved, together with its model. It has no weights. Casts to
+    less than float32 do not change it, because a basis rounded to bfloat16 would not be orthonormal. On a device
+    without float64 (MPS) it is in float32. The scale is a Python number; in a state dict it is a tensor ().
     Raises InputError if the basis is not (D, r), not finite or not orthonormal to 1e-4, or the scale not positive.
     """
 
@@ -41,7 +41,7 @@ class Subspace(nn.Module):
         spectrum: Tensor | None = None,
     ):
         super().__init__()
-        basis = torch.as_tensor(basis).detach().clone(memory_format=torch.contiguous_format)  # its own, in one layout
+        basis = torch.as_tensor(basis).detach().clone(memory_format=torch.contiguous_format)
         check_basis(basis)
         scale = float(scale)
         if not (math.isfinite(scale) and scale > 0):
@@ -55,7 +55,7 @@ class Subspace(nn.Module):
                 f"a basis for tokens of dimension {basis.shape[0]} cannot be for patches of {patch_size} x {patch_size}"
             )
         self.register_buffer("basis", basis if basis.dtype == torch.float64 else basis.float())
-        # Not in the state dict: it is a record, and models with and without it are the same model.
+        # Not in the state dict: the model is the same with and without it.
         self.register_buffer("spectrum", None if spectrum is None else spectrum.detach(), persistent=False)
         self.scale, self.patch_size, self.token_order = scale, patch_size, token_order
         self.color_space, self.fitted_on = color_space, fitted_on
@@ -71,11 +71,11 @@ class Subspace(nn.Module):
         return self.basis.shape[1]
 
     def project(self, v: Tensor) -> Tensor:
-        """`P v` for v (..., D), in float32 or better, by two thin products: no D x D matrix."""
+        """`P v` for v (..., D), in float32 or better, by two thin products instead of one with a D x D matrix."""
         if self.rank == self.dim:
             return v.to(at_least_float32(v))
-        # What rounding leaves of these products is divided by sigma afterwards. Where a user allows float32 products to
-        # be rounded to TF32 or bfloat16, as training scripts do for the backbone, they are made in float64.
+        # The rounding errors of these products will be divided by sigma. Training scripts often allow float32 products
+        # to be rounded to TF32 or bfloat16, for the backbone; then these are computed in float64.
         exact = torch.float64 if has_float64(v.device) and not float32_products_are_exact() else at_least_float32(v)
         basis = self.basis.to(exact)
         with no_autocast(v):
@@ -84,7 +84,7 @@ class Subspace(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the tensors `basis`, `scale`, `spectrum`, and the rest as metadata.
 
-        All or nothing: a file that was there before is replaced only by a whole new one.
+        An existing file is replaced only by a whole new one.
         """
         tensors = self.state_dict() | ({} if self.spectrum is None else {"spectrum": self.spectrum})
         record = {name: getattr(self, name) for name in ("patch_size", "token_order", "color_space", "fitted_on")}
@@ -92,7 +92,7 @@ class Subspace(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Subspace":
-        """Read what `save` wrote, bit for bit. Raises InputError, naming the file, if it is anything else."""
+        """Read what `save` wrote, bit for bit. Raises InputError, naming the file, if it is something else."""
         tensors, metadata = files.read_tensors(path)
         if not {"basis", "scale"} <= tensors.keys() <= {"basis", "scale", "spectrum"}:
             names = ", ".join(sorted(tensors)[:4]) or "none"
@@ -106,7 +106,7 @@ class Subspace(nn.Module):
 
     @classmethod
     def random(cls, dim: int, rank: int, seed: int = 0, scale: float = 1.0, **record) -> "Subspace":
-        """A uniformly random subspace; the seed fixes every bit."""
+        """A uniformly random subspace. The same seed gives the same bits."""
         if not 0 <= rank <= dim:
             raise InputError(f"rank must be between 0 and the dimension {dim}, but it is {rank}")
         generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ class Subspace(nn.Module):
 
     @classmethod
     def full(cls, dim: int, scale: float = 1.0, **record) -> "Subspace":
-        """All of token space: u-prediction."""
+        """The subspace of rank D, all of token space: u-prediction."""
         return cls(torch.eye(dim), scale, **record)
 
     @classmethod
@@ -127,7 +127,7 @@ class Subspace(nn.Module):
         return f"rank={self.rank}, dim={self.dim}, scale={self.scale:.6g}"
 
     def _apply(self, fn, recurse=True):
-        """Move and widen with the module around it, but never narrow below float32, and never cast the spectrum."""
+        """Called by `to`, `float`, `bfloat16`, ... Never casts the basis below float32, nor the spectrum at all."""
 
         def no_narrower(buffer: Tensor) -> Tensor:
             device = fn(buffer.new_empty(0, dtype=torch.float32)).device
@@ -140,7 +140,7 @@ class Subspace(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # In float64, so that the number that was fitted or given comes back from a file to the last bit.
+        # In float64, so that a file keeps every bit of the number.
         destination[f"{prefix}scale"] = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -185,7 +185,7 @@ def checked_subspace(path: str | Path, basis: Tensor, scale: Tensor | float = 1.
 
 
 def orthonormal(basis: Tensor) -> Tensor:
-    """The nearest orthonormal basis, if this one was rounded to 16 bits; any other as it is, for Subspace to check."""
+    """The nearest orthonormal basis, if this one looks rounded to 16 bits; else the same, which Subspace will check."""
     exact = basis.double()
     error = (exact.mT @ exact - torch.eye(basis.shape[-1])).abs()
     if not (error.numel() and TOLERANCE < error.max() < 2**-6):
