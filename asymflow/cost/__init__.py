@@ -1,6 +1,6 @@
 """What a model costs: parameters, operations and memory, counted on tensors that have shapes but no numbers.
 
-Nothing here needs the weights, a GPU or the memory that it counts: a JiT-H takes seconds on a laptop.
+Counting needs neither the weights, nor a GPU, nor the memory that it counts. A JiT-H takes seconds on a laptop.
 """
 
 import copy
@@ -22,7 +22,7 @@ from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 
 PRECISIONS = ("autocast", "bfloat16", "float32")
-PEAKS = {  # of GPUs, by words of their names: 10^12 operations a second in bfloat16, dense, as in the data sheets
+PEAKS = {  # for GPUs whose names have these words: 10^12 operations a second in bfloat16, dense, from the data sheets
     "B200": 2250,
     "GB200": 2500,
     "H100": 989,
@@ -45,11 +45,11 @@ PEAKS = {  # of GPUs, by words of their names: 10^12 operations a second in bflo
     "RTX 4090": 165,
     "RTX 5090": 210,
 }
-PARTS = {"MIG", "Laptop", "Ti", "D"}  # words of names of other GPUs, or of slices of one
+PARTS = {"MIG", "Laptop", "Ti", "D"}  # a name with one of these words is of another GPU, or of a slice of one
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """`(total, trainable)` numbers of parameters. One that is shared counts once; buffers do not count."""
+    """`(total, trainable)` numbers of parameters. A shared parameter counts once; buffers do not count."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)
 
@@ -65,9 +65,9 @@ def flops(
     """Floating point operations for one image: of a forward pass, or of forward and backward if `training`.
 
     A multiply-add is two operations (tables in papers, such as that of arXiv 2511.13720, often call it one "flop").
-    Only products of matrices count, those of attention and of the subspace among them: all else is small. What
-    `checkpoint_every` computes twice counts twice, if `recomputed`; attention counts as if it kept its scores, in every
-    kernel.
+    Only matrix products are counted, including those of attention and of the subspace; all else is small. If
+    `recomputed`, blocks that `checkpoint_every` computes twice count twice. Attention is counted as if its scores were
+    kept for the backward pass, whichever kernel runs it.
 
     image_shape: (C, H, W), or (T, C, H, W) of a video. conditions: for one image, (1, ...); only shapes and dtypes
     matter. A backbone with num_classes, as JiT, needs no labels. Raises InputError if the shape does not fit the model,
@@ -84,9 +84,9 @@ def flops(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Floating point operations a second that a GPU can do in bfloat16; None for CPUs, unknown GPUs and parts of one.
+    """The peak of a GPU in bfloat16, in FLOPs per second; None for CPUs, unknown GPUs and slices of a GPU.
 
-    Dense, of products of matrices that are accumulated in float32, at the clock of the data sheet.
+    From the data sheet, for dense matrix products that are accumulated in float32.
     """
     if device.type != "cuda":
         return None
@@ -99,20 +99,20 @@ def peak_flops(device: torch.device) -> float | None:
 def activation_bytes(
     flow: AsymFlow, image_shape: tuple[int, ...], batch: int = 1, precision: str = "autocast", **conditions: Tensor
 ) -> tuple[int, int]:
-    """`(kept, peak)`: the bytes of a training step of `batch` images besides weights, buffers and gradients.
+    """`(kept, peak)`: the bytes of a training step of `batch` images, without weights, buffers and their gradients.
 
-    kept: what the forward pass leaves for the backward pass. Under autocast, that has the bfloat16 copies of the
-        weights in it, which do not grow with the batch.
-    peak: the most at any time. Beyond `kept` there are the gradients that travel backwards, that of the weight at work
-        before it is added to the others, and what is recomputed of blocks with `checkpoint_every`.
+    kept: what the forward pass keeps for the backward pass. Under autocast this includes the bfloat16 copies of the
+        weights, which do not grow with the batch.
+    peak: the most at any time. It also has the gradients of activations, the gradient of one weight before it is added
+        to the stored one, and what is recomputed of blocks with `checkpoint_every`.
 
-    Counted over distinct storages, while the step runs on fake tensors with the CPU's kernels, whose attention keeps no
-    scores, as in flash attention. For GPUs this is an upper bound: their fused RMSNorm (torch >= 2.9) would leave of a
-    JiT-H 17 % less under autocast and 33 % less in bfloat16, and their dropout keeps one byte a number. On the other
-    hand an allocator rounds up and leaves gaps, and kernels have workspaces: neither is counted.
+    The step runs on fake tensors with the CPU's kernels, whose attention keeps no scores, like flash attention; each
+    storage counts once. For GPUs this is an upper bound: their fused RMSNorm (torch >= 2.9) would save 17 % of a JiT-H
+    under autocast and 33 % in bfloat16, and their dropout keeps one byte for each number. On the other hand, gaps of
+    the allocator and workspaces of kernels are not counted.
 
-    precision: "autocast" to bfloat16 over float32 weights; "bfloat16", of weights and all, as DeepSpeed's bf16 has it;
-    "float32"; whatever the dtype of the model given. The rest: as for `flops`.
+    precision: "autocast" to bfloat16 with float32 weights; "bfloat16", weights included, as with DeepSpeed's bf16; or
+    "float32". The dtype of the given model does not matter. The rest: as for `flops`.
     """
     check_precision(precision)
     flow = stand_in(flow, "meta").to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
@@ -125,9 +125,9 @@ def activation_bytes(
 
 
 def step_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[int, int]:
-    """`(kept, peak)` as in `activation_bytes`, of any model, as it is, and of `loss(model).backward()`.
+    """`(kept, peak)` as in `activation_bytes`, but of any model, in its own dtypes, and of `loss(model).backward()`.
 
-    loss: makes its inputs itself, on the CPU; it is given a copy of the model in which there are no numbers.
+    loss: called with a copy of the model that has no numbers; it makes its own inputs, on the CPU.
     """
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: no fused RMSNorm for mixed dtypes
@@ -143,9 +143,9 @@ def step_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[i
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, each storage once, for as long as it lives.
+    """Counts the bytes of all tensors made while it is active: each storage once, as long as it is alive.
 
-    now, peak: bytes. known: tensors that do not count, nor do views of them.
+    now, peak: bytes. known: tensors that, like views of them, are not counted.
     """
 
     def __init__(self, known: list[Tensor]):
@@ -186,7 +186,7 @@ def training_memory(
     """The bytes on each GPU that do not depend on the batch, by kind, for Adam under DeepSpeed ZeRO.
 
     trainable, frozen: numbers of parameters. stage: 0 (plain data parallelism) to 3. From stage 1 on the optimizer's
-    state is divided among the GPUs, from 2 on the gradients, from 3 on the weights.
+    state is divided among the GPUs, from 2 on also the gradients, at 3 also the weights.
 
         bytes for each trainable parameter           autocast, float32   bfloat16   divided from stage
         weights (and of frozen parameters)                    4              2              3
@@ -196,13 +196,13 @@ def training_memory(
         adam, its two moments                                 8              8              1
         ema, float32                                          4              4              1 (if kept by shards)
 
-    This is how DeepSpeed 0.19 keeps them with its AdamW and gradients accumulated in the dtype of the weights; for
-    bfloat16 and stage 2, it is its own estimate, 2 + 18 / n bytes. In stages 1 and 2 it copies a GPU's share of the
-    weights also where they are float32. Its buffers for communication come on top: their sizes are set in its
-    configuration, and by default some GB.
+    This is how DeepSpeed 0.19 keeps them, with its AdamW and gradients accumulated in the dtype of the weights. For
+    bfloat16 at stage 2 it equals DeepSpeed's own estimate, 2 + 18 / n bytes. At stages 1 and 2 DeepSpeed copies a GPU's
+    share of the weights even if they are float32. Its buffers for communication are not included; their sizes are set
+    in its configuration, and by default they take some GB.
 
     largest_layer: parameters of the largest layer, whose weights and gradients stage 3 gathers (gathered_layer).
-    Raises InputError for a stage, precision or number that does not exist.
+    Raises InputError for an impossible stage, precision or number.
     """
     check_precision(precision)
     if stage not in range(4):
@@ -225,7 +225,7 @@ def training_memory(
 
 # ---- Stand-ins -------------------------------------------------------------------------------------------------------
 def stand_in(flow: nn.Module, device: str) -> nn.Module:
-    """A copy whose parameters and buffers have the shapes and dtypes of the original, and nothing in them."""
+    """A copy of a module whose parameters and buffers have the same shapes and dtypes, but no values."""
     memo = {}
     for tensor in [*flow.parameters(), *flow.buffers()]:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -235,7 +235,7 @@ def stand_in(flow: nn.Module, device: str) -> nn.Module:
 
 
 def loss_of_noise(flow: AsymFlow, batch: int, image_shape: tuple[int, ...], device: str, conditions: dict) -> Tensor:
-    """The loss of a training step. Only shapes matter: there are no numbers in any of it."""
+    """The loss of a training step. Only shapes matter: all tensors are empty."""
     needed = conditions_needed(flow.backbone)
     if "labels" in needed and hasattr(flow.backbone, "num_classes"):
         conditions = {"labels": torch.empty(1, dtype=torch.long), **conditions}

@@ -6,12 +6,12 @@ A kind is a class with random access by index:
     dataset[i]            a `Sample`; raises UnreadableError, an InputError, if that image is damaged
     dataset.label(i)      its class, without reading the image
     num_classes           0 to num_classes - 1
-    check()               raises InputError if this machine, which got the object by pickle from the process that made
-                          it, has not the same files; may be left out
+    check()               optional. Another process, perhaps on another machine, made the object and sent it by pickle;
+                          raises InputError if this machine does not have the same files
 
-Its arguments are those of `path`, `count`, `size` and `seed` that it has, from the section data of a configuration:
-`data.path`, `data.size`, the side of the images in pixels, and `train.seed`. One of your own, named as
-`data.kind: mypackage.data:MyImages`, gets those of `data.options` as well.
+If its class has arguments called `path`, `count`, `size` or `seed`, they get `data.path`, `data.size`, the side of the
+images in pixels, and `train.seed` from the configuration. One of your own, named as
+`data.kind: mypackage.data:MyImages`, also gets `data.options`.
 """
 
 TABLE = {

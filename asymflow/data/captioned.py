@@ -1,6 +1,6 @@
-"""Images with captions, from where people have them: folders, JSON lines, WebDataset, and generated shapes.
+"""Images with captions, from folders, JSON lines and WebDataset shards, and generated shapes.
 
-Each is an object with `size()`, `caption()` and `pixels()`, which read what they need, when they are asked.
+Each is an object with `size()`, `caption()` and `pixels()`. Nothing is read before one of these is called.
 """
 
 import json
@@ -18,13 +18,13 @@ from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
-HEAD = 1 << 16  # bytes, in which the header of nearly every file is
+HEAD = 1 << 16  # bytes: nearly every image file has its header in them
 TURNED = (5, 6, 7, 8)  # orientations of EXIF in which a photograph lies on its side
-ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag of EXIF
 
 
 class Photo(NamedTuple):
-    """An image file, and its caption: itself, or the .txt or .json file in which it is. None if there is none."""
+    """An image file and its caption. text: the caption itself, or the .txt or .json file that holds it, or None."""
 
     file: Entry
     text: Entry | str | None
@@ -33,15 +33,15 @@ class Photo(NamedTuple):
         return str(self.file)
 
     def size(self) -> tuple[int, int]:
-        """(width, height), as it is seen, from the header alone. UnreadableError if it is no image."""
+        """(width, height) of the upright image, from the header alone. UnreadableError if it is no image."""
         try:
             short = self.file.size if 0 <= self.file.size < HEAD else HEAD
             return decoded(self.file._replace(size=short), upright_size)
-        except UnreadableError:  # some have long headers; WebP is not opened without all of it
+        except UnreadableError:  # some headers are longer, and Pillow opens a WebP only if all of it is there
             return decoded(self.file, upright_size)
 
     def caption(self) -> str:
-        """Without white space around it. UnreadableError if there is none, or nothing in it."""
+        """The caption, without white space around it. UnreadableError if there is none, or it is empty."""
         try:
             text = self.text.read().decode("utf-8-sig") if isinstance(self.text, Entry) else self.text
         except UnicodeDecodeError as e:
@@ -61,7 +61,7 @@ class Photo(NamedTuple):
         return text.strip()
 
     def pixels(self) -> Image.Image:
-        """In RGB, upright. UnreadableError if it is damaged."""
+        """The image in RGB, upright. UnreadableError if it is damaged."""
         return decoded(self.file, lambda image: to_rgb(upright(image)))
 
 
@@ -85,13 +85,13 @@ class Drawing(NamedTuple):
 
 
 def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
-    """All images of the given places, in an order that is always the same. No image is opened.
+    """All images in `data`, in an order that is always the same. No image is opened.
 
-    A folder, with the folders and .tar files in it, or a .tar file: the caption of IMAGE.jpg (png, webp, bmp) is
-    IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file: each line an object with the
-    path of an image, relative to the file, as "image", "file_name" or "path", and its caption under one of these names.
-    "shapes:COUNT": that many generated pictures of side x side pixels.
-    Raises InputError if there is no image, or a path is something else.
+    Each entry of `data` is one of these. A folder, with the folders and .tar files in it, or a .tar file: the caption
+    of IMAGE.jpg (png, webp, bmp) is IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file:
+    each line is an object with the path of an image, relative to the file, as "image", "file_name" or "path", and its
+    caption as "caption", "text" or "prompt". "shapes:COUNT": that many generated pictures of side x side pixels.
+    Raises InputError if there is no image, or an entry is something else.
     """
     data, found = [str(path) for path in data], []
     for path in data:
@@ -113,6 +113,7 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
 
 
 def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries, with each .tar file replaced by the files in it."""
     for entry in entries:
         if entry.path.endswith(".tar"):
             yield from tar_entries(entry.path)
@@ -121,7 +122,7 @@ def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
-    """Here a KEY goes up to the last dot: `1.v2.txt` is the caption of `1.v2.jpg`, in tar files as in folders."""
+    """The images, each with its caption. Names are compared up to the last dot: `1.v2.txt` belongs to `1.v2.jpg`."""
     entries = list(entries)
     texts = {(e.path, e.member): e for e in entries if (e.member or e.path).endswith((".txt", ".json"))}
     for entry in entries:
@@ -132,7 +133,7 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
 
 
 def json_lines(path: Path) -> Iterator[Photo]:
-    if not path.is_file():  # to open a pipe is to wait for someone to write to it
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise InputError(f"{path} is not a file")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
@@ -167,7 +168,7 @@ def is_json(entry: Entry) -> bool:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says and as it is seen, which is what its caption speaks of. PNG has no EXIF in its header."""
+    """Turn an image as EXIF says, as viewers show it and its caption describes it. A PNG has no EXIF in its header."""
     return image if image.format == "PNG" else ImageOps.exif_transpose(image)
 
 

@@ -1,4 +1,4 @@
-"""Shards of `asymflow data encode`: images with their latents and the embeddings of their captions, by number.
+"""Reads the shards of `asymflow data encode`: images with their latents and the embeddings of their captions.
 
     ds = EncodedShards("shards")
     height, width = ds.buckets[ds.bucket[0]]
@@ -27,16 +27,16 @@ from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError
 
 FORMAT = "asymflow encoded shards 1"
-COLUMNS = {"number", "span", "bucket", "problems"}  # of the index of a shard
+COLUMNS = {"number", "span", "bucket", "problems"}  # what the index of a shard must have
 EMPTY_PROMPT = "empty_prompt.safetensors"
-HEAD = 512  # bytes, in which the header of the tensors is
-KINDS = ("image", "facts", "tensors")  # of the files of a sample, in the order in which they are in the shard
+HEAD = 512  # bytes: the header of a sample's tensors is not longer
+KINDS = ("image", "facts", "tensors")  # the files of a sample, in their order in the shard
 
 
 class EncodedSample(NamedTuple):
     """image: (3, H, W) uint8. latent: (r, h, w) float32, as the transformer sees it: its tokens are
-    `latent.flatten(1).T`, row by row. prompt: (L, C), the embedding of the caption, as it is stored (bfloat16, unless
-    it was made otherwise). name: of the original. caption: what was embedded."""
+    `latent.flatten(1).T`, row by row. prompt: (L, C), the embedding of the caption, in the dtype in which it is stored
+    (by default bfloat16). name: of the original image. caption: the text that was embedded."""
 
     image: Tensor
     latent: Tensor
@@ -46,14 +46,14 @@ class EncodedSample(NamedTuple):
 
 
 class EncodedShards:
-    """Samples by number, in the order of the shards, each of which has samples of one bucket.
+    """Samples by number, in the order of the shards. Each shard has samples of one bucket.
 
-    buckets: the sizes (height, width) of the images. bucket: (n,) the index of its bucket for each sample. meta: what
-    meta.json holds; r is meta["rank"], and a latent token covers meta["patch_size"] pixels squared. empty_prompt:
-    (L, C), the embedding of no caption.
+    buckets: a list of image sizes (height, width). bucket: (n,), the index of each sample's bucket. meta: the content
+    of meta.json; r is meta["rank"], and a latent token covers meta["patch_size"] squared pixels. empty_prompt: (L, C),
+    the embedding of an empty caption.
 
-    A sample is read from where it lies, in one piece, and what is known of all of them is in a few arrays, so processes
-    that read may be forked. Raises InputError if the folder is not of `data encode`, or not all of it is there.
+    A sample is read in one piece from its place in the shard. The index is a few arrays, which forked workers share.
+    Raises InputError if the folder was not made by `data encode`, or is not complete.
     """
 
     def __init__(self, path: str | Path):
@@ -75,7 +75,7 @@ class EncodedShards:
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
-        self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): offset and size of each of KINDS
+        self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): (offset, size) of each of KINDS
         tensors, _ = files.read_tensors(self.path / EMPTY_PROMPT)
         form = {"prompt": tuple(self.meta["prompt_shape"])}
         files.check_tensors(tensors, form, str(self.path / EMPTY_PROMPT))
@@ -85,7 +85,7 @@ class EncodedShards:
         return len(self.bucket)
 
     def check(self) -> None:
-        """Raises InputError if this machine, where another process made this object, does not have the same shards."""
+        """Raises InputError if this machine has not the same shards as the one where this object was made."""
         check_shards(self.shards, self.fingerprints)
 
     def __getitem__(self, index: int) -> EncodedSample:
@@ -100,7 +100,7 @@ class EncodedShards:
         return sample
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image and latent as in `EncodedSample`, without reading the prompt, which is most of it. Raises the same."""
+        """Image and latent as in `EncodedSample`, without reading the prompt, the largest part. Raises the same."""
         size, shape = self.shapes(index)
         image, _, tensors = self.read(index, self.span[index, -1, 0] + HEAD + 4 * math.prod(shape))
         with self.naming(index):
@@ -113,27 +113,29 @@ class EncodedShards:
         return image, torch.from_numpy(latent.copy())
 
     def read(self, index: int, end: int) -> list[bytes]:
-        """The files of a sample, up to `end` in the shard, in one piece."""
+        """The files of a sample, read in one piece. end: the offset in the shard where to stop reading."""
         spans = self.span[index].tolist()
         start = spans[0][0]
         content = Entry(self.shards[self.shard[index]], offset=start, size=int(end) - start).read()
         return [content[offset - start : offset - start + size] for offset, size in spans]
 
     def shapes(self, index: int) -> list[tuple[int, ...]]:
-        """Of image and latent."""
+        """The shapes of a sample's image and latent."""
         bucket = self.buckets[self.bucket[index]]
         return [(3, *bucket), (self.meta["rank"], *(length // self.meta["patch_size"] for length in bucket))]
 
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
+        """A context that turns every error into an UnreadableError that names the sample."""
         try:
             yield
-        except Exception as e:  # damage shows in many ways
+        except Exception as e:  # a damaged file can raise many types of errors
             where = f"{self.shards[self.shard[index]]}: sample {index}"
             raise UnreadableError(f"{where} is damaged ({e or type(e).__name__})") from None
 
 
 def bytes_to_uint8(content: bytes) -> Tensor:
+    """Decode an image file to (3, H, W) uint8."""
     return to_uint8(Image.open(io.BytesIO(content)).convert("RGB"))
 
 

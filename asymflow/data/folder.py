@@ -1,4 +1,4 @@
-"""A folder of images in folders, one for each class, as ImageNet is downloaded."""
+"""A folder with one folder of images for each class, such as ImageNet as it is downloaded."""
 
 import os
 from pathlib import Path
@@ -15,14 +15,13 @@ CAPTION = ".txt"
 
 
 class ImageFolder:
-    """Images by number, cropped to size x size by `adm_crop`: PATH/CLASS/IMAGE, also with folders between the two.
+    """Images by number, cropped to size x size by `adm_crop`. The files are PATH/CLASS/IMAGE or PATH/CLASS/.../IMAGE.
 
     The classes are numbered in the order of their names, and so are the images. `classes` are the names. A file
-    IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image that is in
-    no class, or a class that has none.
+    IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image outside of
+    a class folder, or a class without images.
 
-    A million images on a local disk are listed in seconds. The list is in few pieces, which processes that read images
-    share.
+    A million images on a local disk are listed in seconds, into a few arrays, which forked workers share.
     """
 
     def __init__(self, path: str | Path, size: int):
@@ -38,7 +37,8 @@ class ImageFolder:
             names += [os.fsencode(image.removeprefix(self.path)) for image in images]
             labels += [label] * len(images)
             captioned += [caption_path(image) in captions for image in images]
-        # Arrays, not lists: to count the references to a million objects is to write, and so to copy, their memory.
+        # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
+        # and every memory page that they write to is copied.
         self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
 
     @property
@@ -49,9 +49,9 @@ class ImageFolder:
         return len(self.names)
 
     def check(self) -> None:
-        """Raises InputError if this machine, where another process made this object, does not have the same classes.
+        """Raises InputError if this machine has not the same classes as the one where this object was made.
 
-        Whether all images are there is not looked at: one that is not is an UnreadableError when its turn comes.
+        It does not look for each image: a missing one raises an UnreadableError when it is read.
         """
         if class_names(self.path) != self.classes:
             raise InputError(
@@ -70,7 +70,7 @@ class ImageFolder:
         return Entry(self.path + os.fsdecode(self.names[index]))
 
     def square(self, index: int) -> Image.Image:
-        """Raises UnreadableError, naming the file, if it is damaged."""
+        """The image, cropped to a square. Raises UnreadableError, naming the file, if it is damaged."""
         return adm_crop(read_image(self.entry(index)), self.size)
 
     def caption(self, index: int) -> bytes:

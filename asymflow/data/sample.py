@@ -1,4 +1,4 @@
-"""One image of a data set, with what is known of it."""
+"""One image of a data set, with its label, name and caption."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
-"""Generated pictures: one to three coloured shapes on a light ground, with a class and a caption.
+"""Generated pictures: one to three coloured shapes on a light background, with a class and a caption.
 
-Deterministic by index, at any resolution, and easy to check: what is in a picture can be read back from its pixels.
+Seed and index determine a picture, at any resolution, and its content can be read back from its pixels.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,16 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "orange": (255, 150, 30)}
 COUNTS = ("one", "two", "three")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-SUPERSAMPLING = 4  # samples along each axis of a pixel
-STREAM = 100  # of the generators keyed by (seed, index)
+SUPERSAMPLING = 4  # points along each axis of a pixel
+STREAM = 100  # the random stream of these pictures; see streams.py for the others
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. cells: of a 3 x 3 grid, row by row, one for each shape, in order.
+    """The content of a picture: n shapes of one kind and colour.
 
-    centers (n, 2) as (x, y), and radii (n,), are in units of the picture's side; ground: its grey level, 0 to 255.
+    cells: the cell of each shape in a 3 x 3 grid, counted row by row. centers (n, 2) as (x, y), and radii (n,), are in
+    units of the picture's side. ground: the grey level of the background, 0 to 255.
     """
 
     shape: int
@@ -57,7 +58,7 @@ class Shapes:
         return self.count
 
     def check(self) -> None:
-        """Nothing: they are the same on every machine."""
+        """Does nothing: the pictures are the same on every machine."""
 
     def label(self, index: int) -> int:
         return make_scene(self.seed, index).label
@@ -93,7 +94,7 @@ def render(scene: Scene, size: int) -> torch.Tensor:
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points, relative to the center and in units of the radius, belong to the shape. y points down."""
+    """Whether points belong to the shape. x, y: relative to its center, in units of its radius; y points down."""
     if shape == "circle":
         return x**2 + y**2 < 1
     if shape == "square":

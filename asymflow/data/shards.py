@@ -16,26 +16,26 @@ from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.pixels import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
 
-INDEX = ".index.npz"  # instead of .tar: where the samples of a shard lie
+INDEX = ".index.npz"  # replaces .tar in the name of the file that says where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}
-THREADS = 8  # read headers: on a network, each of them is waited for
-META, FORMAT = "meta.json", "asymflow shards 1"  # in a folder of shards made by `asymflow data pack`
+THREADS = 8  # threads that read headers, because a network file system is slow to give each of them
+META, FORMAT = "meta.json", "asymflow shards 1"  # of a folder of shards made by `asymflow data pack`
 
 Index = dict[str, np.ndarray]
-"""One row for each sample. name: of the image in the shard. label: its class. image, caption: (offset, size) of the
-bytes; a size of -1 means that there is none. Besides: fingerprint, of the shard; modified, when it last was, unless the
-index was made with it."""
+"""Columns with one row for each sample. name: of the image in the shard. label: its class. image, caption: (offset,
+size) of the bytes; a size of -1 means that there is none. Also `fingerprint`, of the shard, and `modified`, the time of
+its last change, which is left out if the index was written together with the shard."""
 
 
 class TarShards:
-    """Images by number, from one tar file or those of a folder, in the order of their names.
+    """Images by number, from one tar file, or from all tar files of a folder in the order of their names.
 
-    Each is read from where it lies, as if it were a file. It is cropped to size x size by `adm_crop`, which leaves one
-    that has that size as it is. Raises InputError if there is no image, or one has no class or is there twice, or if
-    the shards are of `asymflow data pack` and not all there, or smaller than `size`.
+    Each image is read from its place in the tar file. It is cropped to size x size by `adm_crop`, which does not change
+    an image of this size. Raises InputError if there is no image, or a sample has no class or two images, or if shards
+    of `asymflow data pack` are missing, or were packed at less than `size`.
 
-    Which bytes are whose is read from the headers once, and kept in an index beside each shard, or in the cache of the
-    user where nothing can be written there.
+    The headers of a tar file are read once. They are kept in an index beside it, or in the user's cache if its folder
+    is read-only.
     """
 
     def __init__(self, path: str | Path, size: int):
@@ -47,7 +47,8 @@ class TarShards:
         if not sum(counts):
             raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
         self.shard = np.repeat(np.arange(len(counts)), counts)
-        # One array each, not a million objects: to count the references to those is to write, and so to copy, memory.
+        # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
+        # and every memory page that they write to is copied.
         self.name, self.labels, self.image, self.caption = (
             np.concatenate([index[column] for index in indices]) for column in ("name", "label", "image", "caption")
         )
@@ -57,7 +58,7 @@ class TarShards:
         return len(self.labels)
 
     def check(self) -> None:
-        """Raises InputError if this machine, where another process made this object, does not have the same shards."""
+        """Raises InputError if this machine has not the same shards as the one where this object was made."""
         check_shards(self.shards, self.fingerprints)
 
     def label(self, index: int) -> int:
@@ -87,7 +88,7 @@ def shard_paths(path: Path, size: int) -> list[str]:
 
 
 def read_meta(folder: Path, form: str = FORMAT) -> dict:
-    """What `asymflow data pack` wrote about the shards in a folder; empty if it made none there (in this format)."""
+    """The meta.json of a folder of shards; empty if there is none in this format."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -96,7 +97,7 @@ def read_meta(folder: Path, form: str = FORMAT) -> dict:
 
 
 def read_index(shard: str) -> Index:
-    """The index of a tar file, from its headers. Raises InputError if it is damaged, or a sample is not complete."""
+    """Make the index of a tar file from its headers. InputError if the file is damaged, or a sample incomplete."""
     rows, found = [], samples(tar_entries(shard))
     with open(shard, "rb") as file:  # noqa: PTH123
         for key, kinds in found.items():
@@ -117,7 +118,7 @@ def read_index(shard: str) -> Index:
 
 
 def make_index(rows: list[tuple[str, int, int, int, int, int]]) -> Index:
-    """Of rows (name, label, offset and size of the image, offset and size of the caption)."""
+    """An index made of rows (name, label, offset and size of the image, offset and size of the caption)."""
     numbers = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)
     name = np.array([os.fsencode(row[0]) for row in rows], np.bytes_)
     return {"name": name, "label": numbers[:, 0], "image": numbers[:, 1:3], "caption": numbers[:, 3:5]}
@@ -125,9 +126,9 @@ def make_index(rows: list[tuple[str, int, int, int, int, int]]) -> Index:
 
 # ---- Indices that are kept: reading all headers of a million images takes minutes -----------------------------------
 def find_indices(shards: Sequence[str]) -> list[Index]:
-    """The index of each shard: the one that was kept, or one that is made of its headers, and kept for the next time.
+    """The index of each shard: the one on the disk, or a new one, which is then saved for the next time.
 
-    Says so, in one line of stderr, if some cannot be kept. Raises InputError as `read_index`.
+    Prints one line to stderr if some cannot be saved. Raises InputError as `read_index`.
     """
     kept = lambda shard: (load_index(shard, COLUMNS, path) for path in places(shard))
     indices = [next(filter(None, kept(shard)), None) for shard in shards]
@@ -153,7 +154,7 @@ def index_anew(shard: str) -> Index:
 
 
 def keep_index(shard: str, index: Index) -> str | None:
-    """In the first of its places that can be written to. Returns what is wrong with the last, if none can."""
+    """Save an index in the first of its `places` that can be written to. If none can, return the last error."""
     for path in places(shard):
         try:
             save_index(shard, index, str(index["fingerprint"]), path)
@@ -168,32 +169,32 @@ def index_path(shard: str | Path) -> Path:
 
 
 def places(shard: str) -> list[Path]:
-    """Where the index of a shard may be kept: beside it, and in the user's cache, if there is a home to have it in."""
+    """Where the index of a shard may be kept: beside it, or in the user's cache, if the user has a home folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (may stay "~")
     name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:32] + INDEX
     return [index_path(shard)] + ([cache / "asymflow" / "indices" / name] if cache.is_absolute() else [])
 
 
 def save_index(shard: str | Path, index: Index, fingerprint: str, path: Path | None = None) -> None:
-    """Beside the shard, or as `path`."""
+    """Save an index beside its shard, or at `path`."""
     with files.replacing(path or index_path(shard)) as beside:
         np.savez(beside, **{**index, "fingerprint": fingerprint})
 
 
 def load_index(shard: str | Path, columns: Collection[str], path: Path | None = None) -> Index | None:
-    """The index beside a shard, or at `path`; None unless it has these columns, and is of the shard as it is now."""
+    """The index beside a shard, or at `path`. None if a column is missing, or the shard has changed since."""
     try:
         with np.load(path or index_path(shard), allow_pickle=False) as arrays:
             index = dict(arrays)
         now = os.stat(shard)  # noqa: PTH116
         same = index["fingerprint"] == fingerprint(shard) and index.get("modified", now.st_mtime_ns) == now.st_mtime_ns
         return index if same and index.keys() >= set(columns) and index_fits_shard(index, now.st_size) else None
-    except Exception:  # damage shows in many ways; then the headers are read
+    except Exception:  # a damaged index can raise many types of errors; the caller then makes a new one
         return None
 
 
 def index_fits_shard(index: Index, size: int) -> bool:
-    """Whether the columns of an index are of one length, and all that they point to lies within a shard of `size`."""
+    """Whether all columns of an index have one length, and all offsets lie within a shard of `size` bytes."""
     rows = {len(index[column]) for column in (*COLUMNS, "number", "span") if column in index}
     spans = np.concatenate([index[column].reshape(-1, 2) for column in ("image", "caption", "span") if column in index])
     spans = spans[spans[:, 1] != -1]
@@ -201,7 +202,7 @@ def index_fits_shard(index: Index, size: int) -> bool:
 
 
 def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
-    """The size of a file and the checksum of its end, where the last sample is: in a moment, for any size."""
+    """The size of a file and the checksum of its end, which is fast for a file of any size."""
     with Path(shard).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - end))
@@ -209,7 +210,7 @@ def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
 
 
 def check_shards(shards: Sequence[str], fingerprints: Iterable[str]) -> None:
-    """InputError, naming the first, if a shard is missing or has another fingerprint."""
+    """InputError, naming the first such shard, if one is missing or has another fingerprint."""
     for shard, known in zip(shards, fingerprints, strict=True):
         if not os.path.isfile(shard) or fingerprint(shard) != known:  # noqa: PTH113
             here = "another file here than" if os.path.exists(shard) else "missing here, but not"  # noqa: PTH110

@@ -1,1 +1,1 @@
-"""How samples are held against data: features, and the distance between their distributions."""
+"""Comparing samples with data: features of images, and the distance between the distributions of features."""

@@ -1,7 +1,7 @@
-"""A small convolutional classifier of images: features for a Fréchet distance where Inception's make no sense.
+"""A small convolutional classifier, whose features replace Inception's in a Fréchet distance.
 
-It is for images that Inception never saw the like of (icons, sprites, generated shapes), or where its weights cannot be
-had. Distances in its features compare models trained on the same data; they are not FIDs.
+It is for images unlike any that Inception was trained on (icons, sprites, generated shapes), and for places where its
+weights cannot be downloaded. Distances in its features compare models trained on the same data; they are not FIDs.
 """
 
 from pathlib import Path
@@ -51,17 +51,17 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the logits are made of, (B, 4 width), float32."""
+        """The input of the last layer, (B, 4 width), float32."""
         return self.pooled(images)
 
     def save(self, path: str | Path) -> None:
-        """As a safetensors file."""
+        """Write a safetensors file."""
         about = {"format_of": FORMAT, "num_classes": str(self.num_classes), "width": str(self.width)}
         files.write_tensors(path, self.state_dict(), about)
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
-        """In eval mode. Raises InputError if the file is not whole, or not one that `save` wrote."""
+        """Read what `save` wrote. Returns it in eval mode. Raises InputError if the file is damaged or another."""
         tensors, about = files.read_tensors(path)
         if about.get("format_of") != FORMAT:
             raise InputError(f"{path} is not a classifier of this package: make one with Classifier.save")

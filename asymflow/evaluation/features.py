@@ -13,7 +13,7 @@ from asymflow.evaluation.classifier import Classifier
 CLASSIFIER = "classifier"
 
 
-EXTRACTORS = ("inception-v3-compat", "vgg16", CLASSIFIER)  # torch-fidelity's others run code that they download
+EXTRACTORS = ("inception-v3-compat", "vgg16", CLASSIFIER)  # torch-fidelity has others, which run downloaded code
 
 
 Features = Callable[[Tensor], Tensor]
@@ -23,9 +23,10 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     """A function from images (B, 3, H, W), uint8, to their features (B, F), float32, both on `device`.
 
     name: one of `EXTRACTORS`; with the features of "inception-v3-compat" the distance is the FID.
-    weights: a file with the weights of the extractor; without, torch-fidelity downloads them. For "classifier" it is
-        what `Classifier.save` wrote.
-    Raises InputError if torch-fidelity is not installed, the name is another, or the weights cannot be had or used.
+    weights: a file with the weights of the extractor; by default torch-fidelity downloads them. For "classifier" the
+        file that `Classifier.save` wrote.
+    Raises InputError if torch-fidelity is not installed, the name is unknown, or the weights cannot be downloaded or
+    used.
     """
     if name not in EXTRACTORS:
         raise InputError(f"the extractor must be one of {', '.join(EXTRACTORS)}, but it is {name!r}")
@@ -36,22 +37,22 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     if name == CLASSIFIER:
         register_classifier()
     elif weights is not None:
-        files.read_pickle(weights)  # torch-fidelity would run what is in it: it may hold nothing but tensors
+        files.read_pickle(weights)  # refuses code, which torch-fidelity would run when it loads the file
     layer = resolve_feature_layer_for_metric("fid", feature_extractor=name)
     options = {"feature_extractor_weights_path": None if weights is None else str(weights), "verbose": False}
     try:
         extractor = create_feature_extractor(name, [layer], cuda=False, **options).to(device)
     except OSError as e:
         raise InputError(f"the weights of {name} cannot be downloaded ({e}): give a file of them") from None
-    except (RuntimeError, TypeError, AttributeError) as e:  # by which torch says that a state dict does not fit
+    except (RuntimeError, TypeError, AttributeError) as e:  # torch raises these if a state dict does not fit
         raise InputError(f"{weights} does not hold the weights of {name}: {str(e).splitlines()[0]}") from None
     return torch.no_grad()(lambda images: extractor(images)[0])
 
 
 def register_classifier() -> None:
-    """Make "classifier" a feature extractor of torch-fidelity, in this process.
+    """Register "classifier" as a feature extractor of torch-fidelity, in this process.
 
-    Then its other metrics can use it too: `calculate_metrics(..., feature_extractor="classifier",
+    Other metrics of torch-fidelity can then use it too: `calculate_metrics(..., feature_extractor="classifier",
     feature_extractor_weights_path=FILE)`.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase

@@ -1,4 +1,4 @@
-"""The Fréchet distance between samples and data (FID, if the features are Inception's), with torch-fidelity's parts."""
+"""The Fréchet distance between samples and data, by torch-fidelity. With Inception's features it is the FID."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ Statistics = dict[str, np.ndarray]
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Of features (n, F), n >= 2: their mean and covariance, in float64."""
+    """Mean and covariance of features (n, F), n >= 2, in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     return fid_features_to_statistics(features.cpu().double())
@@ -29,20 +29,20 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def save_statistics(path: str | Path, of: Statistics, about: str) -> None:
-    """As an npz file with mu and sigma, which others write too, and `about`: what they are statistics of."""
+    """Write an npz file with mu and sigma, as others do too, and `about`: a description of the data."""
     with files.replacing(path) as beside:
         np.savez(beside, **of, about=about)
 
 
 def load_statistics(path: str | Path) -> tuple[Statistics, str]:
-    """mu and sigma from an npz file, such as those that ADM and JiT published for ImageNet, and what they are about."""
+    """Read (statistics, about) from an npz file, such as those of ADM and JiT for ImageNet, where `about` is empty."""
     try:
         with np.load(files.existing_file(path), allow_pickle=False) as arrays:
             mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
             about = str(arrays["about"]) if "about" in arrays else ""
     except InputError:
         raise
-    except Exception as e:  # of many types, for damage and for other content
+    except Exception as e:  # a damaged file, or another kind of file, can raise many types of errors
         raise InputError(f"{path} is no npz file with mu and sigma ({type(e).__name__}: {e})") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path} has mu {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F), all finite")

@@ -1,3 +1,3 @@
-"""The name by which the cards of adapters import the pipeline: it stays, wherever the pipeline itself is."""
+"""Published model cards import the pipeline from here, so this module stays, wherever the pipeline moves."""
 
 from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline as AsymFlux2KleinPipeline

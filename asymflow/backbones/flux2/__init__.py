@@ -1,16 +1,16 @@
 """FLUX.2 as a backbone: the stock transformer of diffusers, on latent tokens or lifted to pixels.
 
-A latent model predicts the velocity of latent tokens z of dimension r. With an orthonormal basis A (D, r) and a scale s
-for which A^T x / s is about z, where x are the pixel tokens of the same squares (`fit_procrustes`), it becomes a model
-of pixels: the input projection W_in becomes W_in A^T, the output projection W_out becomes A W_out. Between the two
-nothing changes. What it then puts out is an asymmetric velocity, so `AsymFlow` around it gives the velocity of pixels,
-inside of the subspace exactly that of the latent model (arXiv 2605.12964).
+A latent model predicts the velocity of latent tokens z of dimension r. `fit_procrustes` gives an orthonormal basis A
+(D, r) and a scale s for which A^T x / s is about z, where x are the pixel tokens of the same squares. With these the
+latent model becomes a model of pixels: the input projection W_in becomes W_in A^T, the output projection W_out becomes
+A W_out, and nothing between them changes. Its output is then an asymmetric velocity, so `AsymFlow` around it returns
+the velocity of pixels; inside of the subspace it is exactly that of the latent model (arXiv 2605.12964).
 
     latent = latent_flow(transformer)                     # of latents (B, r, h, w), rank r of r: u-prediction
     flow = latent_to_pixel(transformer, subspace)         # of normalized Oklab images (B, 3, H, W)
     u = flow(x_sigma, sigma, encoder_hidden_states=text)  # text embeddings (B, L, joint_attention_dim)
 
-Both share all weights but the two projections with the transformer that they are made of.
+Both share all weights of `transformer`, except that `flow` has projections of its own.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from asymflow.numerics import has_float64
 from asymflow.patches import CHANNEL_FIRST, patchify
 from asymflow.subspace import Subspace
 
-REFERENCE_TIME = 10  # of the first reference image in its position ids; the next ones follow at 20, 30, ...
-SIGMA_MIN = 1e-4  # of the published pixel model, in sampling
+REFERENCE_TIME = 10  # the time in the position ids of the first reference image; 20, 30, ... for the next ones
+SIGMA_MIN = 1e-4  # with which the published pixel model is sampled
 
 
 class Flux2(nn.Module):
-    """A `Flux2Transformer2DModel` with the interface of a backbone. It has no weights of its own.
+    """A `Flux2Transformer2DModel` with the interface of a backbone. It adds no weights.
 
-    transformer: with as many input and output channels as tokens have dimensions, and no guidance embedding.
-    patch_size: of the tokens; 1 if an image of it has one pixel for each token, as latents do.
-    scale: of the subspace of the `AsymFlow` around it; tokens of reference images are divided by it.
-    Raises InputError if the transformer has other channels going in than coming out, patches of its own, or a guidance
-    embedding.
+    transformer: has as many input and output channels as tokens have dimensions, and no guidance embedding.
+    patch_size: of the tokens; 1 for latents, which have one token for each of their "pixels".
+    scale: that of the subspace of the `AsymFlow` around it; tokens of reference images are divided by it.
+    Raises InputError if the transformer has different numbers of input and output channels, patches of its own, or a
+    guidance embedding.
     """
 
     token_order = CHANNEL_FIRST
@@ -48,7 +48,7 @@ class Flux2(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes; weights may be stored in another one, by diffusers' layerwise casting."""
+        """The dtype in which it computes. With diffusers' layerwise casting, weights are stored in another one."""
         return self.transformer.dtype
 
     def forward(
@@ -63,10 +63,9 @@ class Flux2(nn.Module):
         """The prediction for tokens (B, N, D) at the noise levels tau (B,), in the dtype of the transformer.
 
         encoder_hidden_states: text embeddings (B, L, joint_attention_dim). grid: (h, w) with h w = N.
-        condition_images: reference images (B, C, H_i, W_i), each of its own size, in the units of x0 of the flow. They
-        enter as further tokens, divided by the scale, so that they are clean latents inside of the subspace, each with
-        a time coordinate of its own in the position ids. joint_attention_kwargs: see diffusers; {"scale": 0.5} weakens
-        LoRAs.
+        condition_images: reference images (B, C, H_i, W_i), each of its own size, in the units of the flow's x0. They
+        become additional tokens, divided by the scale, so that inside of the subspace they are clean latents. Each
+        image has its own time in the position ids. joint_attention_kwargs: see diffusers; {"scale": 0.5} weakens LoRAs.
         """
         ids, count, dtype = [positions(grid, tokens.device)], tokens.shape[1], self.transformer.dtype
         parts = [tokens]
@@ -91,7 +90,7 @@ class Flux2(nn.Module):
 
 
 def positions(grid: Sequence[int], device: torch.device, time: int = 0) -> Tensor:
-    """Position ids (h w, 4) of the tokens of an image: time, row, column, and 0, the place in a text."""
+    """Position ids (h w, 4) of the tokens of an image: time, row, column, and 0 for the place in a text."""
     ids = torch.zeros(*grid, 4, dtype=torch.int64, device=device)
     ids[..., 0] = time
     ids[..., 1] = torch.arange(grid[0], device=device)[:, None]
@@ -100,7 +99,7 @@ def positions(grid: Sequence[int], device: torch.device, time: int = 0) -> Tenso
 
 
 def latent_flow(transformer: Flux2Transformer2DModel) -> AsymFlow:
-    """The latent model itself, as a flow of latents (B, r, h, w) as the transformer sees them: u-prediction.
+    """The latent model as an AsymFlow: u-prediction of latents (B, r, h, w), as the transformer sees them.
 
     Raises InputError as `Flux2`.
     """
@@ -110,14 +109,15 @@ def latent_flow(transformer: Flux2Transformer2DModel) -> AsymFlow:
 def latent_to_pixel(
     transformer: Flux2Transformer2DModel, subspace: Subspace, patch_size: int = 16, sigma_min: float = SIGMA_MIN
 ) -> AsymFlow:
-    """A pixel model that begins as the latent model, exactly (arXiv 2605.12964).
+    """A pixel model whose velocity, inside of the subspace, is exactly that of the latent model (arXiv 2605.12964).
 
-    transformer: of a latent model of r channels. subspace: of rank r, with its scale, see `fit_procrustes`; its tokens
-    are channel_first. patch_size: pixels along the side of what one latent token covers. sigma_min: see `AsymFlow`.
+    transformer: that of a latent model with r channels. subspace: of rank r, with its scale, see `fit_procrustes`; its
+    tokens are channel_first. patch_size: the side, in pixels, of the square that one latent token covers. sigma_min:
+    see `AsymFlow`.
 
-    The projections are lifted in float64 and have the dtype of the transformer, which stays as it is; the new one
-    shares all else with it, and the subspace comes to its device. Raises InputError if the subspace does not fit the
-    transformer or the patch size.
+    The lifted projections are computed in float64, and rounded to the dtype of the transformer. `transformer` is not
+    changed; the new one shares its other weights. The result is on the device of `transformer`. Raises InputError if
+    the subspace does not fit the transformer or the patch size.
     """
     check_transformer(transformer)
     if subspace.rank != transformer.config.in_channels:
@@ -136,13 +136,14 @@ def latent_to_pixel(
 
 
 def with_projections(transformer: Flux2Transformer2DModel, into: Tensor, out_of: Tensor) -> Flux2Transformer2DModel:
-    """A transformer for tokens of another dimension D, which shares the rest: x_embedder.weight (inner, D), proj_out.
+    """A transformer for tokens of another dimension D, with these projections. It shares all other weights.
 
-    Both get the dtype of the one that they replace.
+    into: x_embedder.weight, (inner, D). out_of: proj_out.weight, (D, inner). Both are cast to the dtype of the weights
+    that they replace.
     """
     config = {**transformer.config, "in_channels": into.shape[1], "out_channels": out_of.shape[0]}
-    config.pop("_use_default_values", None)  # names that from_config would give their defaults again
-    with torch.device("meta"):  # nothing is drawn, and no memory is taken twice
+    config.pop("_use_default_values", None)  # from_config would reset the keys that it lists to their defaults
+    with torch.device("meta"):  # initializes no weights, and allocates no memory for them
         other = Flux2Transformer2DModel.from_config(config)
     for name, module in transformer.named_children():
         if name not in ("x_embedder", "proj_out"):

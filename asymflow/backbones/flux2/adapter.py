@@ -1,11 +1,11 @@
-"""What a latent model and its pixel model differ in, as a file: LoRA layers, the full projections, and the subspace.
+"""Adapter files: what turns a latent model into a pixel model. LoRA layers, whole projections, and the subspace.
 
 The layout is that of the published `Lakonik/AsymFLUX.2-klein-9B`: safetensors with the names of diffusers'
-`Flux2Transformer2DModel`. A module that LoRA changes has `<module>.lora_A.weight` (rank, in) and
-`<module>.lora_B.weight` (out, rank), with alpha = rank: its weight becomes W + B A. Other tensors take the place of
-those of the base: `x_embedder.weight` (inner, D), `proj_out.weight` (D, inner), `norm_out.linear.weight`, and after
-full finetuning all others. `proj_buffer` (D, r) and `scale_buffer` are the subspace, of channel-first tokens of Oklab
-images, D = 3 patch^2.
+`Flux2Transformer2DModel`. A module with LoRA has `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight`
+(out, rank), with alpha = rank: its weight becomes W + B A. Other tensors replace those of the base model:
+`x_embedder.weight` (inner, D), `proj_out.weight` (D, inner), `norm_out.linear.weight`, and after a full finetuning all
+others. `proj_buffer` (D, r) and `scale_buffer` are the subspace, of channel-first tokens of Oklab images, D = 3
+patch^2.
 
     add_lora(transformer, rank=256)                          # for training: changes nothing yet
     write_adapter(folder, published_names(trained), subspace, transformer.config, fingerprint(latent_transformer))
@@ -33,15 +33,16 @@ from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST
 from asymflow.subspace import Subspace, checked_subspace
 
-ADAPTER = "asymflow"  # its name in the transformer, beside those of other LoRAs
+ADAPTER = "asymflow"  # the name of its LoRA layers in the transformer, which may have other LoRAs too
 WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"
 FORMAT = "asymflow adapter 1"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 FULL = ("x_embedder", "proj_out", "norm_out")  # modules that train in full
 BUFFERS = ("proj_buffer", "scale_buffer")
-ALWAYS = ("x_embedder.weight", "proj_out.weight", "norm_out.linear.weight")  # in every adapter, beside the buffers
-# Of the paper: all linear layers whose names are, or end with, one of these. The output projection of attention is
-# `attn.to_out` in single blocks only; in double blocks `attn.to_out.0` is meant to stay as it is.
+ALWAYS = ("x_embedder.weight", "proj_out.weight", "norm_out.linear.weight")  # in every adapter, as are the buffers
+# The layers that the paper trains with LoRA: all linear layers whose names are, or end with, one of these. The output
+# projection of attention is called `attn.to_out` in single blocks only. In double blocks it is `attn.to_out.0`, and
+# gets no LoRA on purpose.
 LORA_TARGETS = (
     "ff.linear_in",
     "ff.linear_out",
@@ -51,7 +52,7 @@ LORA_TARGETS = (
     "timestep_embedder.linear_2",
     "attn.to_out",
 )
-ARCHITECTURE = (  # what the reference's config.json has of the transformer's
+ARCHITECTURE = (  # keys of the transformer's configuration that the reference's config.json has
     "num_layers",
     "num_single_layers",
     "attention_head_dim",
@@ -81,7 +82,7 @@ transformer, its first and last layers in full, and the low-rank subspace. It ne
 
 # ---- For training ----------------------------------------------------------------------------------------------------
 def lora_modules(transformer: nn.Module, targets: Sequence[str] = LORA_TARGETS) -> list[str]:
-    """The names of the linear layers that are meant by `targets`. InputError if one of these means none."""
+    """The names of the linear layers that `targets` match. InputError if a target matches none."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in targets}
     if missing := [target for target, names in found.items() if not names]:
@@ -97,11 +98,11 @@ def add_lora(
     targets: Sequence[str] = LORA_TARGETS,
     name: str = ADAPTER,
 ) -> None:
-    """Put LoRA layers beside the linear layers that `targets` mean: W x + B A x, where B starts at zero.
+    """Add LoRA to the linear layers that `targets` match: W x + B A x, where B starts at zero.
 
-    dropout: of the input of A, in training mode. Weights are called `<module>.base_layer.weight` from now on, and
-    `<module>.lora_A.<name>.weight`, `<module>.lora_B.<name>.weight`; only these two still require gradients.
-    Raises InputError if a target means no linear layer, or the rank is below 1.
+    dropout: of the input of A, in training mode. The weights are now called `<module>.base_layer.weight`,
+    `<module>.lora_A.<name>.weight` and `<module>.lora_B.<name>.weight`; only the last two require gradients.
+    Raises InputError if a target matches no linear layer, or the rank is below 1.
     """
     from peft import LoraConfig
 
@@ -113,9 +114,10 @@ def add_lora(
 
 
 def published_names(state: Mapping[str, Tensor], name: str = ADAPTER) -> dict[str, Tensor]:
-    """The same tensors, by the names of the published layout.
+    """The same tensors under the names of the published layout.
 
-    state: by the names of the parameters of a transformer with the LoRA layers `name`, or of the `AsymFlow` around it.
+    state: tensors under the names of the parameters of a transformer, or of the `AsymFlow` around it. name: of its LoRA
+    layers.
     """
 
     def published(parameter: str) -> str:
@@ -126,10 +128,10 @@ def published_names(state: Mapping[str, Tensor], name: str = ADAPTER) -> dict[st
 
 
 def fingerprint(transformer: Flux2Transformer2DModel) -> str:
-    """SHA-256, in hexadecimal, of the projections of a latent model: it tells a base from one of the same shapes.
+    """SHA-256, in hexadecimal, of the projections of a latent model, which differ between models of the same shapes.
 
-    Of the weights rounded to bfloat16, so that it is the same whether they were loaded as float32 or as bfloat16. What
-    was done to the blocks alone, such as a LoRA merged into them, it does not tell.
+    The weights are rounded to bfloat16 first, so that it is the same if they were loaded as float32. It does not detect
+    a change of the blocks alone, such as a LoRA merged into them.
     """
     digest = hashlib.sha256()
     for layer in (transformer.x_embedder, transformer.proj_out):
@@ -150,13 +152,13 @@ def write_adapter(
 ) -> None:
     """Write the weights, a config.json for the reference's loader, and a model card, to a new or an empty folder.
 
-    tensors: by published names, in the dtypes that the file is to have. transformer_config: of the latent or the pixel
-    transformer. fingerprint: of the latent one, so that a wrong base is recognized later. base_name: its folder or
-    repository, to be named then to whoever gave a wrong one; it is never opened.
+    tensors: under their published names, in the dtypes that the file is to have. transformer_config: of the latent or
+    the pixel transformer. fingerprint: of the latent transformer; with it, loading refuses another base model.
+    base_name: the folder or repository of the base model. It is never opened; loading names it when it refuses a base.
 
-    The weights come last and whole, and there is no adapter without them. The buffers are in float32; the scale to the
-    last digit is in the metadata, and so are the names and shapes of all tensors. Raises InputError if there is
-    something in the folder, if a tensor that every adapter has is missing, or if the subspace is not of such tokens.
+    The file of weights is written last, whole or not at all, and without it the folder is no adapter. Buffers are in
+    float32; the metadata have the exact scale, and names and shapes of all tensors. Raises InputError if the folder is
+    not empty, if a tensor that every adapter has is missing, or if the subspace is for other tokens.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -168,7 +170,7 @@ def write_adapter(
             f"and {subspace.color_space}"
         )
     patch_size = patch_size_of(subspace.dim, f"the adapter for {folder}")
-    usual = inspect.signature(Flux2Transformer2DModel).parameters  # a config.json may hold what differs from it only
+    usual = inspect.signature(Flux2Transformer2DModel).parameters  # defaults of keys that a config.json may leave out
     config = {
         "_class_name": "AsymFlux2Transformer2DModel",
         "patch_size": patch_size,
@@ -202,11 +204,12 @@ def own_version() -> str:
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: str = ADAPTER) -> AsymFlow:
-    """The pixel model of a latent model and an adapter, in eval mode, on the device and in the dtype of the former.
+    """The pixel model made of a latent model and an adapter, in eval mode, with the latent model's device and dtype.
 
-    transformer: of the latent model. It is used up: its blocks become those of the pixel model, with the LoRA layers
-        `name` in them, or with other weights after full finetuning. Its own first and last layers stay, so with LoRA,
-        `flow.backbone.transformer.disable_adapters()` makes it the latent model again, to the last bit.
+    transformer: that of the latent model. The pixel model takes over its blocks, and adds LoRA layers called `name` to
+        them, or replaces their weights if the adapter is of a full finetuning. The first and last layers of
+        `transformer` do not change: with LoRA, `flow.backbone.transformer.disable_adapters()` makes `transformer` the
+        latent model again, to the last bit.
     path: a folder of `write_adapter`, a safetensors file, or a repository of the Hugging Face Hub, or a file in one.
     Raises InputError if the file is damaged, a pickle, or no adapter; if a tensor is missing, unexpected, misshaped or
     not finite, or the basis not orthonormal; if the adapter was made of another base model.
@@ -227,7 +230,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
 
     pixel = with_projections(transformer, full["x_embedder.weight"], full["proj_out.weight"])
     pixel.norm_out = copy.deepcopy(transformer.norm_out)
-    # The shapes of all parameters but the projections are the base's; those of the projections were checked above.
+    # Apart from the projections, whose shapes were checked above, all parameters must have the shapes of the base's.
     shapes = {key: tuple(weight.shape) for key, weight in pixel.named_parameters() if key in full}
     files.check_tensors(full, shapes, str(path))
     check_lora(pixel, lora, path)
@@ -252,7 +255,7 @@ def is_lora(name: str) -> bool:
 
 
 def find(path: str | Path) -> Path:
-    """The file of an adapter that is here, or on the Hub."""
+    """The weights file of an adapter that is on this disk, or downloaded from the Hub."""
     path = Path(path)
     if path.suffix in hub.PICKLES:
         raise InputError(f"{path} is a pickle, which can carry code, and is not read: ask for safetensors")
@@ -265,21 +268,21 @@ def find(path: str | Path) -> Path:
 
 
 def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: str | Path) -> None:
-    """InputError unless what is needed is there, and all that is there is of finite floating point numbers."""
+    """InputError unless all `needed` tensors are there, and all tensors are of finite floating point numbers."""
     if missing := [name for name in needed if name not in tensors]:
         raise InputError(f"{source} does not fit: missing tensors: {', '.join(missing)}")
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # as float: for float8
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # float8 has no isfinite
             raise InputError(f"{source} does not fit: {name} has entries that are not finite floating point numbers")
 
 
 def check_base(
     transformer: Flux2Transformer2DModel, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> None:
-    """InputError unless the adapter is of this base: by the shapes of what every adapter has, and the fingerprint."""
+    """InputError unless shapes and, if the file has one, the fingerprint are those of this base model."""
     inner, channels = transformer.x_embedder.weight.shape
     dim = len(tensors["proj_buffer"]) if tensors["proj_buffer"].ndim else 0
-    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # of a file of somebody else
+    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # printed below, and written by a stranger
     trained_on = f" (it was trained on {base})" if base else ""
     shapes = {
         "x_embedder.weight": (inner, dim),
@@ -295,7 +298,7 @@ def check_base(
     ]
     if wrong:
         raise InputError(f"{path} is of another base model: {'; '.join(wrong)}{trained_on}")
-    # Weights loaded as float16 may have lost what the fingerprint is of.
+    # Not if the weights were loaded as float16: they may have been rounded, and the fingerprint would differ.
     made_of = metadata.get("base_fingerprint")
     if made_of and transformer.dtype != torch.float16 and made_of != fingerprint(transformer):
         given = transformer.config.get("_name_or_path") or "this one"
@@ -306,7 +309,7 @@ def check_base(
 
 
 def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -> None:
-    """InputError unless the LoRA tensors are pairs that fit linear layers of the transformer."""
+    """InputError unless the LoRA tensors come in pairs that fit linear layers of the transformer."""
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for key in lora:
         module = key.removesuffix(LORA_A).removesuffix(LORA_B)
@@ -331,9 +334,10 @@ def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -
 
 
 def check_whole(transformer: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """InputError unless nothing is missing: by the list of our own files, else by comparing the blocks.
+    """InputError if a tensor is missing.
 
-    In a file of others, what has LoRA in one block must have it in all.
+    A file of this library lists its tensors in its metadata. In any other file, a layer that has LoRA in one block must
+    have it in all blocks.
     """
     if metadata.get("asymflow_format") == FORMAT and "tensors" in metadata:
         try:
@@ -351,7 +355,10 @@ def check_whole(transformer: nn.Module, tensors: Mapping[str, Tensor], metadata:
 
 
 def scale_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> float:
-    """To the last digit, where it is a file of ours; InputError if that is not what the buffer says."""
+    """The scale: from the metadata, which have it exactly, in our own files; else from the buffer.
+
+    InputError if the two differ.
+    """
     stored = tensors["scale_buffer"].item()
     if metadata.get("asymflow_format") != FORMAT:
         return stored
@@ -359,7 +366,7 @@ def scale_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
         scale = float(metadata["scale"])
     except (KeyError, ValueError):
         scale = math.nan
-    if not math.isclose(scale, stored, rel_tol=2**-7):  # they may have been rounded to bfloat16
+    if not math.isclose(scale, stored, rel_tol=2**-7):  # somebody may have rounded the tensors to bfloat16
         raise InputError(f"{path} does not fit: scale_buffer is {stored:g}, its metadata say {metadata.get('scale')}")
     return scale
 

@@ -1,4 +1,4 @@
-"""Text to image with a pixel FLUX.2 klein: a pipeline of diffusers, whose parts are all stock but the flow.
+"""Text to image with a pixel FLUX.2 klein: a pipeline of diffusers in which only the flow is not stock.
 
     pipeline = AsymFlux2KleinPipeline.from_pretrained(BASE, adapter=ADAPTER, torch_dtype=torch.bfloat16).to("cuda")
     image = pipeline(prompt="a red square", generator=torch.Generator().manual_seed(0)).images[0]
@@ -10,7 +10,7 @@ further LoRAs,
     pipeline.load_lora_weights("style.safetensors", adapter_name="style")
     pipeline.set_adapters("style", 0.8)
 
-Those of the adapter, which make it a model of pixels, stay in force.
+The adapter's own LoRAs, which make it a model of pixels, always stay active.
 """
 
 import json
@@ -35,14 +35,14 @@ from asymflow.patches import token_grid
 from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
 
 SIZE = 1024  # pixels along each side, by default
-NUDGE = 2e-6  # see `set_levels`
+NUDGE = 2e-6  # how much a scheduler may change a noise level, see `set_levels`
 
 
 class AsymFlux2KleinPipeline(Flux2KleinPipeline):
-    """Images of normalized Oklab pixels by a FLUX.2 klein with an adapter; made by `from_pretrained`, or by `use`.
+    """Draws images with a FLUX.2 klein and an adapter, in normalized Oklab pixels. Made by `from_pretrained` or `use`.
 
-    `transformer` is that of the pixel model, `scheduler` a UniPC for flows; another one for flows that takes noise
-    levels as they are, such as `FlowMatchEulerDiscreteScheduler()`, may take its place. `vae` is None.
+    `transformer` is that of the pixel model. `scheduler` is a UniPC for flows; it may be replaced by another one for
+    flows that does not change the noise levels, such as `FlowMatchEulerDiscreteScheduler()`. `vae` is None.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -55,7 +55,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         """The pipeline of a base model and an adapter, each a folder here or a repository of the Hugging Face Hub.
 
         options: those of `diffusers.DiffusionPipeline.from_pretrained`, such as torch_dtype.
-        Raises InputError if the base is not a base model of FLUX.2 klein in diffusers' layout, or as `load_adapter`.
+        Raises InputError if the base is not a FLUX.2 klein base model in diffusers' layout, or as `load_adapter`.
         """
         if adapter is None:
             raise InputError(
@@ -80,13 +80,13 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
 
     def load_lora_weights(self, *args, **options) -> None:
-        """Load a further LoRA, as diffusers does it: it takes the place of others, but joins those of the adapter."""
+        """Load a further LoRA, as diffusers does. It replaces other LoRAs, but the adapter's stay active."""
         super().load_lora_weights(*args, **options)
         if ADAPTER in self.get_list_adapters().get("transformer", []):
             self.transformer.set_adapter([ADAPTER, *self.get_active_adapters()])
 
     def unload_lora_weights(self, *args, **options) -> None:
-        """Remove the further LoRAs. Those of the adapter stay: without them it were no model of pixels."""
+        """Remove the further LoRAs. Those of the adapter stay: without them it would be no model of pixels."""
         names = self.get_list_adapters().get("transformer", [])
         if ADAPTER not in names:
             super().unload_lora_weights(*args, **options)
@@ -95,7 +95,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             self.set_adapters([ADAPTER])
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights=None) -> None:
-        """Have the further LoRAs of these names in force, with these weights, and always those of the adapter."""
+        """Activate the further LoRAs of these names, with these weights. The adapter's stay active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
         if ADAPTER in self.get_list_adapters().get("transformer", []) and ADAPTER not in names:
@@ -110,14 +110,14 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             super().disable_lora()
 
     def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
-        """Sample from this flow from now on: one around `Flux2`, of Oklab images. Returns the pipeline."""
+        """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline."""
         self.register_modules(transformer=flow.backbone.transformer)
         self._subspace, self._sigma_min = flow.subspace, flow.sigma_min
         return self
 
     @property
     def flow(self) -> AsymFlow:
-        """The pixel model. Made anew each time, of the transformer that is here now: users wrap and compile it."""
+        """The pixel model. It is made anew each time, because users may have wrapped or compiled `transformer`."""
         subspace = self._subspace.to(self._execution_device)
         backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale)
         return AsymFlow(backbone, subspace, sigma_min=self._sigma_min).eval()
@@ -148,22 +148,22 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
     ) -> Flux2PipelineOutput | tuple:
         """Draw images. Returns them as `.images`, image j of prompt i at i * num_images_per_prompt + j.
 
-        image: reference images, of any sizes. Those above 1024^2 pixels are made smaller, all are cropped to multiples
+        image: reference images, of any sizes. Those above 1024^2 pixels are made smaller; all are cropped to multiples
             of the patch size.
         prompt: one, or a list; or else prompt_embeds (B, L, joint_attention_dim).
         height, width: in pixels, multiples of the patch size. By default those of the first reference image, or 1024.
         sigmas: noise levels from 1 downwards, without the 0 at the end; by default `num_inference_steps` of them, see
             `sigma_grid` and `dynamic_shift`.
-        guidance_scale: at most 1: none. negative_prompt_embeds: what guidance leads away from, the empty prompt by
-            default: (B, L, ...), or (1, L, ...) for all.
+        guidance_scale: no guidance if it is 1 or less. negative_prompt_embeds: guidance leads away from it; by default
+            the empty prompt. (B, L, ...), or (1, L, ...) for all prompts.
         generator: one, or one for each image. latents: the noise itself, (n, 3, height, width).
-        output_type: "pil", "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1], or "latent": normalized
-            Oklab (n, 3, height, width) in float32, not clamped.
-        attention_kwargs: see diffusers. A "scale" is one of all LoRA layers, those of the adapter too.
-        callback_on_step_end: called as callback(pipeline, step, timestep, tensors), with those of the tensors
-            latents, prompt_embeds and negative_prompt_embeds that are named; those that it returns are used.
-        orthogonal_guidance: see `guided`. clamp_denoised: after each evaluation, keep the denoised image within the
-            colours that a screen can show (both arXiv 2605.12964). The integration is done in float32.
+        output_type: "pil"; "np", (n, height, width, 3) in [0, 1]; "pt", (n, 3, height, width) in [0, 1]; or "latent",
+            normalized Oklab (n, 3, height, width) in float32, not clamped.
+        attention_kwargs: see diffusers. A "scale" applies to all LoRA layers, also to those of the adapter.
+        callback_on_step_end: called as callback(pipeline, step, timestep, tensors). `tensors` are those of latents,
+            prompt_embeds and negative_prompt_embeds that are named; the ones that it returns replace them.
+        orthogonal_guidance: see `guided`. clamp_denoised: clamp the denoised image to the colours that a screen can
+            show, after each evaluation (both arXiv 2605.12964). The integration is done in float32.
         Raises InputError, or ValueError as diffusers does, if the arguments do not fit together.
         """
         named = callback_on_step_end_tensor_inputs
@@ -234,7 +234,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         return Flux2PipelineOutput(images=result) if return_dict else (result,)
 
     def reference(self, image: Image.Image, patch_size: int) -> Tensor:
-        """A reference image in normalized Oklab, (1, 3, height, width), as large as the stock pipeline takes it."""
+        """A reference image in normalized Oklab, (1, 3, height, width), reduced as in the stock pipeline."""
         try:
             self.image_processor.check_image_input(image)
         except ValueError as e:
@@ -259,14 +259,14 @@ def flow_unipc() -> UniPCMultistepScheduler:
 
 
 def set_levels(scheduler: SchedulerMixin, levels: list[float], device: torch.device) -> Tensor:
-    """Have the scheduler go through these noise levels, the last one 0, and return its timesteps.
+    """Set the scheduler to these noise levels, of which the last is 0, and return its timesteps.
 
-    What UniPC makes of them: `sigmas` are the levels, rounded to float32 at the end, but it takes 1e-6 off a first
-    level of 1, where log(1 - sigma) is infinite. That moves x by 1e-6 of the velocity. The last step is of order 1, and
-    log(0) comes in only as exp(-inf): it ends exactly at the denoised image. `timesteps`, 1000 sigma, are cut to whole
-    numbers, so that two of them may be equal: the steps are counted from begin_index instead of looked up.
+    UniPC changes them slightly. Its `sigmas` are the levels rounded to float32, except that a first level of 1, where
+    log(1 - sigma) is infinite, is lowered by 1e-6; that moves x by 1e-6 of the velocity. Its last step is of order 1
+    and uses log(0) only as exp(-inf), so it ends exactly at the denoised image. Its `timesteps`, 1000 sigma, are cut to
+    whole numbers, and two may be equal; so it must count its steps from begin_index, not look them up by timestep.
 
-    Raises InputError if the scheduler goes another way: it has a shift of its own, or several evaluations a step.
+    Raises InputError if the scheduler uses other levels, because of a shift of its own or several evaluations a step.
     """
     reason = None
     try:
@@ -288,7 +288,7 @@ def set_levels(scheduler: SchedulerMixin, levels: list[float], device: torch.dev
 
 # ---- The base --------------------------------------------------------------------------------------------------------
 def check_base_folder(base: Path) -> None:
-    """InputError if this is a folder, but not one of a FLUX.2 klein, or if it can be neither that nor a repository."""
+    """InputError if `base` is a folder without a FLUX.2 klein, or is neither a folder nor the name of a repository."""
     if not base.is_dir():
         if base.exists() or len(base.parts) != 2 or base.is_absolute():
             raise InputError(f"there is no folder {base}: give that of a FLUX.2 klein base model in diffusers' layout")

@@ -1,7 +1,7 @@
 """JiT: the plain pixel transformer of Li and He (arXiv 2511.13720), as a network on tokens.
 
-Shape letters: B images, N tokens of the image, n tokens with those of the class in context, D numbers in a token,
-W width, H heads, d numbers in a head.
+Shape letters: B images, N tokens of an image, n tokens including those of the class, D numbers in a token, W width,
+H heads, d numbers in a head.
 """
 
 import math
@@ -27,20 +27,20 @@ SIZES = {  # B, L, H as published; tiny for tests, S for laptops
 
 
 class JiT(nn.Module):
-    """Tokens and their noise level to a prediction of the same shape; the condition is a class.
+    """A transformer from tokens, their noise level and a class to a prediction of the tokens' shape.
 
     `jit(tokens (B, N, D), tau (B,), labels (B,), grid=(h, w))` returns (B, N, D). Labels run from 0 to num_classes - 1;
     num_classes, the last index, means "no class".
 
     patch_size, channels: D = channels * patch_size^2. image_size: in pixels, of square images; `grid` overrides it.
     width, depth, heads: of the transformer. bottleneck: the rank of the patch embedding.
-    in_context_start, in_context_tokens: before that block, so many tokens made from the label join the sequence.
+    in_context_start, in_context_tokens: so many tokens, made from the label, join the sequence before this block.
     mlp_ratio: the SwiGLUs have int(2/3 mlp_ratio width) hidden units.
-    dropout: of the projections, attention_dropout: of the attention, in the middle half of the blocks.
-    checkpoint_every: recompute every n-th block in the backward pass to save memory; 1 all of them, 0 none.
+    dropout: of the projections; attention_dropout: of the attention. Both only in the middle half of the blocks.
+    checkpoint_every: recompute every n-th block in the backward pass to save memory; 1 means all of them, 0 none.
 
-    Tokens between the blocks have the dtype of the weights, under autocast too: sums of many terms stay in float32.
-    Raises InputError if the sizes make no network.
+    Tokens between the blocks have the dtype of the weights, under autocast too: the residual sums stay in float32.
+    Raises InputError if the sizes do not fit together.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class JiT(nn.Module):
 
     @classmethod
     def from_name(cls, name: str, **options) -> "JiT":
-        """A published size by name, such as "B/16": sizes B, L, H, and S and tiny, at any patch size.
+        """A JiT by its name SIZE/PATCH, such as "B/16". Sizes are B, L and H, as published, and S and tiny.
 
-        Unless given, the image size is 16 patches: 256 pixels for /16, 512 for /32. `options`: as for the class.
+        The image size is 16 patches, unless given: 256 pixels for /16, 512 for /32. `options`: as for the class.
         """
         size, _, patch = name.partition("/")
         if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
@@ -154,17 +154,17 @@ class JiT(nn.Module):
             raise InputError(
                 f"return_tokens_after must be from 1 to {len(self.blocks)}, but it is {return_tokens_after}"
             )
-        # On a GPU, looking at the values would make the CPU wait for it: samplers and data sets check them beforehand.
-        # Fake tensors, by which costs are counted, have no values.
+        # Not on a GPU, where reading the labels would make the CPU wait: samplers and data sets check them beforehand.
+        # Nor for the fake tensors by which costs are counted: they have no values.
         if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
             check_labels(labels, self.num_classes)
 
     @torch.no_grad()
     def seed_patch_embedding(self, subspace: Subspace) -> None:
-        """Start the first rows of the bottleneck as the directions of the subspace (arXiv 2605.12964).
+        """Set the first rows of the bottleneck to the directions of the subspace (arXiv 2605.12964).
 
-        They get the norm that Xavier initialization gives to the others. Of a subspace of a rank above the bottleneck,
-        the leading directions are taken. Raises InputError if the subspace is of other tokens.
+        They get the norm that Xavier initialization gives to the other rows. If the rank is above the bottleneck, the
+        leading directions are taken. Raises InputError if the subspace is for other tokens.
         """
         weight = self.x_embedder.proj1.weight
         if subspace.dim != self.dim:
@@ -175,7 +175,7 @@ class JiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As published: Xavier-uniform, N(0, 0.02) for the embeddings; zero for the modulation and the head."""
+        """Initialize as published: Xavier-uniform; N(0, 0.02) for embeddings; zero for the modulation and the head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -196,7 +196,7 @@ class JiT(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Through a bottleneck, without bias, to the width. A convolution with the patch as its stride, on tokens."""
+    """Tokens to width W through a bottleneck. On tokens, it is what JiT's convolution with stride patch_size does."""
 
     def __init__(self, dim: int, bottleneck: int, width: int):
         super().__init__()
@@ -208,7 +208,7 @@ class PatchEmbedding(nn.Module):
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """256 sinusoids of the noise level in [0, 1], cosines first, periods up to 10,000 * 2 pi, and two layers."""
+    """256 sinusoids of the noise level in [0, 1], cosines first, with periods up to 10,000 * 2 pi; then two layers."""
 
     WAVES = 256
 
@@ -249,8 +249,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float):
         super().__init__()
         self.heads, self.attention_dropout = heads, attention_dropout
-        # Whether queries, keys and values meet in float32, also under autocast: see `asymflow.precision`. Not of the
-        # class: where it became one of the instance, Dynamo would compile every block anew.
+        # Whether attention is computed in float32, even under autocast: see `asymflow.precision`. An attribute of the
+        # instance: if it were one of the class, setting it on an instance would make Dynamo compile every block anew.
         self.float32_attention = False
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
@@ -260,7 +260,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
-        weights = self.q_norm.weight.dtype  # under autocast, q and k are rounded once: after norm and rotation
+        weights = self.q_norm.weight.dtype  # so that under autocast q and k are rounded once, after norm and rotation
         met = at_least_float32(v) if self.float32_attention else v.dtype
         q = rotate(self.q_norm(q.to(weights)), rotation).to(met)
         k = rotate(self.k_norm(k.to(weights)), rotation).to(met)
@@ -271,7 +271,7 @@ class Attention(nn.Module):
 
 
 def swiglu_width(width: int, mlp_ratio: float) -> int:
-    return int(width * mlp_ratio * 2 / 3)  # two input matrices instead of one: at 2/3 of the units, as many weights
+    return int(width * mlp_ratio * 2 / 3)  # a SwiGLU has three matrices, an MLP two: so it has as many weights
 
 
 class SwiGLU(nn.Module):
@@ -300,7 +300,7 @@ class Head(nn.Module):
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
-# ---- Positions: computed where they are used, so that any grid works and no checkpoint has to carry them -------------
+# ---- Positions: computed when they are used, so that any grid works, and no checkpoint contains them -----------------
 def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | str = "cpu") -> Tensor:
     """Fixed positions (h * w, width): sines, then cosines of the column in the first half, of the row in the second."""
     omega = 10000.0 ** -(torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))

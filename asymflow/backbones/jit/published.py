@@ -1,14 +1,14 @@
-"""Reading what others have published: the AsymFlow and JiT models of ImageNet, and the reference's subspace files.
+"""Reading published files: the AsymFlow and JiT models of ImageNet, and the reference implementation's subspaces.
 
-All of it becomes the objects of this library, so that nothing else needs to know of other layouts:
+They become objects of this library, so that no other module needs to know their layouts:
 
 * `Lakonik/AsymFlow-ImageNet`, safetensors: a JiT with the subspace in it (`proj_buffer`, `scale_buffer`).
 * Plain JiT (arXiv 2511.13720), the same without a subspace: safetensors, or the checkpoints of LTH14/JiT, pickles that
-  hold the weights three times (as trained, and two moving averages). It predicts x0 and is told the time 1 - sigma.
-  Both differences are linear, and folded into the weights: the baseline is an asymmetric flow of rank 0.
+  hold the weights three times (as trained, and two moving averages). It predicts x0, not -x0, and its input is the time
+  1 - sigma, not sigma. Both differences are linear, and folded into the weights, so it is an asymmetric flow of rank 0.
 * Subspace files, pickles: `proj_mat_p16` (D, r), and `scale_p16` if it was fitted by Procrustes.
 
-A checkpoint also holds positions, which are no weights. JiT computes them; they are only compared here.
+A checkpoint also holds position embeddings, which are not trained. Our JiT computes them; here they are only compared.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST
 from asymflow.subspace import Subspace, checked_subspace
 
 WEIGHTS = {"ema1": "model_ema1", "ema2": "model_ema2", "model": "model"}  # in LTH14/JiT's checkpoints
-JIT_TENSORS = {"x_embedder.proj1.weight", "in_context_posemb", "blocks.0.mlp.w12.weight"}  # any of them says: a JiT
+JIT_TENSORS = {"x_embedder.proj1.weight", "in_context_posemb", "blocks.0.mlp.w12.weight"}  # any of them: it is a JiT
 SUBSPACE_TENSORS = {"proj_buffer", "scale_buffer"}
-PUBLISHED_NAMES = [  # from the names of our JiT, in this order
+PUBLISHED_NAMES = [  # replacements, in this order, that turn the names of our JiT into the published ones
     ("attention.", "attn."),
     ("modulation.", "adaLN_modulation.1."),
     ("head.norm.", "final_layer.norm_final."),
@@ -39,8 +39,9 @@ PUBLISHED_NAMES = [  # from the names of our JiT, in this order
     ("y_embedder.", "y_embedder.embedding_table."),
     ("in_context_positions", "in_context_posemb"),
 ]
-# Positions may be off by this much: by 2^-9 in files of 16 bits, and by some 1e-4 in LTH14/JiT's averages, for it
-# averages the positions too, and an average of equal numbers drifts in float32. Other positions are off by about 1.
+# How far positions may differ from ours. In files of 16 bits they differ by up to 2^-9. In LTH14/JiT's averages they
+# differ by about 1e-4, because it averages them too, and an average of equal numbers drifts in float32. Those of
+# another model differ by about 1.
 POSITION_TOLERANCE = 0.01
 
 
@@ -55,19 +56,19 @@ def load_published(
 ) -> AsymFlow | Subspace:
     """The model in a published checkpoint, in eval mode, or the subspace in one of the reference's subspace files.
 
-    weights: which set of weights, if the file has several: "ema1" (the default, which LTH14/JiT evaluates), "ema2" or
-        "model", those without averaging.
-    dtype: of the backbone's weights, whatever the file has. Folding is done in float64, and rounded to it once.
-    in_context_start: the block before which the class tokens join the sequence, which no tensor shows. Needed if the
-        model has not one of the published sizes (JiT-B 4, L 8, H 10).
-    noise_scale: of the training; by default 1, and above 256 pixels image size / 256, as JiT does it.
+    weights: which set of weights, if the file has several: "ema1" (the default, which LTH14/JiT evaluates), "ema2", or
+        "model" for those without averaging.
+    dtype: of the backbone's weights, whatever the file has. Folding is done in float64, and rounded once.
+    in_context_start: the block before which the class tokens join the sequence; the tensors do not show it. Required
+        unless the model has a published size (JiT-B 4, L 8, H 10).
+    noise_scale: of the training; by default 1, and above 256 pixels image size / 256, as in JiT.
     sigma_min: see `AsymFlow`. LTH14/JiT samples with 0.05, the reference with 0.04.
 
-    A subspace comes with its patch size. With a scale it is one for FLUX.2, of channel-first tokens in Oklab; without,
-    from PCA, of channel-last ones, and its directions are put in the order of this library, the strongest first. A
+    A subspace gets its patch size from the file. If it has a scale, it is for FLUX.2, and of channel-first tokens in
+    Oklab. Otherwise it is from PCA and of channel-last tokens, and its directions are reordered, strongest first. A
     basis that was rounded to 16 bits is made orthonormal again.
-    Raises InputError if the file is damaged or holds anything else, code in particular, which is never run; if a tensor
-    is missing, unexpected or misshaped; if positions are not those that JiT computes.
+    Raises InputError if the file is damaged or holds anything else, such as code, which is never run; if a tensor is
+    missing, unexpected or misshaped; if position embeddings are not those that JiT computes.
     """
     content = read(path)
     if any(isinstance(name, str) and name.startswith("proj_mat_p") for name in content):
@@ -95,19 +96,19 @@ def load_published(
 def read(path: str | Path) -> dict:
     if is_safetensors(path):
         return files.read_tensors(path)[0]
-    # LTH14/JiT saves its command line's options beside the weights. A Namespace is data, and cannot run anything.
+    # LTH14/JiT saves its command-line options beside the weights, as a Namespace, which is data and cannot run code.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = files.read_pickle(path)
     return content if isinstance(content, dict) else {}
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """By its name, or else by its beginning: the length of a header, and the header, which is JSON."""
+    """Whether a file is safetensors, by its name, or by its first bytes: the header's length, then JSON."""
     return Path(path).suffix == ".safetensors" or files.existing_file(path).open("rb").read(9)[8:] == b"{"
 
 
 def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a model, by their published names, out of what may be a checkpoint with several sets."""
+    """The tensors of a model under their published names. content: the model, or a checkpoint with several of them."""
     sets = {name: content[key] for name, key in WEIGHTS.items() if isinstance(content.get(key), dict)}
     if weights is not None and weights not in sets:
         raise InputError(f"{path} has no weights {weights!r} to choose: it has {', '.join(sets) or 'one set, unnamed'}")
@@ -132,7 +133,7 @@ def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> d
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 def jit_sizes(tensors: Mapping[str, Tensor], in_context_start: int | None, path: str | Path) -> dict:
-    """The arguments of JiT, from the shapes of its tensors. Whether all shapes agree with them is checked later."""
+    """The arguments of JiT, from some of the tensors' shapes. `check_jit` checks all shapes later."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in tensors:
@@ -175,7 +176,7 @@ def jit_sizes(tensors: Mapping[str, Tensor], in_context_start: int | None, path:
 
 
 def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path, with_positions: bool = True) -> None:
-    """InputError, naming them, unless exactly the tensors of `jit` are there, and positions are what it computes."""
+    """InputError unless the tensors are exactly those of `jit`, and position embeddings are those that it computes."""
     shapes = {published_name(name): tuple(weight.shape) for name, weight in jit.state_dict().items()}
     patch, channels = jit.patch_size, jit.dim // jit.patch_size**2
     shapes["x_embedder.proj1.weight"] = (len(jit.x_embedder.proj1.weight), channels, patch, patch)
@@ -205,7 +206,10 @@ def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path, with_po
 
 
 def published_positions(jit: JiT) -> dict[str, Tensor]:
-    """All positions that a file may have, by name. LTH14/JiT calls some of them differently, and never saves a rope."""
+    """All position embeddings that a file may have, by name.
+
+    LTH14/JiT calls some of them differently, and never saves the rotary ones.
+    """
     sincos = sincos_positions(jit.grid, jit.y_embedder.embedding_dim)[None]
     image = rope(jit.grid, jit.head_dim, "cpu", torch.float64).repeat_interleave(2, dim=-1)
     positions = {"x_embedder.pos_embed": sincos, "pos_embed": sincos}
@@ -223,14 +227,14 @@ def published_name(name: str) -> str:
 
 
 def as_in_jit(tensor: Tensor) -> Tensor:
-    """A published tensor in the shape of ours: convolutions act on tokens (row, column, channel), no batch axis."""
+    """A published tensor in our shape: a convolution as a matrix on tokens (row, column, channel), no batch axis."""
     if tensor.ndim == 4:
         return tensor.movedim(1, -1).flatten(1)
     return tensor[0] if tensor.ndim == 3 else tensor
 
 
 def reverse_time(weight: Tensor) -> Tensor:
-    """The layer on the waves cos(f t), sin(f t) of t = 1 - sigma, as a layer on those of sigma, in float64.
+    """Turn a layer on the waves cos(f t), sin(f t) of t = 1 - sigma into a layer on those of sigma, in float64.
 
     weight: (width, waves), cosines first. For each frequency f,
 
