@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m asymflow.bench`. docs/benchmarks.md says what each of them measures, and what came out."""
+"""Benchmarks: `python -m asymflow.bench`. docs/benchmarks.md says what each measures, and has the results."""

@@ -1,8 +1,9 @@
-"""Asymmetric and x0-prediction on real images, as many steps as some minutes allow: `python -m asymflow.bench emoji64`.
+"""Asymmetric and x0-prediction on real images, trained for a few minutes: `python -m asymflow.bench emoji64`.
 
-train_ddp.py trains the configuration emoji64 at ranks 8 and 0: the same model, images, noise and number of steps. Some
-first steps of both tell how many fit; then both go on to that many. DIR gets rank-8.png and rank-0.png, samples of the
-average from the same noise and classes, emoji64.png, both beside the curves of the loss, and emoji64.json.
+train_ddp.py trains the configuration emoji64 at ranks 8 and 0, with the same model, images, noise and number of steps.
+Some first steps of both show how many steps fit into the time; then both continue to that many. DIR gets samples of the
+average from the same noise and classes, rank-8.png and rank-0.png; emoji64.png, with both and the curves of the loss;
+and emoji64.json.
 """
 
 import argparse
@@ -25,9 +26,9 @@ from asymflow.training.config.reading import load_config
 
 RANKS = (8, 0)
 NAMES = {8: "asymmetric, rank 8", 0: "x0-prediction, rank 0"}
-TRIAL, WARM_UP = 60, 20  # steps that tell how many fit, and those of them that do not count
-OWN = ("data.path", "subspace.rank", "train.steps", "sample.every", "checkpoint.every")
-RESERVE = 15  # seconds for a start, the samples of the end, and the figure
+TRIAL, WARM_UP = 60, 20  # steps that show how many fit, and how many of these are not timed
+OWN = ("data.path", "subspace.rank", "train.steps", "sample.every", "checkpoint.every")  # keys that --set may not have
+RESERVE = 15  # seconds for starting, the last samples, and the figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def compare(args: argparse.Namespace) -> dict:
         runs = {rank: Path(work, f"rank-{rank}") for rank in RANKS}
 
         def train(rank: int, steps: int, timeout: float) -> None:
-            # If it is cut off, its last picture is a quarter of the training old at most.
+            # Four grids of samples, so that a training that is cut off has a recent one.
             settings = {"subspace.rank": rank, "train.steps": steps, "checkpoint.every": 10**6}
             settings |= {"sample.every": max(TRIAL, steps // 4)}
             settings |= {"ema.snapshot_every": None, **dict(setting.split("=", 1) for setting in given)}
@@ -94,7 +95,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def report(args: argparse.Namespace, runs: dict[int, Path], logged: dict[int, list[dict]]) -> dict:
-    drawn = {rank: max((run / "samples").glob("*.png")) for rank, run in runs.items()}  # called by their steps
+    drawn = {rank: max((run / "samples").glob("*.png")) for rank, run in runs.items()}  # the last: names are steps
     for rank, grid in drawn.items():
         shutil.copyfile(grid, args.out / f"rank-{rank}.png")
     grids = {rank: np.asarray(Image.open(grid)) for rank, grid in drawn.items()}

@@ -1,4 +1,4 @@
-"""How fast is it on this GPU? Each figure stands beside its limit, measured in the same run."""
+"""Measurements of speed on this GPU. Each is compared with its limit, which is measured in the same run."""
 
 import argparse
 import importlib.util
@@ -23,13 +23,13 @@ from asymflow.subspace import Subspace
 
 WARM_UP = 4  # steps of a training
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
-WORKERS = {"B/16": 8, "L/16": 4, "H/16": 2}  # each makes two batches ahead, which are used up before timing
-ON_EACH = 128  # images in a step on each GPU: 1,024 on eight
+WORKERS = {"B/16": 8, "L/16": 4, "H/16": 2}  # each loads two batches ahead; these are used up before timing begins
+ON_EACH = 128  # images in a step on each GPU, as in a batch of 1,024 on eight
 GUIDANCE = 2.3
 
 
 def seconds(function: Callable, device: torch.device, repeats: int) -> float:
-    """The median of so many calls, after three that warm up."""
+    """The median time of `repeats` calls, after three that warm up."""
     times = []
     for _ in range(repeats + 3):
         synchronize(device)
@@ -41,7 +41,7 @@ def seconds(function: Callable, device: torch.device, repeats: int) -> float:
 
 
 def limits(kit: Kit) -> tuple[str, dict]:
-    """What else is held against: a product of large bfloat16 matrices, and a copy on the device."""
+    """The limits for all other measurements: a product of large bfloat16 matrices, and a copy on the device."""
     n, size = (256, 2**22) if kit.tiny else (8192, 2**30)
     a, b = torch.randn(2, n, n, device=kit.device).bfloat16()
     kit.limits["matmul"] = 2 * n**3 / seconds(lambda: a @ b, kit.device, 20)
@@ -58,7 +58,7 @@ def limits(kit: Kit) -> tuple[str, dict]:
 
 
 def recovery(kit: Kit) -> tuple[str, dict]:
-    """Of a large batch of tokens; at least, two tensors are read and one is written."""
+    """`recover_velocity` on many tokens, compared with a copy: it must read two tensors and write one."""
     tokens = 1024 if kit.tiny else 65536
     subspace = Subspace.random(768, 8).to(kit.device)
     u_a, x_sigma = torch.randn(2, tokens, 768, device=kit.device)
@@ -82,7 +82,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
         first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS[size]
         settings = shapes() | {
             "train.global_batch_size": 2 if kit.tiny else ON_EACH,
-            "train.steps": first + (2 if kit.tiny else TIMED[size]) + 1,  # the last of which is profiled
+            "train.steps": first + (2 if kit.tiny else TIMED[size]) + 1,  # one more, which is profiled
             "data.workers": WORKERS[size],
         }
         if kit.tiny:
@@ -107,7 +107,7 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
 
 
 def shares(kit: Kit, rate: float) -> str:
-    """Of the two peaks: the measured one, and that of the data sheet, where it is known."""
+    """A rate in words: as a share of the measured peak, and of the data sheet's if that is known."""
     sheet = cost.peak_flops(kit.device)
     shown = [f"{rate / kit.limits['matmul']:.1%} of the measured matmul peak"] if "matmul" in kit.limits else []
     shown += [f"{rate / sheet:.1%} of the data sheet"] if sheet else []
@@ -124,7 +124,7 @@ def peak(found: dict) -> str:
 
 
 def waiting_for_data(kit: Kit) -> tuple[str, dict]:
-    """The same steps with images that come from the loader, and with one batch that is on the GPU already."""
+    """Compare steps on images from the loader with steps on one batch that is on the GPU already."""
     first = WARM_UP if kit.tiny else WARM_UP + 2 * WORKERS["B/16"]
     size = small(kit) | {"checkpoint.every": 10**6} if kit.tiny else shapes() | {"model.size": "B/16"}
     settings = size | {
@@ -149,7 +149,7 @@ def waiting_for_data(kit: Kit) -> tuple[str, dict]:
 
 
 def sampling(kit: Kit) -> tuple[str, dict]:
-    """As `asymflow sample --precision bf16`: guided on the interval, Heun, over weights in float32."""
+    """Sampling as with `asymflow sample --precision bf16`: guidance on the interval, Heun, weights in float32."""
     size, batch, steps = ("tiny/16", 2, 3) if kit.tiny else ("H/16", 16, SAMPLER_STEPS)
     with torch.device(kit.device):
         jit = JiT.from_name(size)

@@ -1,9 +1,9 @@
-"""A FLUX.2-sized finetuning, timed and weighed: `python -m asymflow.bench flux2`.
+"""Time and memory of a FLUX.2-sized finetuning: `python -m asymflow.bench flux2`.
 
-It is the real training, `train_ddp.py` with the shipped configuration, on one GPU: the engine, the loss with the pass
-of the latent model and LPIPS, the optimizer, the average, the data loader. Only the numbers are random: those of the
-transformer, drawn on the GPU, of VGG16 and of the encoded images. Nothing is downloaded. By default it is the 9B, at
-1024 x 1024 pixels, for one card of 80 GB. What is measured is printed beside what `asymflow info` counts.
+It runs the real training, `train_ddp.py` with the shipped configuration, on one GPU: the engine, the loss with the
+latent model and LPIPS, the optimizer, the average, the data loader. Only the weights of the transformer and of VGG16,
+and the encoded images, are random. Nothing is downloaded. By default it is the 9B model at 1024 x 1024 pixels, for one
+GPU of 80 GB. Measurements are printed beside what `asymflow info` counts.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TINY = dict(
     guidance_embeds=False,
 )
 SIZES = {"9B": counted.KLEIN["FLUX.2-klein-9B"], "4B": counted.KLEIN["FLUX.2-klein-4B"], "tiny": TINY}
-IMAGES = 4  # encoded; of those of 1024 x 1024, each is 17 MB
+IMAGES = 4  # encoded images, of 17 MB each at 1024 x 1024
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, trainings: Trainings, folder: Path, timeout: float = 1800) -> dict:
-    """Bytes, seconds and FLOPs a second: of training steps, and of one guided evaluation as in sampling."""
+    """Bytes, seconds and FLOPs a second of training steps, and of a guided evaluation as in sampling."""
     tiny = args.size == "tiny"
     size = args.image_size or ((64, 64) if tiny else (1024, 1024))
     length = args.text_length or (32 if tiny else counted.TEXT_LENGTH)
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, trainings: Trainings, folder: Path, timeou
     latent = counted.empty_transformer(SIZES[args.size])
     options = dict(lora_rank=rank, checkpointing=not args.no_checkpointing, lpips=not args.no_lpips)
     step = counted.Step(latent, **options)
-    counted.inputs(step, size, args.batch, length, "meta")  # InputError for a size that is none
+    counted.inputs(step, size, args.batch, length, "meta")  # raises InputError if the size is impossible
     write_data(folder, latent, size, length)
     found = trainings.run(
         folder / "run",
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, trainings: Trainings, folder: Path, timeou
             "seconds": a_step,
             "flops": flops,
             "flops_per_second": flops / a_step,
-            "mfu": useful / a_step / most if most else None,  # of what is needed, without what is computed twice
+            "mfu": useful / a_step / most if most else None,  # without recomputation
         },
         "guided_evaluation": {
             "seconds": an_evaluation,
@@ -143,9 +143,9 @@ def measure(args: argparse.Namespace, trainings: Trainings, folder: Path, timeou
     }
 
 
-# ---- What is drawn ---------------------------------------------------------------------------------------------------
+# ---- Random data and weights -----------------------------------------------------------------------------------------
 def write_data(folder: Path, latent: Flux2Transformer2DModel, size: tuple[int, int], text_length: int) -> None:
-    """A base without weights, a random subspace, and encoded shards of noise, in their real formats."""
+    """Write a base model without weights, a random subspace, and encoded shards of noise, in their real formats."""
     c, patch = latent.config, counted.PATCH
     latent.save_config(folder / "base" / "transformer")
     about = dict(patch_size=patch, token_order="channel_first", color_space="oklab")
@@ -179,10 +179,10 @@ def as_png(picture: Image.Image) -> bytes:
 
 
 def random_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """Instead of `finetuning.load_transformer`: of the configuration in `base`, drawn where there is the most room."""
+    """Replaces `finetuning.load_transformer`: a random transformer of the same configuration, on the GPU if any."""
     config = json.loads((base / "transformer" / "config.json").read_text())
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that the weights never take twice their memory
+    torch.set_default_dtype(dtype)  # not a cast afterwards, which would need memory for both dtypes
     try:
         with torch.device(default_device()):
             return Flux2Transformer2DModel.from_config(config)
@@ -192,7 +192,7 @@ def random_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DMode
 
 @torch.inference_mode()
 def guided_seconds(training, times: int) -> list[float]:
-    """Of guided evaluations of the model of a training, after one that is not timed."""
+    """The seconds of each of `times` guided evaluations of a training's model, after one that is not timed."""
     flow, device = training.engine.module.eval(), training.device
     batch = next(iter(training.objective.batches(training.dataset, 0, 1).run(0, 1))).to(device)
     prompts = ({"encoder_hidden_states": prompt} for prompt in (batch.prompts, batch.prompts.flip(1)))

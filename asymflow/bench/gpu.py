@@ -1,8 +1,8 @@
-"""Is all of it right on this GPU, and how fast is it? `python -m asymflow.bench gpu --out DIR`, in a few minutes.
+"""Does everything work on this GPU, and how fast? `python -m asymflow.bench gpu --out DIR`, in a few minutes.
 
-What is trained is trained by the real train_ddp.py, on generated images. DIR/gpu.json has all figures, DIR/gpu.md a
-table of them, both written anew after every check. The checks come in the order of their worth; what does not fit into
-the time is listed as not run. Exit code 1 if something is not right, or broke.
+Trainings are run by the real train_ddp.py, on generated images. DIR/gpu.json has all figures, DIR/gpu.md a table of
+them; both are rewritten after every check. The most important checks come first; those for which there is no time left
+are listed as not run. The exit code is 1 if a check failed.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def chosen(only: str | None) -> list[kit.Check]:
         if not any(word in check.name.lower() for check in checks):
             names = ", ".join(check.name for check in checks)
             raise InputError(f"--only {word}: in the name of no check, which are {names}")
-    limits = fast.CHECKS[0]  # the others of speed are held against it
+    limits = fast.CHECKS[0]  # always, because the other measurements are compared with it
     return [check for check in checks if check is limits or any(word in check.name.lower() for word in words)]
 
 
@@ -97,7 +97,7 @@ def description(device: torch.device) -> dict:
 
 
 def asked(*command: str) -> str:
-    """What a program says in its first line; "unknown" if it cannot be asked."""
+    """The first line that a program prints, or "unknown" if it cannot be run."""
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Checks that run one after the other, each by itself: what one of them raises is written down, and the next begins."""
+"""Running checks one after the other. If one fails, its error is written down, and the next begins."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ PACKAGES = ("deepspeed", "pydantic", "yaml")  # without which nothing can be tra
 
 
 class WrongError(Exception):
-    """A check found that something is not right: what, and the figures that show it."""
+    """A check found something wrong. figures: the numbers that show it."""
 
     def __init__(self, what: str, figures: dict | None = None):
         super().__init__(what)
@@ -27,12 +27,12 @@ class WrongError(Exception):
 
 
 class NotRunError(Exception):
-    """A check cannot be done here: why."""
+    """A check cannot be run here. The message says why."""
 
 
 @dataclass
 class Kit:
-    """What the checks share. work: a folder that is removed in the end. deadline: of `time.monotonic`."""
+    """What the checks share. work: a temporary folder. deadline: when time is up, on the clock `time.monotonic`."""
 
     device: torch.device
     tiny: bool
@@ -40,7 +40,7 @@ class Kit:
     trainings: Trainings
     deadline: float
     limits: dict = field(default_factory=dict)
-    """Measured in this run: `matmul` in FLOPs a second, `copy` in bytes a second, both ways counted."""
+    """Measured in this run: `matmul` in FLOPs a second, `copy` in bytes a second, read and written."""
 
     @property
     def cuda(self) -> bool:
@@ -66,9 +66,9 @@ class Kit:
 
 @dataclass
 class Check:
-    """function: given a Kit, returns (summary, figures). seconds: that it takes on an H100, at least, about.
+    """A check. function: gets a Kit, and returns (summary, figures). seconds: about how long it takes on an H100.
 
-    measures: it says how fast something is, and not whether it is right.
+    measures: whether it measures a speed, instead of checking that something is right.
     """
 
     name: str
@@ -106,15 +106,15 @@ def run(check: Check, kit: Kit) -> Result:
         status, summary = bad, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         figures = {"traceback": traceback.format_exc()}
     if status == bad and kit.trainings:
-        kit.trainings.end()  # its process may hold what the training had
+        kit.trainings.end()  # its process may still hold the memory of the failed training
     release(kit)
     return Result(check.name, status, summary, figures, time.monotonic() - started)
 
 
 def release(kit: Kit) -> None:
-    """What a check left behind: memory of the GPU in this process, and folders."""
+    """Free what a check left behind: GPU memory of this process, and folders."""
     if kit.cuda:
-        with suppress(RuntimeError):  # the GPU is no longer usable from here: the next check will say so
+        with suppress(RuntimeError):  # if the GPU has become unusable, the next check will fail and say so
             torch.cuda.empty_cache()
     for path in kit.work.iterdir():
         if path.is_dir():
@@ -133,7 +133,7 @@ def matmul_precision(setting: str) -> Iterator[None]:
 
 # ---- The report ------------------------------------------------------------------------------------------------------
 def write(folder: Path, about: dict, limits: dict, results: list[Result]) -> None:
-    """gpu.json and gpu.md, anew after every check."""
+    """Write gpu.json and gpu.md. Called after every check."""
     found = {**about, "limits": limits, "checks": [asdict(result) for result in results]}
     (folder / "gpu.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
     (folder / "gpu.md").write_text(as_markdown(about, results))

@@ -29,13 +29,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_noise(device: torch.device, sides: tuple[int, ...] = (256, 1024), repeats: int = 20) -> dict:
-    """Milliseconds for each image of `side` x `side` pixels, the median of `repeats`: {side: {what: milliseconds}}.
+    """{side: {what: milliseconds}} for an image of `side` x `side` pixels, each the median of `repeats`.
 
-    decode: of a JPEG, on the CPU; for comparison. draw: eps as the training draws it, on the CPU. copy_eps,
-    copy_pixels: to the device, from pinned memory if it is a GPU; how many bytes is in bytes_eps and bytes_pixels.
-    generator: eps by a generator of the device that is seeded anew for each image, from (seed, sample).
+    decode: decoding a JPEG on the CPU, for comparison. draw: drawing eps on the CPU, as in training. copy_eps,
+    copy_pixels: copying to the device, from pinned memory if it is a GPU; bytes_eps and bytes_pixels are their sizes.
+    generator: drawing eps on the device, by a generator that is seeded anew for each image, from (seed, sample).
 
-    On the CPU, the time that it computed; on a GPU, the time from the call until it is done.
+    CPU work is measured in CPU time, work on a GPU from the call until it is done.
     """
     return {side: measured(device, side, repeats) for side in sides}
 

@@ -1,4 +1,4 @@
-"""Is it right on this GPU? Each check compares with a reference, to a tolerance that it states."""
+"""Checks that everything works on this GPU. Each compares with a reference, to a tolerance that it states."""
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from asymflow.subspace import Subspace
 from asymflow.training.loader import Batch, on_device
 
 STEPS, CHECKPOINT = 8, 4
-SAME_SUMS = 1e-4  # relative: float32 sums in another order, which 8 steps of Adam amplify
+SAME_SUMS = 1e-4  # relative difference from float32 sums in another order, which 8 steps of Adam amplify
 
 
 def small(kit: Kit) -> dict:
     """Settings of a model that takes milliseconds a step.
 
-    Its blocks have 85 or 725 hidden units: as odd a number as that of H/16, see `engine.compile_blocks`.
+    Its blocks have 85 or 725 hidden units. The number is odd, as in H/16, so that weights are misaligned in memory: see
+    `engine.compile_blocks`.
     """
     width, depth, heads = (32, 2, 2) if kit.tiny else (272, 4, 4)
     sizes = f"width: {width}, depth: {depth}, heads: {heads}, bottleneck: 16"
@@ -52,11 +53,11 @@ def furthest(values: list[float], reference: list[float]) -> float:
 
 # ---- Recovery --------------------------------------------------------------------------------------------------------
 def recovery(kit: Kit) -> tuple[str, dict]:
-    """Against float64, with every setting for products of float32, and from bfloat16 inputs.
+    """`recover_velocity` against float64, with every setting for float32 products, and from bfloat16 inputs.
 
-    The bounds: that of tests/library/test_velocity.py, which no rounding can exceed; a hundred roundings of the largest
-    number, divided by sigma, which is about what they add up to; and no setting makes it more than twice as wrong.
-    The control is the formula with products as the setting has them: on hardware with TF32 it is far worse.
+    Errors must be below the bound of tests/library/test_velocity.py, which no rounding can exceed, and below a hundred
+    roundings of the largest number divided by sigma, about what they should add up to. No setting may more than double
+    the error. The control is the plain formula, without our care for products: with TF32 it is far worse.
     """
     tokens, sigma = (64 if kit.tiny else 16384), 0.01
     subspace = Subspace.random(768, 8, scale=0.7).to(kit.device)
@@ -80,7 +81,7 @@ def recovery(kit: Kit) -> tuple[str, dict]:
             figures[f"{setting}, bfloat16 inputs"] = low.max().item()
             figures[f"{setting}, control"] = errors(plain_recovery, u_a, x_sigma).max().item()
         for name, error in ((setting, found), (f"{setting}, bfloat16 inputs", low)):
-            if not (error <= 1.01 * bound).all():  # the inputs that were rounded have norms of their own
+            if not (error <= 1.01 * bound).all():  # 1 % more, because rounded inputs have slightly other norms
                 wrong.append(f"{name}: beyond the bound")
             if figures[name] > 2 * figures["highest"] and setting != "highest":
                 wrong.append(f"{name}: more than twice that of float32")
@@ -117,7 +118,7 @@ def plain_recovery(u_a: Tensor, x_sigma: Tensor, sigma: float, subspace: Subspac
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 def copies(kit: Kit) -> tuple[str, dict]:
-    """What arrives on the device while it computes is what was made, from the first batch to the last."""
+    """Batches that are copied to the device while it computes arrive unchanged, from the first to the last."""
     count, side, n = (4, 16, 64) if kit.tiny else (24, 256, 8192)
     generator, busy = torch.Generator().manual_seed(0), torch.randn(n, n, device=kit.device)
 
@@ -129,9 +130,9 @@ def copies(kit: Kit) -> tuple[str, dict]:
 
     batches, seen = [made(number) for number in range(count)], []
     for batch in on_device(iter(batches), kit.device):
-        early = batch.map_tensors(torch.clone)  # its own copy has to be done by now
+        early = batch.map_tensors(torch.clone)  # wrong if this batch is yielded before its copy is done
         busy = (busy @ busy).tanh_()
-        seen += [early, batch.map_tensors(torch.clone)]  # the next one's must not have gone where this batch is
+        seen += [early, batch.map_tensors(torch.clone)]  # wrong if the next batch is copied over this one
     there = zip(*[iter(batch.map_tensors(Tensor.cpu) for batch in seen)] * 2, strict=True)
     pairs = zip(batches, there, strict=True)
     wrong = [batch.samples[0] for batch, others in pairs if not all(same(batch, other) for other in others)]
@@ -165,7 +166,7 @@ def autocast(kit: Kit) -> tuple[str, dict]:
 
 
 def zero_stages(kit: Kit) -> tuple[str, dict]:
-    """One curve on one rank, whatever the stage, and with the optimizer on the CPU."""
+    """The losses on one rank are the same at every ZeRO stage, and with the optimizer on the CPU."""
     reference, curves = None, {}
     variants = {f"stage {stage}": {"deepspeed.zero_optimization.stage": stage} for stage in range(3)}
     variants["stage 2, offload"] = {"deepspeed.zero_optimization": "{stage: 2, offload_optimizer: {device: cpu}}"}
@@ -175,15 +176,14 @@ def zero_stages(kit: Kit) -> tuple[str, dict]:
         "deepspeed.bf16.enabled": True,
         "deepspeed.data_types": "{grad_accum_dtype: fp32}",
     }
-    variants["stage 3"] = {
-        "deepspeed.zero_optimization.stage": 3
-    }  # the last: it changes torch's linear layers for good
+    # Stage 3 comes last, because DeepSpeed then changes torch's linear layers for the rest of the process.
+    variants["stage 3"] = {"deepspeed.zero_optimization.stage": 3}
     wrong = []
     for name, settings in variants.items():
         found = kit.train(name.replace(", ", "-").replace(" ", ""), small(kit) | settings, deterministic=True)
         curves[name] = losses(found)
         reference = reference or curves[name]
-        most = 0.05 if "bf16" in name else SAME_SUMS  # 8 bits of precision: a few parts in a thousand at each layer
+        most = 0.05 if "bf16" in name else SAME_SUMS  # bfloat16 has 8 bits: errors of a few thousandths at each layer
         if (difference := furthest(curves[name], reference)) > most:
             wrong.append(f"{name} differs by {difference:.1e}, more than {most:g}")
     kit.trainings.end()
@@ -201,12 +201,12 @@ def zero_stages(kit: Kit) -> tuple[str, dict]:
 
 
 def resume(kit: Kit) -> tuple[str, dict]:
-    """Killed in the seventh step, after a checkpoint at the fourth, against never stopped."""
+    """A training killed in step 7, after a checkpoint at step 4, and resumed, equals one that was never stopped."""
     from asymflow.training.run import checkpoint
 
     settings = small(kit) | {"data.workers": 2, "train.precision": "bf16"}
     figures = {}
-    for deterministic in (False, True):  # the second only where the first has other bits
+    for deterministic in (False, True):  # with deterministic algorithms only if the bits differ without
         how = "with torch.use_deterministic_algorithms" if deterministic else "as it is"
         options = {"deterministic": deterministic}
         names = [f"{end}-{int(deterministic)}" for end in ("straight", "killed")]
@@ -247,9 +247,9 @@ def same_bits(kit: Kit, *runs: str) -> bool:
 
 
 def compiled(kit: Kit) -> tuple[str, dict]:
-    kit.on_a_gpu()  # on CPUs the tests do it; it takes a compiler, and long
-    figures, most = {"eager": losses(kit.train("eager", small(kit)))}, 1e-3  # kernels round elsewhere, in every layer
-    for stage in (1, 3):  # weights that begin at multiples of 16 bytes, and such as do not
+    kit.on_a_gpu()  # for CPUs there are tests; compiling takes long, and a compiler
+    figures, most = {"eager": losses(kit.train("eager", small(kit)))}, 1e-3  # compiled kernels round differently
+    for stage in (1, 3):  # at stage 1 all weights begin at multiples of 16 bytes, at stage 3 not all do
         settings = {"train.compile": True, "deepspeed.zero_optimization.stage": stage}
         fast = kit.train(f"compiled{stage}", small(kit) | settings)
         figures |= {f"stage {stage}": losses(fast), f"graphs at stage {stage}": fast.get("graphs")}
@@ -258,19 +258,19 @@ def compiled(kit: Kit) -> tuple[str, dict]:
         graphs = fast.get("graphs")
         if not graphs or graphs["end"] != graphs["warm"]:
             raise WrongError(f"at stage {stage} something was compiled after the warm-up: {graphs}", figures)
-    kit.trainings.end()  # stage 3 changes torch's linear layers for good
+    kit.trainings.end()  # stage 3 has changed torch's linear layers in that process
     exact = max(furthest(figures[f"stage {stage}"], figures["eager"]) for stage in (1, 3))
     return f"losses as in eager mode to {exact:.1e} (at most {most:g}); {graphs['end']} graphs, none later", figures
 
 
 def memory(kit: Kit) -> tuple[str, dict]:
-    """Of a JiT-B/16 at ZeRO-1 under autocast, in eager mode, beside what `asymflow info` counts."""
+    """The memory of a JiT-B/16 at ZeRO-1 under autocast, in eager mode, is what `asymflow info` counts."""
     micro, size = (1, "tiny/16") if kit.tiny else (32, "B/16")
     settings = shapes() | {"model.size": size, "train.compile": False, "train.steps": 3, "data.workers": 0}
     settings |= {"train.global_batch_size": micro, "train.micro_batch_size": micro}
     found = kit.train("memory", settings, config="imagenet256_b16", states=True, unsaved=True)
     flow, side = without_numbers(size)
-    averages = 3  # as the configuration has them
+    averages = 3  # as in the configuration
     total, trained = cost.parameters(flow)
     counted = cost.training_memory(trained, total - trained, stage=1)
     counted = {name: counted[name] for name in ("weights", "master_weights", "adam", "ema")}
@@ -300,14 +300,14 @@ def memory(kit: Kit) -> tuple[str, dict]:
 
 
 def without_numbers(size: str) -> tuple[AsymFlow, int]:
-    """A model of rank 8 to count in, and the side of its images."""
+    """A JiT of rank 8 on the meta device, for counting, and the side of its images."""
     with torch.device("meta"):
         jit = JiT.from_name(size)
     return AsymFlow(jit, Subspace(torch.eye(jit.dim, 8))), jit.grid[0] * jit.patch_size
 
 
 def shapes() -> dict:
-    """Settings by which a configuration for ImageNet trains on generated images."""
+    """Settings that make a configuration for ImageNet train on generated images."""
     return {
         "data.kind": "shapes",
         "data.size": 100_000,

@@ -1,6 +1,7 @@
-"""Trainings by the real `train_ddp.py`, one after the other in one process, which is started anew if it dies.
+"""Trainings by the real `train_ddp.py`, one after the other in one process, which is started again if it dies.
 
-To start torch and DeepSpeed takes longer than most of the trainings. What is watched in them: see worker.py.
+One process, because starting torch and DeepSpeed takes longer than most of these trainings. See worker.py for what is
+observed in them.
 """
 
 import json
@@ -19,13 +20,13 @@ import asymflow
 
 
 class FailedError(Exception):
-    """A training that did not end well, with what it said."""
+    """A training failed. The message is what it printed."""
 
 
 class Trainings:
-    """A context: at its end the process is gone, and with it the memory of the GPU that it held.
+    """Runs trainings in a process of its own. As a context, it ends the process, which frees the GPU's memory.
 
-    log: a file, for all that the trainings print.
+    log: a file for all that the trainings print.
     """
 
     def __init__(self, log: Path, **environment: str):
@@ -40,10 +41,10 @@ class Trainings:
         self.end()
 
     def run(self, out: Path, config: str, settings: dict, timeout: float, **watch) -> dict:
-        """Train in the folder `out`. Returns what the worker saw, and `metrics`: the lines of metrics.jsonl.
+        """Train in the folder `out`. Returns what the worker observed, and `metrics`: the lines of metrics.jsonl.
 
-        settings: by keys of the configuration. watch: see `worker.Watch`. Raises FailedError, also after `timeout`
-        seconds.
+        settings: {key of the configuration: value}. watch: see `worker.Watch`. Raises FailedError if the training
+        fails, or takes more than `timeout` seconds.
         """
         if self.process is None:
             self.start()
@@ -54,7 +55,7 @@ class Trainings:
             self.process.stdin.write(f"{json.dumps(task)}\n".encode())
             self.process.stdin.flush()
             answer = self.answer(timeout)
-        except OSError:  # it died before it was asked
+        except OSError:  # the process died after the last training
             answer = ""
         if answer is None:
             self.end()
@@ -84,7 +85,7 @@ class Trainings:
         self.answers = os.fdopen(reading)
 
     def answer(self, timeout: float) -> str | None:
-        """A line; empty if the process died, None if it took too long."""
+        """The next line of the process; empty if it died, None if it took too long."""
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
             if select.select([self.answers], [], [], left)[0]:
@@ -92,7 +93,7 @@ class Trainings:
         return None
 
     def end(self) -> int | None:
-        """Of the process and those that it started. Returns the exit code."""
+        """Kill the process and those that it started. Returns its exit code, or None if there was none."""
         if self.process is None:
             return None
         process, self.process = self.process, None
@@ -100,12 +101,12 @@ class Trainings:
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         self.answers.close()
-        with suppress(OSError):  # something was left to be written
+        with suppress(OSError):  # closing fails if something was still to be written
             process.stdin.close()
         return code
 
     def last_words(self, start: int) -> str:
-        """What the log has since `start`: the last error, or else the last line."""
+        """The last error in the log since byte `start`, or else the last line."""
         with self.log.open("rb") as file:
             file.seek(start)
             text = file.read().decode(errors="replace").replace("\r", "\n")
@@ -116,7 +117,7 @@ class Trainings:
 
 
 def in_yaml(value: object) -> str:
-    """As `--set` reads it."""
+    """A value in the form that `--set` reads."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -126,7 +127,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def images_per_second(steps: list[dict]) -> float:
-    """Over all of these steps, whenever each was reported."""
+    """The mean speed over all of these steps."""
     return len(steps) / sum(1 / step["images_per_second"] for step in steps)
 
 

@@ -1,7 +1,7 @@
-"""The process of `Trainings`: runs `asymflow.training.start.main` for each line on stdin, and looks on.
+"""The process of `Trainings`: runs `asymflow.training.start.main` for each line on stdin, and observes the training.
 
-Nothing of the training is replaced: the watch begins when `Training.fit` is entered, and ends with it. The exceptions
-are what `Watch` is told to do.
+It observes from the beginning to the end of `Training.fit`, and changes nothing, except what the arguments of `Watch`
+ask for.
 """
 
 import gc
@@ -26,20 +26,19 @@ from asymflow.training.loop import Training
 from asymflow.training.zero import internals as deepspeed_internals
 from asymflow.training.zero import shards
 
-WARM = 3  # forward passes after which nothing is to be compiled any more
+WARM = 3  # forward passes, after which nothing more may be compiled
 
 
 class Watch:
-    """What is seen of one training, in `found`; and what it is made to do other than train, for the measurement:
+    """Observes one training, and keeps what it saw in `found`. Arguments change the training, or say what to observe:
 
-    kill_at: the forward pass (1, 2, ...) before which the process kills itself. deterministic: torch's switch.
-    unsaved: no checkpoint is written (a JiT-H's has 23 GB). resident: the first batch again and again, from the memory
-    of the GPU. dtypes: note those of activations and weights. states: note the bytes of the tensors that it keeps.
-    random_base: the transformer is not read, but drawn on the GPU, in the sizes of the configuration that is there.
-    loading: the loader makes batches to the very end, also such as are not trained on: else its processes would have
-    nothing to do in the last steps, which are faster then.
-    guided: time so many guided evaluations of a finetuned model afterwards. profiled: note what the last step spent
-    its time in.
+    kill_at: kill the process before this forward pass (1, 2, ...). deterministic: use deterministic algorithms.
+    unsaved: write no checkpoint (a JiT-H's has 23 GB). resident: train on the first batch again and again, without the
+    loader. dtypes: note the dtypes of activations and weights. states: note the bytes of the tensors that the training
+    keeps. random_base: do not read the transformer, but make a random one of its configuration, on the GPU.
+    loading: let the loader make batches to the very end, more than are trained on. Otherwise its processes have nothing
+    to do during the last steps, which are then faster. guided: afterwards, time so many guided evaluations of a
+    finetuned model. profiled: note what the last step spent its time in.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class Watch:
 
     @contextmanager
     def looking_on(self) -> Iterator[None]:
+        """A context in which trainings are observed."""
         fit, watch = Training.fit, self
 
         def watched(training: Training):
@@ -80,7 +80,7 @@ class Watch:
 
                 changes.enter_context(mock.patch.object(finetuning, "load_transformer", random_transformer))
             if self.deterministic:
-                torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets have gigabytes
+                torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill gigabytes of buckets
                 torch.use_deterministic_algorithms(True, warn_only=True)
                 changes.callback(torch.use_deterministic_algorithms, False)
             yield
@@ -122,14 +122,14 @@ class Watch:
             from asymflow.bench.flux2 import guided_seconds
 
             self.found["guided_seconds"] = guided_seconds(training, self.guided)
-        training.engine.destroy()  # else its hooks keep all weights: the next training would find them on the GPU
+        training.engine.destroy()  # else its hooks keep all weights on the GPU during the next training
 
     def grown(self) -> int | None:
-        """Bytes that are allocated on the GPU since the watch began."""
+        """How many more bytes are allocated on the GPU than when this object was made."""
         return None if self.at_start is None else allocated() - self.at_start
 
     def note_dtypes(self, module: torch.nn.Module) -> None:
-        """Of what goes out of linear layers, which are where autocast acts."""
+        """Note the dtypes of the weights, and of the outputs of linear layers, where autocast acts."""
         seen = self.found["dtypes"] = {"weights": [], "linear": []}
 
         def note(kind: str, dtype: torch.dtype) -> None:
@@ -176,7 +176,7 @@ def keep_loading(training: Training) -> None:
 
 
 def states(training: Training) -> dict[str, int]:
-    """Bytes of the tensors that a training keeps, by kind, each memory once; those of stage 3 are in pieces."""
+    """Bytes of the tensors that a training keeps, by kind. Memory that tensors share counts once."""
     module, held = training.engine.module, shards.held_fragments(training.engine)
     kinds = {
         "weights": [deepspeed_internals.held_part(p) for p in module.parameters()],
@@ -196,14 +196,14 @@ def states(training: Training) -> dict[str, int]:
 
 
 def spent(seen: profile, device: torch.device) -> list[dict]:
-    """By each kernel of the GPU, or operator of a CPU: the longest first."""
+    """The calls and seconds of each kernel of a GPU, or operator of a CPU, longest first."""
     seconds = lambda e: (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e6
     kinds = [{"name": e.key[:120], "calls": e.count, "seconds": seconds(e)} for e in seen.key_averages()]
     return sorted(kinds, key=lambda kind: -kind["seconds"])
 
 
 def allocated() -> int | None:
-    """Bytes, as they were asked for: without what the allocator adds to each."""
+    """Bytes allocated on the GPU, as requested, without what the allocator adds to each request. None on a CPU."""
     return torch.cuda.memory_stats().get("requested_bytes.all.current", 0) if torch.cuda.is_available() else None
 
 
@@ -212,9 +212,9 @@ def compiled_graphs() -> int:
 
 
 def lines() -> Iterator[dict]:
-    """Of stdin. When that is closed, whoever asked is gone, and so is this process, whatever it is doing."""
+    """The tasks on stdin. When stdin is closed, the parent is gone, and this process ends, whatever it is doing."""
     tasks: queue.Queue[str] = queue.Queue()
-    given = os.fdopen(os.dup(sys.stdin.fileno()))  # a fork closes sys.stdin, and would wait for the thread
+    given = os.fdopen(os.dup(sys.stdin.fileno()))  # a copy: a forked worker closes sys.stdin, and would wait for `read`
 
     def read() -> None:
         while line := given.readline():
@@ -227,7 +227,7 @@ def lines() -> Iterator[dict]:
 
 
 def main(descriptor: int) -> None:
-    dist.destroy_process_group = lambda: None  # DeepSpeed would not find its way in the next group
+    dist.destroy_process_group = lambda: None  # keep one group for all trainings: DeepSpeed cannot change to another
     with os.fdopen(descriptor, "w") as answers:
         for task in lines():
             arguments = task.pop("arguments")

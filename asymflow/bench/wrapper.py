@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     labels, tokens = torch.zeros(args.batch, dtype=torch.long, device=device), patchify(x, jit.patch_size)
     narrow, projection = tokens.to(getattr(torch, args.dtype)), flow.subspace.basis @ flow.subspace.basis.mT
 
-    def dense() -> torch.Tensor:  # what a D x D projection would cost, for the comparison
+    def dense() -> torch.Tensor:  # recovery with a D x D projection, for comparison
         outside = (2 * tokens - 2 * tokens @ projection) / sigma[:, None, None]
         return outside + (tokens - outside) @ projection
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def medians(timed: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, float]:
-    """The median time of each, measured in turns, so that a machine that slows down slows all of them."""
+    """The median time of each function. They run in turns, so that a machine that slows down slows all of them."""
 
     def once(function: Callable) -> float:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The command `asymflow`: a module for each subcommand. What a user gets wrong is answered in one line, exit code 2."""
+"""The command `asymflow`, with a module for each subcommand. A user's mistake gets one line, and exit code 2."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from asymflow import packages
 from asymflow.errors import InputError, out_of_memory
 from asymflow.parser import Parser
 
-COMMANDS = {  # of each module, with what the list of commands says; a module is imported for its own commands only
+COMMANDS = {  # the commands of each module, with their lines in the help; a module is imported only for its commands
     "subspace": {"subspace": "fit the subspace of the noise, or look at one"},
     "sample": {"sample": "draw images from a model"},
     "import_": {"import": "make a folder of a published model"},
@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def end(number: int, frame) -> None:
-    """Let SIGTERM, as schedulers send it, end a command like an error: what is half-written is cleared away."""
+    """The handler of SIGTERM. It ends the command like an error, so that half-written files are removed."""
     raise SystemExit(128 + number)
 
 
 def make_parser(command: str | None = None) -> Parser:
-    """Takes the options of one command. Of all others it knows no more than what they are for."""
+    """A parser with the options of one command; of all other commands it has only the names and their help."""
     parser = Parser(
         prog="asymflow",
         description="Asymmetric flow models: subspaces, checkpoints and samples.",

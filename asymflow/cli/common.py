@@ -1,4 +1,4 @@
-"""What the subcommands share: parsing that answers in one line, and refusing to overwrite."""
+"""What the subcommands share: types of options, refusing to overwrite, devices and processes."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number, and no smaller than `lowest`."""
+    """The type of an option: a whole number of at least `lowest`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
@@ -28,7 +28,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """The type of an option such as 256, or HEIGHTxWIDTH: (height, width)."""
+    """The type of an option such as 256 or HEIGHTxWIDTH. Its value is (height, width)."""
     if not re.fullmatch("[0-9]+(x[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"it must be pixels, such as 256 or 256x384 (height x width), not {text!r}")
     height, _, width = text.partition("x")
@@ -36,14 +36,14 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def new_file(path: Path) -> Path:
-    """`path`, if nothing is there yet. Called before long work, so that it is not refused afterwards."""
+    """Return `path`, or raise InputError if it exists. Called before long work, not only when its result is saved."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already, and is not overwritten: choose another name or remove it")
     return path
 
 
 def new_folder(path: Path) -> Path:
-    """`path`, if nothing is there yet, or an empty folder. InputError otherwise."""
+    """Return `path`, or raise InputError unless it does not exist or is an empty folder."""
     if path.resolve() == Path.cwd():
         raise InputError(f"{path} is the folder that you are in: choose a new one")
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
@@ -53,20 +53,20 @@ def new_folder(path: Path) -> Path:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write to. It becomes `path` if the block ends well, and is removed if it does not."""
+    """A context with a temporary folder to write to. It is renamed to `path` at the end, or removed after an error."""
     beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
     try:
         beside.mkdir(parents=True)
         yield beside
         if path.exists():
-            path.rmdir()  # it is empty; not every system renames onto an empty folder
+            path.rmdir()  # it is empty, but not every system can rename onto an empty folder
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def usable_device(name: str) -> "torch.device":
-    """The device of that name, if tensors can be made on it. Raises InputError."""
+    """The device of that name. Raises InputError if no tensor can be made on it."""
     import torch
 
     try:
@@ -78,13 +78,13 @@ def usable_device(name: str) -> "torch.device":
 
 
 def default_device() -> str:
-    import torch  # takes seconds, and is of no use to `asymflow --help`
+    import torch  # here, because it takes seconds, and `asymflow --help` does not need it
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def this_process() -> tuple[int, int]:
-    """Its index, and how many there are, as torchrun says in the environment."""
+    """(index of this process, number of processes), as torchrun sets them in the environment."""
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     if rank is None and world == "1":
         return 0, 1

@@ -93,7 +93,7 @@ def run_pack(args: argparse.Namespace) -> None:
 
 
 def number(lowest: float) -> Callable[[str], float]:
-    """The type of an option that is a number, and no smaller than `lowest`."""
+    """The type of an option: a number of at least `lowest`."""
 
     def parse(text: str) -> float:
         try:
@@ -108,7 +108,7 @@ def number(lowest: float) -> Callable[[str], float]:
 
 
 def check_place() -> None:
-    """InputError if srun or mpirun started several processes, and none of them knows which it is: all would do all."""
+    """InputError if srun or mpirun started several processes: none knows its rank, so each would do all the work."""
     started = [f"{name} {os.environ[name]}" for name in WORLD_SIZE_VARIABLES if os.environ.get(name, "1") != "1"]
     if started and "WORLD_SIZE" not in os.environ:
         raise InputError(
@@ -120,7 +120,7 @@ def check_place() -> None:
 def run_encode(args: argparse.Namespace) -> None:
     check_place()
     device = own_device(args.device)
-    with processes("cpu") as (rank, world, _):  # who is done must not have to wait for the others, as on GPUs
+    with processes("cpu") as (rank, world, _):  # gloo, because with nccl a process that is done waits for the others
         meta = encode(
             args.data,
             args.base,
@@ -138,7 +138,7 @@ def run_encode(args: argparse.Namespace) -> None:
             rank=rank,
             world=world,
         )
-    if meta is None:  # the last one finds that all is there
+    if meta is None:  # another process is still working; the last one to finish gets the result
         print(f"process {rank} of {world} is done; if none says where all images are, run the same command again")
         return
     if meta["left_out"]:

@@ -1,4 +1,4 @@
-"""What `asymflow sample` does for classes and for prompts: draw what is missing, and record how it is made again."""
+"""What `asymflow sample` does for both classes and prompts: draw missing images, and record how to make each again."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ GRID_AT_MOST = 64
 
 
 def own_device(args: argparse.Namespace) -> torch.device:
-    """The device that is asked for; of several processes, each has its own."""
+    """The device of --device. If it is "cuda", each of several processes gets a GPU of its own."""
     _, world = this_process()
     if args.device == "cuda" and world > 1:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -36,11 +36,12 @@ def own_device(args: argparse.Namespace) -> torch.device:
 def draw_missing(
     args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
 ) -> None:
-    """Draw and save the images of the plan that are not there yet, by (index, class or prompt), then the grid.
+    """Draw and save those images of the plan that do not exist yet, then the grid.
 
-    draw: of indices, classes or prompts, and whether to show progress; gives images (3, H, W) in [-1, 1].
+    plan: (index, class or prompt) of each image. draw: a function of indices, classes or prompts, and whether to show
+    progress; it returns images (3, H, W) in [-1, 1].
     """
-    # Each process takes its share of the plan first: what is missing changes while the others are at work.
+    # Each process takes its share of the plan, and not of what is missing, which changes while the others work.
     rank, world = this_process()
     share = plan[rank::world]
     todo = [(i, what) for i, what in share if not (args.out / name(i)).exists()]
@@ -60,7 +61,7 @@ def draw_missing(
 
 @contextmanager
 def enough_memory(args: argparse.Namespace) -> Iterator[None]:
-    """Within it, running out of memory is an InputError."""
+    """A context that raises InputError if the device runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
@@ -83,11 +84,11 @@ def check_numbers(args: argparse.Namespace) -> None:
 def open_record(
     args: argparse.Namespace, now: dict, plan: list[tuple[int, object]], again: dict[str, str], kind: str = "class"
 ) -> None:
-    """Write the record of this run, or add to that of the same run before. InputError if the folder holds another.
+    """Write samples.json, or add the plan to an existing one. InputError if that has other settings than `now`.
 
-    plan: index and class, or another `kind`, of each image. again: how to make one again, such as the command.
+    plan: (index, class) of each image, or (index, prompt); `kind` says which. again: how to make an image again.
 
-    Every process does it, before its first image: the same content, whoever is first.
+    Every process calls this before its first image. All write the same content, so it does not matter who is first.
     """
     path = args.out / RECORD
     images = {}
@@ -118,20 +119,20 @@ def open_record(
         with files.replacing(path, new=not known) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
     except FileExistsError:
-        if not path.exists():  # in the place of the folder is something else, such as a link to nowhere
+        if not path.exists():  # the error is about the folder: --out is something else, such as a broken link
             raise
-        # Another process was first, of this run or of another.
+        # Another process, of this run or of another, wrote it first: compare with that one.
         open_record(args, now, plan, again, kind)
 
 
 def with_precision(settings: dict) -> dict:
-    """Of a folder from before --precision, when --dtype float32 was what --precision float32 is."""
+    """Settings with "precision". Earlier versions had --dtype instead, whose float32 means the same."""
     old = "precision" not in settings and settings.get("dtype") == "float32"
     return settings | {"precision": "float32"} if old else settings
 
 
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
-    """Draw the grid, if nothing of the plan is missing any more: of several processes the last one does."""
+    """Draw the grid, if no image of the plan is missing. Of several processes, the last one to finish does it."""
     if all((args.out / name(i)).exists() for i, _ in plan):
         entries = json.loads((args.out / RECORD).read_text())["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]

@@ -117,7 +117,7 @@ def run_ema(args: argparse.Namespace) -> None:
 
 
 def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> None:
-    """Make the model of the weights, the last of which are of the checkpoint in `folder`."""
+    """Write the model with these weights. folder: the newest checkpoint or snapshot that they were made of."""
     config, subspace, state = about(args.folder, folder)
     with replacing_folder(args.out) as beside:
         if config.finetune:
@@ -129,10 +129,10 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> 
 def save_adapter(
     args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, fingerprint: str
 ) -> None:
-    """Write the weights as an adapter to the latent model that they were made of, in the published layout."""
+    """Write the weights of a finetuning as an adapter to its latent model, in the published layout."""
     from asymflow.backbones.flux2.adapter import write_adapter
     from asymflow.training.objectives.finetuning import published, transformer_config
 
     base = args.base or Path(config.finetune.base)
-    name = base.absolute().name  # not where it is: that is nobody's business who gets the adapter
+    name = base.absolute().name  # not the whole path, which is private; the adapter may be published
     write_adapter(folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=name)

@@ -1,4 +1,4 @@
-"""`asymflow import`: a published checkpoint becomes a folder of this library; a subspace file, a subspace of it."""
+"""`asymflow import`: convert a published checkpoint to a model folder, or a published subspace to a subspace file."""
 
 import argparse
 import shlex

@@ -48,7 +48,7 @@ are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
 RANK, BATCH, PRECISION = 8, 32, "autocast"
-# Of asymflow.backbones.flux2.adapter, whose import needs diffusers.
+# Copied from asymflow.backbones.flux2.adapter, whose import needs diffusers.
 ADAPTER_CLASS, ADAPTER_WEIGHTS = "AsymFlux2Transformer2DModel", "diffusion_pytorch_model.safetensors"
 LABEL = 15  # characters of the first column
 
@@ -135,7 +135,7 @@ def from_run(choice: Choice, args: argparse.Namespace) -> tuple[str, AsymFlow]:
 
 
 def finetuning(choice: Choice) -> dict | None:
-    """What a run that finetunes a latent model is; None if it is another."""
+    """What there is to say of a run that finetunes a latent model; None if the run is another."""
     config, subspace, _ = about_run(choice.run, choice.folder)
     if not config.finetune:
         return None
@@ -146,7 +146,7 @@ def finetuning(choice: Choice) -> dict | None:
 
 
 def adapter(path: Path) -> dict | None:
-    """What an adapter, here or on the Hub, says of itself; None if it is none. InputError if it is damaged."""
+    """What the file of an adapter says of it; None if `path` is no adapter. InputError if it is damaged."""
     path = path.parent if path.name == ADAPTER_WEIGHTS and path.is_file() else path
     folder = hub.locate(path, CONFIG, what="a model")
     try:
@@ -163,7 +163,7 @@ def adapter(path: Path) -> dict | None:
             f"{file} does not fit: an adapter has proj_buffer (D, r), scale_buffer () and a scale"
         ) from None
     ranks = [len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim]
-    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # of a file of somebody else
+    base = "".join(filter(str.isprintable, metadata.get("base", "")))[:200]  # printed, and written by a stranger
     about = {"rank": rank, "scale": scale, "lora_rank": max(ranks, default=None), "base": base or None}
     return {"kind": "an adapter of a FLUX.2 klein"} | about
 
@@ -180,7 +180,7 @@ def from_folder(path: Path, backbone: str | None) -> tuple[str, AsymFlow | dict]
     name, sizes = (parts[0].get("class", "JiT"), parts[0].get("config", {})) if whole else (None, None)
     if whole and not (isinstance(name, str) and isinstance(sizes, dict)):
         raise InputError(f"{path / CONFIG}: in network, class must be text and config an object")
-    if not whole or name in backbones.TABLE or backbone:  # safetensors are mapped into memory, and read where needed
+    if not whole or name in backbones.TABLE or backbone:  # safetensors are memory-mapped, so no weights are read
         return kind, AsymFlow.from_pretrained(path, backbone=own_backbone(backbone))
     tensors = files.read_tensors(path / WEIGHTS)[0]
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
@@ -193,7 +193,7 @@ def from_file(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow |
         if {"basis", "scale"} <= content.keys():
             return "a subspace", Subspace.load(path)
     else:
-        with FakeTensorMode():  # which makes torch.load skip the numbers
+        with FakeTensorMode():  # makes torch.load skip the numbers
             content = published.read(path)
     if any(str(name).startswith("proj_mat_p") for name in content):
         return "a subspace of the reference", published.load_published(path)
@@ -258,7 +258,7 @@ def training_memory(args: argparse.Namespace, parameters: dict, largest_layer: i
 
 
 def activations(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace) -> dict:
-    """Of a batch, without and with the recomputation of every block in the backward pass."""
+    """Memory for the activations of a batch, without and with recomputation of every block in the backward pass."""
     result = {}
     ways = (("all_kept", 0), ("recomputed", 1)) if hasattr(flow.backbone, "checkpoint_every") else (("all_kept", 0),)
     for name, flow.backbone.checkpoint_every in ways:
@@ -303,7 +303,7 @@ def jit(found: dict) -> dict[str, str]:
 
 
 def backbone_elsewhere(config: dict) -> dict[str, str]:
-    """What the configuration says of a model whose backbone is not in this library."""
+    """The lines for a model whose backbone is not in this library, from its config.json."""
     network = config["network"]
     parts = {
         "backbone": {"class": network["class"], **network.get("config", {})},
@@ -353,7 +353,7 @@ def aligned(lines: dict[str, str]) -> str:
 
 # ---- What can be configured ------------------------------------------------------------------------------------------
 def configuration(as_json: bool = False) -> str:
-    """All keys of the configuration of a training, as in a file of the defaults; or their JSON schema, for editors."""
+    """All keys of a training's configuration, as a YAML file of the defaults, or as a JSON schema for editors."""
     from asymflow.training.config.sections import Sections, known_keys  # needs pydantic
 
     if as_json:
@@ -377,7 +377,7 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def in_words(kind, limits=()) -> str:
-    """What a value of this type has to be."""
+    """A type and its limits in words, such as "whole number, at least 1"."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return in_words(inner[0], inner[1].metadata)

@@ -9,10 +9,10 @@ from asymflow.errors import InputError
 
 CLASS = "Flux2Transformer2DModel"
 SIZE = (1024, 1024)
-STEPS = 38  # of UniPC, each with and without the prompt
+STEPS = 38  # of UniPC, each with two passes: with and without the prompt
 GPUS, STAGES = (1, 8, 64), (0, 1, 2, 3)
 CARD = 80 * 10**9  # bytes of a GPU of 80 GB, 74.5 GiB; drivers show some more
-PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and what of it a training may reach
+PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and the share of them that a training may reach
 OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
 OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
 COLUMNS = {  # of the table, and the kinds of memory in them
@@ -38,7 +38,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 def recognized(model: str) -> bool:
-    """Whether it is meant to be a FLUX.2: a name, if there is no such file, or a folder of diffusers."""
+    """Whether `model` means a FLUX.2: a folder of diffusers, or a name, if there is no file of this name."""
     path = Path(model)
     if path.is_dir():
         return config_file(path) is not None
@@ -46,7 +46,7 @@ def recognized(model: str) -> bool:
 
 
 def config_file(folder: Path) -> Path | None:
-    """The configuration of the transformer in, or below, a folder of diffusers."""
+    """The config.json of a FLUX.2 transformer, in a diffusers folder or its subfolder "transformer", or None."""
     for file in (folder / "transformer" / "config.json", folder / "config.json"):
         try:
             if json.loads(file.read_text(encoding="utf-8"))["_class_name"] == CLASS:
@@ -113,7 +113,7 @@ def config_of(model: str, known: dict[str, dict]) -> dict:
 
 
 def fit(states: list[dict], gpus: int) -> dict:
-    """The lowest stage in which a training step fits, or else the one that takes least; to_spare may be negative."""
+    """The lowest stage at which a training step fits, or else the one that takes least; then to_spare is negative."""
     spare = {state["stage"]: CARD - state["total"] for state in states if state["gpus"] == gpus}
     stage = next((stage for stage, bytes in spare.items() if bytes >= 0), max(spare, key=spare.get))
     return {"gpus": gpus, "stage": stage, "fits": spare[stage] >= 0, "to_spare": spare[stage]}
@@ -165,7 +165,7 @@ def table(states: list[dict]) -> list[str]:
 
 
 def verdicts(fits: list[dict]) -> list[str]:
-    """One for each number of GPUs, up to the first that will do."""
+    """A line for each number of GPUs, up to the first on which a training step fits."""
     lines = []
     for one in fits:
         where = f"{one['gpus']} GPU{'s' * (one['gpus'] > 1)} of 80 GB ({gib(CARD)})"

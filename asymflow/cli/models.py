@@ -1,4 +1,4 @@
-"""The model that a command is given: a folder, a file, a training run, or a name on the Hugging Face Hub."""
+"""Finding the model of a command: a folder, a file, a training run, or a name on the Hugging Face Hub."""
 
 import shlex
 import sys
@@ -21,7 +21,7 @@ MODEL = "folder of save_pretrained, run of train_ddp.py, published file, or ORG/
 
 
 def add_choice(parser) -> None:
-    """The options --step and --ema, by which a checkpoint of a run becomes a model: see `choose`. And --backbone."""
+    """Add --step and --ema, which choose a model of a training run (see `choose`), and --backbone."""
     parser.add_argument("--step", type=int, help="of the checkpoint of a run, if not the newest")
     ema = "of a run: an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)"
     parser.add_argument("--ema", help=ema)
@@ -34,7 +34,7 @@ def add_backbone(parser) -> None:
 
 
 class Choice(NamedTuple):
-    """A model of a training run: the weights, or an `average`, of the checkpoint that is in `folder`."""
+    """A model of a training run. folder: of the checkpoint. average: the name of one of its averages, or "none"."""
 
     run: Path
     folder: Path
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     average: str
 
     def weights(self) -> dict[str, Tensor]:
-        """By the names of the parameters. InputError unless every byte of the checkpoint is as it was written."""
+        """The weights by their names. InputError unless every byte of the checkpoint is as it was written."""
         from asymflow.training.run import checkpoint
 
         reader = verified_reader(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
@@ -50,16 +50,16 @@ class Choice(NamedTuple):
 
 
 def is_run(folder: Path) -> bool:
-    """A model may have a config.yaml too: that of its training, kept beside it."""
-    # The names of asymflow.training.run, whose import needs more than [library].
+    """Whether a folder is a training run. A saved model may have a config.yaml too, that of its training."""
+    # The names of asymflow.training.run, spelled out: its import needs more than the extra [library] installs.
     is_model = (folder / CONFIG).is_file() and not (folder / "checkpoints").is_dir()
     return (folder / "config.yaml").is_file() and not is_model
 
 
 def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
-    """The folder or file of a model that is here or on the Hub; of a run, what --step and --ema mean. InputError.
+    """The folder or file of a model, downloaded if it is on the Hub. For a training run, what --step and --ema choose.
 
-    What it takes of a run, it says.
+    It prints which step and average of a run were chosen. Raises InputError if there is no such model.
     """
     if is_run(path):
         choice = choose(path, step, ema)
@@ -77,7 +77,7 @@ def refuse_checkpoint(path: Path) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raises InputError for what is no training run."""
+    """Raises InputError if the folder is no training run."""
     refuse_checkpoint(folder)
     if not is_run(folder):
         raise InputError(f"{folder} is no run of train_ddp.py: there is no config.yaml of a training in it")
@@ -89,7 +89,10 @@ def refuse_choice(model: object, step: int | None, ema: str | None) -> None:
 
 
 def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
-    """What --step and --ema mean of a run, by default the newest checkpoint and its first average. InputError."""
+    """The model of a run that --step and --ema mean; by default the newest checkpoint and its first average.
+
+    Raises InputError if there is none.
+    """
     from asymflow.training.run import checkpoint
     from asymflow.training.run import folder as run
 
@@ -112,7 +115,7 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
 
 
 def verified_reader(folder: Path, progress: Callable = iter):
-    """Reads a checkpoint. InputError unless every byte of it is as it was written."""
+    """A checkpoint's Reader. Reads all of it first; InputError unless every byte is as it was written."""
     from asymflow.training.run import checkpoint
 
     if reason := checkpoint.fault(folder, progress=progress):
@@ -134,9 +137,9 @@ def about(run_folder: Path, folder: Path) -> tuple:
 
 
 def model_of_run(choice: Choice, backbone: str | None, read: bool = True) -> AsymFlow:
-    """A model of a run, in eval mode; not `read`, without its numbers. InputError if it is a finetuning.
+    """A model of a run, in eval mode. InputError if the run is a finetuning.
 
-    backbone: what --backbone says.
+    backbone: the option --backbone. read: False leaves its weights on the meta device.
     """
     config, subspace, _ = about(choice.run, choice.folder)
     if config.finetune:
@@ -153,7 +156,10 @@ def own_backbone(name: str | None):
 
 
 def make_model(config, subspace, weights: dict[str, Tensor] | None, backbone: str | None) -> AsymFlow:
-    """backbone: what --backbone says. A run may come from somebody else: no code runs because its files name it."""
+    """The model of a configuration, in eval mode. weights: None leaves them on the meta device.
+
+    backbone: the option --backbone. A run may come from somebody else, so code that only its files name is not run.
+    """
     from asymflow.training.objectives.repa import PROJECTOR
     from asymflow.training.start import make_flow
 
@@ -164,7 +170,7 @@ def make_model(config, subspace, weights: dict[str, Tensor] | None, backbone: st
         )
     if backbone and backbone != named:
         raise InputError(f"--backbone {backbone} is given, but the model is a {named}: leave it out")
-    if is_own(named):  # nothing is trained here: its blocks need not be wrapped
+    if is_own(named):  # nothing is trained here, so its blocks need no wrapping for recomputation
         config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_every": 0})})
     with torch.device("meta" if weights is None else "cpu"):
         flow: AsymFlow = make_flow(config, subspace)

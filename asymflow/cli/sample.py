@@ -1,4 +1,4 @@
-"""`asymflow sample`: images of a model, each of which can be made again by itself. Of prompts: see `sample_text`."""
+"""`asymflow sample`: draw images, each of which can be made again alone. For images of prompts see `sample_text`."""
 
 import argparse
 import math
@@ -106,7 +106,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     prompts.add_argument("--max-length", type=int, help="tokens of a prompt (default: 512)")
     prompts.add_argument("--no-clamp", action="store_true", help="leave the denoised image as it is on the way")
     prompts.add_argument("--offload", action="store_true", help="keep only what runs on the device, to save memory")
-    # The options that belong to one of the two, by the names of their values.
+    # For each of the two: its own options, as {name of the value: option}.
     own = {
         kind: {action.dest: action.option_strings[0] for action in group._group_actions}
         for kind, group in (("--model", classes), ("--base", prompts))
@@ -115,7 +115,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
-    """Of classes, or of prompts: as one of --model and --base is given."""
+    """Draw images of classes if --model is given, of prompts if --base is. own: the options of each of the two."""
     if (args.model is None) == (args.base is None):
         raise InputError("give one of --model, for images of classes, and --base, for images of prompts")
     given, other = ("--model", "--base") if args.base is None else ("--base", "--model")
@@ -146,7 +146,7 @@ def run_classes(args: argparse.Namespace) -> None:
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
     classes = class_list(args.classes, flow.backbone.num_classes)
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
-    token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # refuses a wrong size
+    token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # checks the size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
     open_record(args, settings(args, found, flow, classes), plan, make_again(args, found))
     with computing(flow, args.precision):
@@ -154,18 +154,18 @@ def run_classes(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused before the model is read."""
+    """Raise errors about options before the model is read."""
     check_numbers(args)
     if wrong := check_name(args.method, METHODS):
         raise InputError(f"--method {wrong}")
     if not math.isfinite(args.shift):
         raise InputError(f"--shift must be finite, but it is {args.shift}")
-    sigma_grid(args.steps, args.shift)  # these two refuse settings out of their range
+    sigma_grid(args.steps, args.shift)  # these two raise InputError if an option is out of range
     guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
 
 
 def load(found: Path | Choice, device: torch.device, backbone: str | None) -> AsymFlow:
-    """In float32. backbone: what --backbone says."""
+    """The model, with weights in float32. backbone: the option --backbone."""
     if isinstance(found, Choice):
         flow = model_of_run(found, backbone)
     elif found.is_dir():
@@ -201,7 +201,7 @@ def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: l
     return (oklab_to_rgb(images) if oklab else images).float().cpu()
 
 
-# ---- The record: what made the images, so that a folder never holds those of two different runs ----------------------
+# ---- The record: all that determines the images, so that a folder never mixes images of different settings -----------
 def settings(args: argparse.Namespace, found: Path | Choice, flow: AsymFlow, classes: list[int]) -> dict:
     """Everything that an image depends on besides its index."""
     return {
@@ -223,7 +223,7 @@ def settings(args: argparse.Namespace, found: Path | Choice, flow: AsymFlow, cla
 
 
 def identity(found: Path | Choice) -> dict:
-    """Of the weights, whatever they are called. The manifest of a checkpoint has the checksums of its files."""
+    """A checksum of the weights; for a checkpoint, of its manifest, which has the checksums of all its files."""
     if isinstance(found, Choice):
         manifest = files.sha256(found.folder / MANIFEST)
         return {"checkpoint_sha256": manifest, "step": found.step, "average": found.average}
@@ -231,7 +231,7 @@ def identity(found: Path | Choice) -> dict:
 
 
 def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:
-    """The command, and the run if the model is one of a run."""
+    """The command that makes one image again, and the path of the training run, if the model is of one."""
     options = ["seed", "steps", "method", "shift", "guidance", "orthogonal", "precision", "classes"]
     words = ["asymflow", "sample", "--model", str(args.model), "--first", "INDEX", "--num", "1", "--out", "FOLDER"]
     for option in options:

@@ -1,4 +1,4 @@
-"""`asymflow sample --base`: images of prompts by a pixel FLUX.2, each of which can be made again by itself."""
+"""`asymflow sample --base`: draw images of prompts with a pixel FLUX.2; each can be made again alone."""
 
 import argparse
 import hashlib
@@ -33,10 +33,10 @@ def run_prompts(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image or ()]
     pipeline = load(args, loras)
     patch_size = pipeline.flow.patch_size
-    sizes = [pipeline.reference(image, patch_size).shape[-2:] for image in images]  # refuses what cannot be used
+    sizes = [pipeline.reference(image, patch_size).shape[-2:] for image in images]  # also checks the images
     like = sizes[0] if sizes else (SIZE, SIZE)
     height, width = args.height or like[0], args.width or like[1]
-    token_grid(torch.empty(1, 3, height, width, device="meta"), patch_size)  # refuses a wrong size
+    token_grid(torch.empty(1, 3, height, width, device="meta"), patch_size)  # checks the size
     args.shift = dynamic_shift(height, width) if args.shift is None else args.shift
     plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
 
@@ -63,7 +63,7 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused before the model is read."""
+    """Raise errors about options before the model is read."""
     check_numbers(args)
     if args.adapter is None:
         raise InputError("give --adapter too: the base alone is a model of latents")
@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
     for option in ("width", "height", "max_length"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')} must be at least 1, but it is {getattr(args, option)}")
-    sigma_grid(args.steps, 1.0 if args.shift is None else args.shift)  # these refuse what is out of their range
+    sigma_grid(args.steps, 1.0 if args.shift is None else args.shift)  # the last four raise InputError themselves
     guided(None, {}, {}, args.guidance, orthogonal=args.orthogonal)
     check_base_folder(args.base)
     find(args.adapter)
@@ -102,11 +102,11 @@ def read_image(path: Path) -> Image.Image:
 
 
 def lora(text: str) -> tuple[Path, float]:
-    """FILE or FILE:WEIGHT: the safetensors file, or the one in the folder, and the weight, 1 by default."""
+    """(safetensors file, weight) from FILE or FILE:WEIGHT. FILE may be a folder; the weight is 1 by default."""
     name, colon, number = text.rpartition(":")
     try:
         name, weight = (name, float(number)) if colon else (text, 1.0)
-    except ValueError:  # a colon within the name
+    except ValueError:  # the colon belongs to the name
         name, weight = text, 1.0
     path = Path(name) / LORA_FILE if Path(name).is_dir() else Path(name)
     if path.suffix != ".safetensors" or not math.isfinite(weight):
@@ -119,7 +119,7 @@ def lora(text: str) -> tuple[Path, float]:
 def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2KleinPipeline:
     device = own_device(args)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers call torch_dtype dtype
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers prefer the name `dtype`
         dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[args.precision]
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
     for number, (path, _) in enumerate(loras):
@@ -148,7 +148,7 @@ def settings(
     loras: list[tuple[Path, float]],
     size: tuple[int, int],
 ) -> dict:
-    """Everything that an image depends on besides its index; of the base, only what tells it from others."""
+    """Everything that an image depends on besides its index. The base model is identified by its fingerprint."""
     return {
         "base_fingerprint": pipeline.base_fingerprint,
         "adapter_sha256": files.sha256(find(args.adapter)),

@@ -1,4 +1,4 @@
-"""`asymflow subspace`: fit the subspace in which the noise is predicted, by PCA or Procrustes, or look at one."""
+"""`asymflow subspace`: fit the subspace in which the noise is predicted, by PCA or Procrustes, or show one."""
 
 import argparse
 import itertools
@@ -50,7 +50,7 @@ Procrustes: for turning a latent model into a pixel model. Writes FILE.safetenso
 that of the latents. Take at least 1,000 images. --shards: what `asymflow data encode` made. --data: latents from
 elsewhere; each image, such as KEY.png, needs its latents beside it, KEY.latent.npy: a numpy array of the shape (h, w,
 r) as the transformer sees them, for an image of h x w patches. Images are not cropped."""
-ENOUGH = 1000  # images for Procrustes, as of arXiv 2605.12964
+ENOUGH = 1000  # images for Procrustes, as in arXiv 2605.12964; fewer give a warning
 
 SHOW = """Print everything there is to know about a subspace: a file of this library, or a .pt file of the reference
 implementation. With --out, draw it as well."""
@@ -85,7 +85,7 @@ def add_command(commands) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, what: str, group=None) -> None:
-    """The options --data, in a group that needs one of its options or by itself, and --out."""
+    """Add --data and --out. group: of options of which one is required, to which --data is added."""
     required = {} if group else {"required": True}
     (group or parser).add_argument("--data", type=Path, nargs="+", metavar="PATH", help=what, **required)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
@@ -154,7 +154,7 @@ def run_procrustes(args: argparse.Namespace) -> None:
         return latents, image
 
     def error(subspace: Subspace, tally: dict) -> dict[str, str]:
-        """Of the lifted latents, which have the energy of the pixels inside of the subspace: so s was chosen."""
+        """The error of the lifted latents s A z; s is such that they have the energy of the pixels in the subspace."""
         common = subspace.scale * (subspace.basis.double().mT * tally["cross"]).sum() / tally["tokens"]
         inside, total = subspace.spectrum[: subspace.rank].sum(), subspace.spectrum.sum()
         left = ((inside + total - 2 * common) / total).item()
@@ -173,7 +173,7 @@ def run_procrustes(args: argparse.Namespace) -> None:
 
     def read_encoded(number: int) -> tuple[Tensor, Tensor]:
         image, latent = shards.pair(number)
-        pixels = image.numpy().astype(np.float32) / 127.5 - 1  # not by torch, see `to_tensor`
+        pixels = image.numpy().astype(np.float32) / 127.5 - 1  # in numpy, see `to_tensor`
         return latent.permute(1, 2, 0), torch.from_numpy(pixels)
 
     args.data = [args.shards]
@@ -183,9 +183,9 @@ def run_procrustes(args: argparse.Namespace) -> None:
 def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callable, reason: Callable) -> None:
     """Find, choose and read the samples; solve; then, in the first process, write the two files and print a summary.
 
-    `read` makes a sample a tuple of tensors, the last of them the image (3, H, W), `solve` gets batches of the same
-    tuples, as tokens (n, ...), and `reason` has facts to add about the result and the tally of what was read, in which
-    "cross" is sum z^T x of tokens that are pairs.
+    read: returns a sample as a tuple of tensors, of which the last is the image (3, H, W). solve: gets batches of such
+    tuples, as tokens (n, ...), and returns the subspace. reason: returns more facts to print; it gets the subspace and
+    the tally of what was read, in which "cross" is sum z^T x if samples are pairs.
     """
     start = time.perf_counter()
     out, picture = new_outputs(args.out)
@@ -199,7 +199,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
                 results = only_readable(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
                 while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
                     parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
-                    if len(parts) == 2:  # products of float32, since this is only printed
+                    if len(parts) == 2:  # float32 is enough here: the result is only printed
                         tally["cross"] = tally["cross"] + (parts[0].mT @ parts[1]).cpu().double()
                     tally["tokens"] += len(parts[0])
                     yield parts
@@ -210,8 +210,8 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
     if index > 0:
         return
     subspace.fitted_on = f"{described(tally, found, args)}, seed {args.seed}"
-    new_outputs(args.out)  # once more: the work took its time
-    with files.replacing(picture) as beside:  # the picture is not there before the subspace is
+    new_outputs(args.out)  # once more, because somebody may have made these files meanwhile
+    with files.replacing(picture) as beside:  # renamed last, so that there is no picture without a subspace
         draw_subspace(subspace, beside)
         subspace.save(out)
     if bad := tally["unreadable"]:
@@ -224,7 +224,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
 
 
 def only_readable(results: Iterable, total: int, tally: dict, bar: tqdm) -> Iterator[tuple[Tensor, ...]]:
-    """The samples that could be read; the others are noted. InputError if those are more than 1 % of all."""
+    """Yield the samples that could be read, and note the others in `tally`. InputError if those are more than 1 %."""
     bad = tally["unreadable"]
     for result in results:
         bar.update()
@@ -247,7 +247,7 @@ def to_tokens(sample: tuple[Tensor, ...], args: argparse.Namespace, device: torc
 
 @contextmanager
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
-    """(index of this process, how many there are, its device). More than one if torchrun started them."""
+    """A context with (index of this process, number of processes, its device). Several of them form a process group."""
     _, count = this_process()
     if count == 1:
         yield 0, 1, usable_device(device)
@@ -263,17 +263,17 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     try:
         yield dist.get_rank(), count, usable
     finally:
-        time.sleep(0.1)  # torch 2.6 hangs if gloo's threads have not let go of the last tensors: they need the GIL
+        time.sleep(0.1)  # else torch 2.6 may hang: gloo's threads need the GIL to release the last tensors
         dist.destroy_process_group()
 
 
 def own_device(name: str) -> torch.device:
-    """The device of that name; "cuda" is that of this process, as torchrun says."""
+    """The device of that name. "cuda" is the GPU that torchrun gave this process."""
     return usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 def added_up(tally: dict, count: int) -> dict:
-    """The tallies of all processes as one."""
+    """The sum of the tallies of all processes."""
     if count == 1:
         return tally
     tallies = [None] * count
@@ -285,7 +285,7 @@ def added_up(tally: dict, count: int) -> dict:
 
 
 def described(tally: dict, found: list, args: argparse.Namespace) -> str:
-    """What was fitted on, in words."""
+    """A sentence about the images that the subspace was fitted on."""
     names = [Path(os.path.abspath(path)).name for path in args.data]  # noqa: PTH100 (a link keeps its own name)
     source = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     sizes = tally["sizes"]
@@ -294,7 +294,7 @@ def described(tally: dict, found: list, args: argparse.Namespace) -> str:
 
 
 def new_outputs(out: Path) -> tuple[Path, Path]:
-    """FILE.safetensors and FILE.png, which are not there yet and can be written. Nothing is made."""
+    """Check that FILE.safetensors and FILE.png do not exist and can be written. Returns them; makes nothing."""
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end with .safetensors (the picture beside it will end with .png)")
     folder = next(folder for folder in out.absolute().parents if folder.exists())
@@ -320,7 +320,7 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def load(path: Path) -> Subspace:
-    """The subspace in a file of this library or the reference, or of a model, published or in a folder of its own."""
+    """The subspace in a run, in a model (folder or published file), or in a file of this library or the reference."""
     if is_run(path):
         return Subspace.load(path / "subspace.safetensors")
     if path.is_dir():
@@ -348,7 +348,7 @@ def print_facts(subspace: Subspace, more: dict[str, str]) -> None:
 
 
 def shares(subspace: Subspace) -> str:
-    """Which share of the energy the first 1, 8, 32 and 128 directions hold, and those of the subspace."""
+    """The shares of the energy in the first 1, 8, 32 and 128 directions, and in those of the subspace, as text."""
     if subspace.spectrum is None:
         return "not recorded"
     energy = subspace.spectrum.double()
