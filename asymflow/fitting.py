@@ -88,7 +88,7 @@ def fit_procrustes(
     def solve(count: Tensor, gram: Tensor, cross: Tensor, latent_energy: Tensor) -> tuple[Tensor, float, Tensor]:
         if not (gram.trace() > 0 and latent_energy > 0):
             raise InputError("all latent or all pixel tokens are 0: look at what is read")
-        u, s, vt = torch.linalg.svd(cross, full_matrices=True)  # the rest of vt (D, D) spans what lies outside
+        u, s, vt = torch.linalg.svd(cross, full_matrices=True)  # rows r, r + 1, ... of vt (D, D) span the outside
         rounding = len(gram) * torch.finfo(s.dtype).eps * gram.trace().sqrt() * latent_energy.sqrt()  # |C| <= |z| |x|
         if s[-1] <= rounding:
             raise InputError(
@@ -106,7 +106,7 @@ def fit_procrustes(
 
 
 def canonical_signs(basis: Tensor) -> Tensor:
-    """Flip columns so that in each the first of the largest entries, in magnitude and to 1e-6, is positive."""
+    """Flip columns so that the entry of largest magnitude in each is positive (the first, if several are, to 1e-6)."""
     size = basis.abs()
     first = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0, keepdim=True)
     return basis * basis.gather(0, first).sign()

@@ -111,7 +111,7 @@ class AsymFlow(
             sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
         if sigma.dtype == torch.float64 and not has_float64(x_sigma.device):
             sigma = sigma.float()
-        sigma = sigma.to(x_sigma.device, non_blocking=x_sigma.is_cuda)  # else the CPU waits for the GPU
+        sigma = sigma.to(x_sigma.device, non_blocking=x_sigma.is_cuda)  # so that the CPU need not wait for the GPU
         if sigma.ndim > 1 or sigma.shape not in ((), x_sigma.shape[:1]):
             raise InputError(
                 f"sigma must be one noise level for each of the {len(x_sigma)} images, but its shape is "
@@ -150,7 +150,7 @@ class AsymFlow(
 
     @property
     def config(self) -> dict:
-        """What `config.json` holds: everything but the tensors."""
+        """The content of `config.json`: everything but the tensors."""
         return {
             "format": FORMAT,
             "flow": {name: getattr(self, name) for name in OPTIONS},
@@ -237,7 +237,7 @@ def build(
             backbone = make_backbone(network["class"], network["config"], backbone)
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
-        shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # of any length
+        shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # any length is right
         files.check_tensors(tensors, shapes, source)
         subspace = Subspace(
             tensors["subspace.basis"],

@@ -112,7 +112,7 @@ def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
 
 
 def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
-    """Entries by sample and kind: `samples(...)["shard.tar: 0001"]["png"]`."""
+    """Entries by sample and kind of file, such as `samples(...)["shard.tar: 0001"]["png"]`."""
     found: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         key, kind = entry.parts

@@ -54,14 +54,14 @@ def dynamic_shift(height: int, width: int) -> float:
 # A sampler is a function of a velocity, x at the noise level sigmas[0], and decreasing levels within [0, 1]. It returns
 # x at the last of them. The velocity is a function of x and of one level, a number above 0.
 def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Of order 1."""
+    """Euler's method, of order 1."""
     for sigma, target in pairwise(sigmas):
         x = x + (target - sigma) * velocity(x, sigma)
     return x
 
 
 def heun(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Of order 2, with two evaluations a step; a step that ends at sigma = 0 is Euler's."""
+    """Heun's method, of order 2, with two evaluations a step. A step that ends at sigma = 0 is Euler's."""
     for sigma, target in pairwise(sigmas):
         u = velocity(x, sigma)
         if target > 0:
@@ -82,14 +82,14 @@ def sample(
     denoised_hook: Hook | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Integrate along `sigmas` and return what x has become, in float32, or float64 if x has it.
+    """Integrate along `sigmas`, and return x at the last of them, in float32, or float64 if x is.
 
     x: (B, ...) at the noise level sigmas[0]; pure noise if that is 1.
     sigmas: any strictly decreasing levels within [0, 1], see `sigma_grid`.
     method: "euler" (order 1), "heun" (order 2, two evaluations a step), or a function `(velocity, x, sigmas) -> x` of
         your own, as those above. The velocity is never evaluated at sigma = 0.
-    denoised_hook: gets the denoised image x0 = x - sigma u of every evaluation, and sigma (B,) on its device, and
-        returns the one to steer towards, such as one clamped to displayable colours.
+    denoised_hook: called after every evaluation with the denoised image x0 = x - sigma u, and sigma (B,) on its device.
+        It returns the image to use instead of x0, such as x0 clamped to displayable colours.
     Raises InputError if the grid or the method is not as described.
     """
     levels = checked_levels(sigmas)

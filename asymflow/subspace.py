@@ -11,7 +11,7 @@ from asymflow.errors import InputError
 from asymflow.numerics import at_least_float32, float32_products_are_exact, has_float64, no_autocast
 from asymflow.patches import check_patch_size, check_token_order
 
-TOLERANCE = 1e-4  # of orthonormality, in float32
+TOLERANCE = 1e-4  # how far basis.T @ basis may be from the identity
 
 
 class Subspace(nn.Module):

@@ -21,7 +21,7 @@ from asymflow.precision import computing
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
 
-WARM_UP = 4  # steps of a training
+WARM_UP = 4  # steps of a training that are not timed
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
 WORKERS = {"B/16": 8, "L/16": 4, "H/16": 2}  # each loads two batches ahead; these are used up before timing begins
 ON_EACH = 128  # images in a step on each GPU, as in a batch of 1,024 on eight
@@ -187,7 +187,7 @@ def finetuning(kit: Kit) -> tuple[str, dict]:
     if size is None:
         raise NotRunError("not on a CPU")
     packages = all(importlib.util.find_spec(name) for name in ("lpips", "torchvision"))
-    lpips = packages and not kit.tiny  # a CPU takes long for convolutions in bfloat16
+    lpips = packages and not kit.tiny  # convolutions in bfloat16 are slow on a CPU
     options = dict(image_size=None, text_length=None, lora_rank=None, no_checkpointing=False, no_lpips=not lpips)
     args = argparse.Namespace(size=size, batch=1, steps=2 if kit.tiny else 5, **options)
     found = flux2.measure(args, kit.trainings, kit.work, timeout=max(kit.left, 5))

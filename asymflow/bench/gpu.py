@@ -23,7 +23,7 @@ from asymflow.errors import InputError
 from asymflow.parser import Parser
 
 VERSIONS = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "lpips", "numpy")
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as torch.use_deterministic_algorithms asks for
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch.use_deterministic_algorithms requires it
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import torch
 from asymflow.bench.trainings import FailedError, Trainings
 
 PASSED, MEASURED, FAILED, ERROR, NOT_RUN = "passed", "measured", "FAILED", "error", "not run"
-PACKAGES = ("deepspeed", "pydantic", "yaml")  # without which nothing can be trained
+PACKAGES = ("deepspeed", "pydantic", "yaml")  # every training needs them
 
 
 class WrongError(Exception):

@@ -100,7 +100,7 @@ def complain(program: str, message: object) -> int:
 
 
 def versions() -> str:
-    import torch  # takes seconds
+    import torch  # here, because it takes seconds
 
     try:
         own = version("asymflow")

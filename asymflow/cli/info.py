@@ -108,7 +108,7 @@ def describe(args: argparse.Namespace) -> dict:
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
-    if isinstance(model, dict):  # of a backbone that is not in this library
+    if isinstance(model, dict):  # the backbone is not in this library
         return found | model | {"training_memory": training_memory(args, model["parameters"])}
     if not args.image_size and not hasattr(model.backbone, "grid"):
         raise InputError(f"give --image-size: {type(model.backbone).__name__} has no grid to tell that of its images")

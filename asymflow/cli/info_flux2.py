@@ -15,7 +15,7 @@ CARD = 80 * 10**9  # bytes of a GPU of 80 GB, 74.5 GiB; drivers show some more
 PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and the share of them that a training may reach
 OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
 OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
-COLUMNS = {  # of the table, and the kinds of memory in them
+COLUMNS = {  # the columns of the table, and the kinds of memory that each adds up
     "weights": ("weights", "gathered"),
     "trained": ("trained",),
     "gradients": ("gradients", "buckets"),
@@ -58,7 +58,7 @@ def config_file(folder: Path) -> Path | None:
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
-    from asymflow.training.objectives import cost  # diffusers, peft: seconds
+    from asymflow.training.objectives import cost  # here, because diffusers and peft take seconds
 
     if wrong := [option for name, option in OTHERS.items() if getattr(args, name) is not None]:
         raise InputError(f"{wrong[0]} does not go with a FLUX.2: its rank is that of its latents, its dtype bfloat16")

@@ -124,7 +124,7 @@ def verified_reader(folder: Path, progress: Callable = iter):
 
 
 def about(run_folder: Path, folder: Path) -> tuple:
-    """The configuration and the subspace of a run, and the state of its checkpoint. InputError if they do not fit."""
+    """(configuration, subspace, state): of a run, and of its checkpoint in `folder`. InputError if they do not fit."""
     from asymflow.subspace import Subspace
     from asymflow.training.config.reading import load_config
     from asymflow.training.run import checkpoint

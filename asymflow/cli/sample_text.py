@@ -22,7 +22,7 @@ from asymflow.patches import token_grid
 from asymflow.pixels import to_rgb
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it in a folder
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file of a LoRA in a folder
 
 
 def run_prompts(args: argparse.Namespace) -> None:
@@ -127,7 +127,7 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
             files.read_tensors(path)
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
             if f"lora{number}" not in pipeline.get_list_adapters().get("transformer", []):
-                raise ValueError("it has no LoRA for a layer of this transformer")  # diffusers only logs it
+                raise ValueError("it has no LoRA for a layer of this transformer")  # diffusers would only log this
         except (ValueError, TypeError, RuntimeError, KeyError) as e:
             raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None
     if loras:

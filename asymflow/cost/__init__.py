@@ -130,7 +130,7 @@ def step_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[i
     loss: called with a copy of the model that has no numbers; it makes its own inputs, on the CPU.
     """
     with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: no fused RMSNorm for mixed dtypes
+        warnings.simplefilter("ignore")  # torch warns that it has no fused RMSNorm for mixed dtypes
         model = stand_in(model, "cpu")
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None

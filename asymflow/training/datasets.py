@@ -1,4 +1,4 @@
-"""The data set of a configuration."""
+"""Making the data set that a configuration names."""
 
 import torch
 

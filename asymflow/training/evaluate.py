@@ -20,7 +20,7 @@ from asymflow.training.objectives.class_conditional import drawn
 from asymflow.training.run.ranks import all_or_raise, rank0_broadcast
 
 REFERENCE = "reference.npz"  # in the folder of the run
-MOST = 50_000  # training images to compare with
+MOST = 50_000  # at most so many training images are compared with
 
 Stop = Callable[[], object]
 """Returns whether to stop. All ranks call it together, and it returns the same on all."""

@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override a key: see `asymflow info config`"
     )
-    p.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # by the launcher
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     args = p.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.config).stem
     return args

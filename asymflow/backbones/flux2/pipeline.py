@@ -175,7 +175,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         references = [self.reference(image, flow.patch_size) for image in images]
         like = references[0].shape[-2:] if references else (SIZE, SIZE)
         height, width = (usual if given is None else given for given, usual in zip((height, width), like, strict=True))
-        token_grid(torch.empty(1, 3, height, width, device="meta"), flow.patch_size)  # refuses a size that does not fit
+        token_grid(torch.empty(1, 3, height, width, device="meta"), flow.patch_size)  # checks the size
         grid = sigma_grid(num_inference_steps, dynamic_shift(height, width)) if sigmas is None else [*sigmas, 0.0]
         timesteps = set_levels(self.scheduler, checked_levels(grid), device)
         self._num_timesteps = len(timesteps)
@@ -206,7 +206,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                sigma = levels[step]  # not t / 1000: UniPC rounds it to a whole number
+                sigma = levels[step]  # not t / 1000: UniPC's timesteps are whole numbers
                 both = {"condition_images": references, "joint_attention_kwargs": self.attention_kwargs}
                 velocity = guided(
                     flow,

@@ -67,7 +67,7 @@ class JiT(nn.Module):
         self.in_context_start, self.checkpoint_every = in_context_start, checkpoint_every
         self.dim = channels * patch_size**2
         self.grid = (image_size // patch_size,) * 2
-        self.noise_scale = max(1.0, image_size / 256)  # larger images need more noise to hide what they show
+        self.noise_scale = max(1.0, image_size / 256)  # it takes more noise to hide a larger image
         self.head_dim = width // heads
 
         self.x_embedder = PatchEmbedding(self.dim, bottleneck, width)

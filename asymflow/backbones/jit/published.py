@@ -186,7 +186,7 @@ def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path, with_po
         rank = next(iter(tensors["proj_buffer"].shape[1:2]), 0) if "proj_buffer" in tensors else 0
         shapes |= {"proj_buffer": (jit.dim, rank), "scale_buffer": ()}
     possible = published_positions(jit) if with_positions else {}
-    if SUBSPACE_TENSORS & tensors.keys():  # of AsymFlow-ImageNet: all of its positions are in the file
+    if SUBSPACE_TENSORS & tensors.keys():  # a file of AsymFlow-ImageNet has all of its positions
         needed = {name for name in possible if name == "x_embedder.pos_embed" or ".base_rope." in name}
     else:
         needed = set()
@@ -214,7 +214,7 @@ def published_positions(jit: JiT) -> dict[str, Tensor]:
     image = rope(jit.grid, jit.head_dim, "cpu", torch.float64).repeat_interleave(2, dim=-1)
     positions = {"x_embedder.pos_embed": sincos, "pos_embed": sincos}
     for wave, angles, of_zero in zip(("freqs_cos", "freqs_sin"), image, (1.0, 0.0), strict=True):
-        in_context = F.pad(angles, (0, 0, len(jit.in_context_positions), 0), value=of_zero)  # they have no place
+        in_context = F.pad(angles, (0, 0, len(jit.in_context_positions), 0), value=of_zero)  # class tokens: no rotation
         positions |= {f"{name}.base_rope.{wave}": angles for name in ("feat_rope", "feat_rope_incontext")}
         positions |= {f"feat_rope.{wave}": angles, f"feat_rope_incontext.{wave}": in_context}
     return positions
@@ -257,7 +257,7 @@ def reference_subspace(content: Mapping, path: str | Path) -> Subspace:
             f"{path} is not a subspace file: expected proj_mat_pN (D, r), with N the patch size, and perhaps scale_pN, "
             f"but it has {', '.join(map(str, list(content)[:4]))}"
         )
-    if scale is None:  # from PCA: eigenvectors in the order of growing eigenvalues
+    if scale is None:  # from PCA: eigenvectors, the smallest eigenvalue first
         return checked_subspace(path, basis.flip(-1), patch_size=int(patch), token_order=CHANNEL_LAST)
     record = {"token_order": CHANNEL_FIRST, "color_space": "oklab"}
     return checked_subspace(path, basis, scale, patch_size=int(patch), **record)

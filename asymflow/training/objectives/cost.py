@@ -33,7 +33,7 @@ from asymflow.training.objectives.variance import PerceptualLoss
 
 CONFIGURATION = "asymflux2_klein_9b"
 PLACES = ("finetune.base", "finetune.subspace", "data.path")  # keys that it must have; their values do not matter here
-KLEIN = {  # the base models; 9,078,581,248 and 3,875,544,576 parameters
+KLEIN = {  # the base models, with 9,078,581,248 and 3,875,544,576 parameters
     "FLUX.2-klein-9B": dict(
         num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False
     ),

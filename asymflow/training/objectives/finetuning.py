@@ -132,7 +132,7 @@ def with_own_projections(transformer: Flux2Transformer2DModel) -> Flux2Transform
 
 
 def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """The transformer of a FLUX.2 klein folder. Nothing is downloaded, and only safetensors are read. InputError."""
+    """The transformer in a FLUX.2 klein folder. Downloads nothing, and reads only safetensors. Raises InputError."""
     transformer_config(base)
     folder = base / TRANSFORMER
     try:

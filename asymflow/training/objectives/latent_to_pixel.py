@@ -44,7 +44,7 @@ class LatentToPixel:
         return EncodedBatches(dataset, self.config, rank, world)
 
     def losses(self, model: nn.Module, batch: EncodedBatch) -> Tensor:
-        """See variance.py."""
+        """The terms of the loss, (B, terms): see variance.py for the formulas."""
         c, flow = self.config.loss, getattr(model, "module", model)
         x0, sigma, text = batch.x0, noise_level(batch.normal, c.sigma_mean, c.sigma_std, c.sigma_shift), batch.prompts
         tokens = lambda images: patchify(images, flow.patch_size, flow.token_order)

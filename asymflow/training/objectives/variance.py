@@ -44,7 +44,7 @@ def signal_share(sigma: Tensor, shift: float = SHIFT) -> Tensor:
 
 
 def variance_reduced_target(x0: Tensor, low_error: Tensor, c: Tensor, sigma: Tensor, shift: float = SHIFT) -> Tensor:
-    """`x0 - (1 - w) c d_low`, (B, N, D), for c of `agreement` and sigma (B,)."""
+    """`x0 - (1 - w) c d_low`, (B, N, D). low_error: d_low. c: from `agreement`. sigma: (B,)."""
     share = (1 - signal_share(sigma, shift))[:, None, None, None] * c
     return x0 - (share * low_error.unflatten(-1, (c.shape[2], -1))).flatten(-2)
 
@@ -101,7 +101,7 @@ def torchvision_vgg() -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), Path(name).stem.partition("-")[2], progress=False)
-        except (OSError, RuntimeError) as e:  # the network, or another hash
+        except (OSError, RuntimeError) as e:  # the network failed, or the file has another hash
             raise InputError(f"{url} could not be downloaded ({e}): {instead}") from None
     return path
 

@@ -1,1 +1,1 @@
-"""A run: its folder, its processes and what they say."""
+"""A run: its folder and checkpoints, its processes, and what they print."""
