@@ -65,7 +65,7 @@ def place(monkeypatch, environment):
         (STEP | {"WORLD_SIZE": "1"}, (0, 1, 0)),
     ],
 )
-def test_a_process_knows_its_place(monkeypatch, environment, expected):
+def test_a_process_knows_its_rank(monkeypatch, environment, expected):
     assert place(monkeypatch, environment) == expected
 
 
@@ -150,13 +150,13 @@ def test_a_machine_with_other_hardware_ends_all(tmp_path):
     one_line(Launched(2, tmp_path / "run", patch=partial(gpus, 0, 1)), "there is no GPU here, but one where rank 0 is")
 
 
-# ---- Agreeing --------------------------------------------------------------------------------------------------------
+# ---- Acting together -------------------------------------------------------------------------------------------------
 def refuse(rank):
     if rank in (None, dist.get_rank()):
         raise InputError("no")
 
 
-def agreements(args, device):
+def act_together(args, device):
     rank = dist.get_rank()
     lock = threading.Lock()  # which cannot be pickled
     assert all_or_raise(lambda: lock) is lock
@@ -175,8 +175,8 @@ def agreements(args, device):
     raise AgreedError("all is as it should be")
 
 
-def test_what_is_done_together(tmp_path):
-    one_line(Launched(2, tmp_path / "run", patch=partial(replace, "build", agreements)), "all is as it should be")
+def test_who_runs_an_action_who_gets_its_result_and_who_raises(tmp_path):
+    one_line(Launched(2, tmp_path / "run", patch=partial(replace, "build", act_together)), "all is as it should be")
 
 
 def own_folders(folders):
