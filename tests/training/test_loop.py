@@ -30,7 +30,7 @@ from asymflow.training.loop import Training
 from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.run.ranks import join_group, open_store, resolve_rank
 from asymflow.training.start import build, parse
-from asymflow.training.zero.internals import kept
+from asymflow.training.zero.internals import held_part
 from asymflow.training.zero.shards import held_fragments
 
 
@@ -199,7 +199,7 @@ def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, numb
     assert len(seen) == len(flow.backbone.blocks)
     if number < 3:  # at stage 3 they are elsewhere
         assert any(p.numel() % 8 for p in flow.backbone.blocks.parameters())  # which could shift others
-    aligned = not any(kept(p).data_ptr() % 16 for p in flow.parameters())
+    aligned = not any(held_part(p).data_ptr() % 16 for p in flow.parameters())
     assert seen == [None if aligned else {"triton.divisible_by_16": False}] * len(seen)
     assert aligned == (number < 3 and (number, kind) != (1, "float32 sums"))
 
