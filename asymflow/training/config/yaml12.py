@@ -6,7 +6,7 @@ Every value comes with its origin, for messages that name the file and the line;
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
@@ -40,38 +40,63 @@ def merged(below: object, above: object) -> object:
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
-TAG = "tag:yaml.org,2002:"
-SCALARS = [
-    (f"{TAG}null", re.compile(r"(~|null|Null|NULL|)\Z")),
-    (f"{TAG}bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
-    (f"{TAG}int", re.compile(r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z")),
-    (f"{TAG}float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")),  # no NaN, no infinity
+WORDS = [  # what a word without quotes is, if not text: no NaN, no infinity
+    (re.compile("~|null|Null|NULL|"), lambda word: None),
+    (re.compile("true|True|TRUE|false|False|FALSE"), lambda word: word.lower() == "true"),
+    (re.compile("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), lambda word: int(word, {"0o": 8, "0x": 16}.get(word[:2], 10))),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
 ]
-CONVERTERS = {
-    f"{TAG}null": lambda text: None,
-    f"{TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
-    f"{TAG}int": lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
-    f"{TAG}float": float,
-    f"{TAG}str": str,
-}
 
 
-class Loader(yaml.SafeLoader):
-    """Reads nodes only: what they mean is decided by `construct`."""
+def meaning(word: str) -> object:
+    try:
+        return next((mean(word) for pattern, mean in WORDS if pattern.fullmatch(word)), word)
+    except ValueError:  # more digits than Python reads
+        return math.inf
 
-    yaml_implicit_resolvers = {None: SCALARS}  # noqa: RUF012
-    depth = 0
 
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem=f"write out what *{event.anchor} is", problem_mark=event.start_mark)
-        if self.depth > DEEPEST:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+class Loader(yaml.BaseLoader):
+    """PyYAML reads the text; what it means in YAML 1.2 is decided here."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.origins = {}  # lines, counted from 0, and texts
+
+    def refuse(self):
+        what = f"what begins with {self.peek()} must be in quotes: there are no aliases, tags or directives"
+        fault(what, self.get_mark())
+
+    fetch_anchor = fetch_alias = fetch_tag = fetch_directive = refuse
+
+    def value(self, node: yaml.Node, path: Keys, start: yaml.Mark) -> object:
+        """What is given for the keys of `path` at `start`."""
+        if path in self.origins:
+            fault(f"{dotted(path)} is given twice, the first time at line {self.origins[path][0] + 1}", start)
+        if len(path) > DEEPEST:
+            fault("nested too deeply", start)
+        self.origins[path] = start.line, node.value if isinstance(node, yaml.ScalarNode) else None
+        if isinstance(node, yaml.MappingNode):
+            pairs = ((text_of(key), key, value) for key, value in node.value)
+            return {name: self.value(value, (*path, name), key.start_mark) for name, key, value in pairs}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(value, (*path, i), value.start_mark) for i, value in enumerate(node.value)]
+        value = text_of(node) if node.style else meaning(text_of(node))
+        if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
+            fault(f"{dotted(path)} is no number that can be used: {short(node.value)}", start)
+        return value
+
+
+def text_of(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        fault("a key must be a word, but this is a list or a section", node.start_mark)
+    for character in node.value:
+        if not character.isprintable():  # in a key or a path it is a slip, and messages are to stay one line
+            fault(f"the character {character!a} is not allowed", node.start_mark)
+    return node.value
+
+
+def fault(what: str, mark: yaml.Mark) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=what, problem_mark=mark)
 
 
 def parse(text: str, place: Callable[[int], str], path: Keys = ()) -> Layer:
@@ -79,77 +104,43 @@ def parse(text: str, place: Callable[[int], str], path: Keys = ()) -> Layer:
 
     Raises InputError.
     """
-    origins: dict[Keys, Origin] = {}
     try:
         loader = Loader(text)
         root = loader.get_single_node()
+        values = loader.value(root, path, root.start_mark) if root else None
     except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
+        line = (e.problem_mark or e.context_mark).line
         reason = one_line(", ".join(filter(None, (e.context, e.problem))))
-        tab = " (indent with spaces)" if "'\\t'" in reason else ""
-        raise InputError(f"{place(mark.line if mark else 0)}: {reason}{tab}") from None
+        reason += " (indent with spaces)" if "'\\t'" in reason else ""
     except yaml.reader.ReaderError as e:
-        line = text.count("\n", 0, e.position)
-        raise InputError(f"{place(line)}: the character {chr(e.character)!a} is not allowed") from None
-    except (ValueError, OverflowError) as e:  # numbers in escapes and directives
-        raise InputError(f"{place(loader.line)}: this is not YAML ({one_line(e)})") from None
-    values = None if root is None else construct(root, path, place, origins)
-    origins.setdefault(path, Origin(place(0), ""))
-    return Layer(values, origins)
-
-
-def construct(node: yaml.Node, path: Keys, place: Callable[[int], str], origins: dict[Keys, Origin]) -> object:
-    here = place(node.start_mark.line)
-    origins.setdefault(path, Origin(here, node.value if isinstance(node, yaml.ScalarNode) else None))
-    if isinstance(node, yaml.MappingNode) and node.tag == f"{TAG}map":
-        values = {}
-        for key, value in node.value:
-            at = place(key.start_mark.line)
-            if not isinstance(key, yaml.ScalarNode):
-                raise InputError(f"{at}: a key must be a word, but this is a list or a section")
-            below = (*path, checked_text(key.value, at))
-            if key.value in values:
-                first = origins[below].place.rpartition(", ")[2]
-                raise InputError(f"{at}: {dotted(below)} is given twice, the first time at {first}")
-            origins[below] = Origin(at, value.value if isinstance(value, yaml.ScalarNode) else None)
-            values[key.value] = construct(value, below, place, origins)
-        return values
-    if isinstance(node, yaml.SequenceNode) and node.tag == f"{TAG}seq":
-        return [construct(value, (*path, i), place, origins) for i, value in enumerate(node.value)]
-    if not isinstance(node, yaml.ScalarNode) or node.tag not in CONVERTERS:
-        raise InputError(f"{here}: the tag {shown(node.tag)} is not allowed")
-    text = checked_text(node.value, here)
-    try:
-        value = CONVERTERS[node.tag](text)
-    except (ValueError, KeyError):  # too many digits, or an explicit tag such as !!int on something else
-        value = math.inf
-    if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
-        raise InputError(f"{here}: {dotted(path)} is no number that can be used: {short(text)}")
-    return value
-
-
-def checked_text(text: str, place: str) -> str:
-    for character in text:
-        if not character.isprintable():  # in a key or a path it is a slip, and messages are to stay one line
-            raise InputError(f"{place}: the character {character!a} is not allowed")
-    return text
+        line, reason = text.count("\n", 0, e.position), f"the character {chr(e.character)!a} is not allowed"
+    except (ValueError, OverflowError) as e:  # numbers in escapes
+        line, reason = loader.line, f"this is not YAML ({one_line(e)})"
+    except RecursionError:
+        line, reason = loader.line, "nested too deeply"
+    else:
+        origins = {path: Origin(place(line), text) for path, (line, text) in loader.origins.items()}
+        return Layer(values, {path: Origin(place(0))} | origins)
+    raise InputError(f"{place(line)}: {reason}")
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 class Dumper(yaml.SafeDumper):
     """Writes what `parse` reads: one key a line, lists within the line, no aliases."""
 
-    yaml_implicit_resolvers = {None: SCALARS}  # noqa: RUF012
-
     def ignore_aliases(self, data):
         return True
 
     def represent_list(self, data):
-        return self.represent_sequence(f"{TAG}seq", data, flow_style=True)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    def represent_text(self, data):
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if meaning(data) is data else "'")
 
 
 Dumper.add_representer(list, Dumper.represent_list)
 Dumper.add_representer(tuple, Dumper.represent_list)
+Dumper.add_representer(str, Dumper.represent_text)
 
 
 def in_yaml(value: object, **options) -> str:
