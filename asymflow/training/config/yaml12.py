@@ -58,6 +58,9 @@ def meaning(word: str) -> object:
 class Loader(yaml.BaseLoader):
     """PyYAML reads the text; what it means in YAML 1.2 is decided here."""
 
+    # PyYAML's own less U+0085, U+2028 and U+2029, which are no ends of lines in YAML 1.2, and cannot be seen.
+    NON_PRINTABLE = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
     def __init__(self, text: str):
         super().__init__(text)
         self.origins = {}  # lines, counted from 0, and texts
