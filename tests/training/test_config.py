@@ -25,7 +25,7 @@ from asymflow.sampling import METHODS
 from asymflow.training.config.derived import batch_sizes, bf16_weights, network, sampling_precision
 from asymflow.training.config.differences import MAY_CHANGE, differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
-from asymflow.training.config.sections import Sample, known_keys
+from asymflow.training.config.sections import SampleSection, known_keys
 from asymflow.training.config.yaml12 import parse as parse_yaml
 from asymflow.training.start import parse
 from asymflow.training.zero.settings import deepspeed_config
@@ -242,7 +242,7 @@ def test_info_lists_all_keys_with_their_defaults_as_a_file_would_have_them(capsy
 
 def test_the_sampling_methods_are_those_of_the_sampler():
     for method in METHODS:
-        assert Sample(method=method).method == method
+        assert SampleSection(method=method).method == method
 
 
 def test_they_are_found_when_the_package_is_imported_from_a_zip_file(tmp_path, monkeypatch):

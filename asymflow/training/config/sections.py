@@ -55,7 +55,7 @@ class Model(Section):
 
     backbone: Text = Field("JiT", description="JiT, or package.module:Class of your own, see docs/backbones.md")
     size: Text | None = Field(
-        None, description="needed for JiT: SIZE/PATCH, such as B/16; the sizes are those of asymflow/backbones/jit"
+        None, description="required for JiT: SIZE/PATCH, such as B/16; the sizes are those of asymflow/backbones/jit"
     )
     image_size: Count = Field(description="height and width in pixels, a multiple of the patch")
     num_classes: Count = Field(description="classes in the data; one more, no class, is added")
@@ -77,7 +77,7 @@ class Model(Section):
         return dict.fromkeys(Options.model_fields) | options if info.data.get("backbone") == "JiT" else options
 
 
-class Subspace(Section):
+class SubspaceSection(Section):
     """Where the noise is predicted. Rank 0 is x0-prediction, the full rank u-prediction."""
 
     rank: WholeNumber | Literal["full", "auto"] = Field(description="dimensions; auto: as many as pay off")
@@ -101,8 +101,8 @@ class Finetune(Section):
     Beside the LoRAs, x_embedder, proj_out and norm_out are trained in full.
     """
 
-    base: Text | None = Field(None, description="needed: its folder, as diffusers saves it; the transformer is read")
-    subspace: Text | None = Field(None, description="needed: file of `asymflow subspace procrustes`")
+    base: Text | None = Field(None, description="required: its folder, as diffusers saves it; the transformer is read")
+    subspace: Text | None = Field(None, description="required: file of `asymflow subspace procrustes`")
     lora: Lora | None = Field(Lora(), description="null: all weights are trained")
     checkpointing: bool = Field(True, description="recompute every block in the backward pass")
 
@@ -130,7 +130,7 @@ class Repa(Section):
     hidden: Count = Field(2048, description="width of the projection")
 
 
-class Perceptual(Section):
+class PerceptualSection(Section):
     """LPIPS between decoded images, for finetune."""
 
     weight: Positive = Field(1.0, description="in the loss")
@@ -156,7 +156,7 @@ class Loss(Section):
     variance_reduction: Positive | None = Field(
         None, description="of the target, for finetune: the shift in the weight w; null: none"
     )
-    perceptual: Perceptual | None = Field(None, description="null: none")
+    perceptual: PerceptualSection | None = Field(None, description="null: none")
 
 
 class Train(Section):
@@ -209,7 +209,7 @@ class Checkpoint(Section):
     keep_every: Count | None = Field(None, description="those of every so many steps stay too; null: none")
 
 
-class Sample(Section):
+class SampleSection(Section):
     """Images drawn while it trains, always from the same noise."""
 
     every: Count | None = Field(None, description="steps between grids; null: none")
@@ -240,8 +240,8 @@ class Evaluate(Section):
 class Sections(Section):
     """All of a training: what every configuration has."""
 
-    model: Model | None = Field(None, description="needed, but for finetune")
-    subspace: Subspace | None = Field(None, description="needed, but for finetune")
+    model: Model | None = Field(None, description="required unless finetune is set")
+    subspace: SubspaceSection | None = Field(None, description="required unless finetune is set")
     finetune: Finetune | None = Field(None, description="null: a model is trained from scratch")
     data: Data
     loss: Loss = Loss()
@@ -249,7 +249,7 @@ class Sections(Section):
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     checkpoint: Checkpoint
-    sample: Sample = Sample()
+    sample: SampleSection = SampleSection()
     evaluate: Evaluate = Evaluate()
     deepspeed: dict[str, JsonValue] = Field(description="DeepSpeed's own configuration, passed on as it is")
 
