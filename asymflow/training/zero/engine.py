@@ -20,7 +20,7 @@ from asymflow.training.config.derived import bf16_weights, repeated_blocks
 from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.reading import Config
 from asymflow.training.config.sections import Optimizer
-from asymflow.training.run.ranks import all_or_raise, gather
+from asymflow.training.run.ranks import all_or_raise
 from asymflow.training.zero import internals, shards
 from asymflow.training.zero.averages import Averages
 from asymflow.training.zero.settings import deepspeed_config
@@ -46,7 +46,7 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     internals.compile_no_communication()
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())
-    gather(lambda: prepare_monitors(options, out))
+    all_or_raise(lambda: prepare_monitors(options, out))
     if config.train.compile:
         all_or_raise(lambda: prepare_compiling(flow, options))
     originals = float32_copies(flow) if bf16_weights(config) else {}
