@@ -43,8 +43,8 @@ with importing(__name__):
     from asymflow.backbones.flux2.adapter import load_adapter
     from asymflow.cli import main as asymflow
     from asymflow.color import oklab_to_rgb
-    from asymflow.data.encode import decode_latents, encode_image, encode_prompts
     from asymflow.data.encoded import EncodedShards
+    from asymflow.data.encoders import decode_latents, encode_image, encode_prompts
     from asymflow.data.sample import Sample
     from asymflow.data.shapes import Shapes
     from asymflow.errors import InputError

@@ -11,6 +11,7 @@ import io
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from safetensors.torch import save, save_file
 from asymflow import cost
 from asymflow.bench.trainings import FailedError, Trainings, median, synchronize
 from asymflow.cli.common import at_least, default_device, image_size, usable_device
-from asymflow.data import encode
-from asymflow.data.encoded import EMPTY_PROMPT, FORMAT, shard_path
+from asymflow.data.encode import index_of
+from asymflow.data.encoded import EMPTY_PROMPT, ENCODED
 from asymflow.data.shards import META
+from asymflow.data.writing import Sample, Writer
 from asymflow.errors import InputError
 from asymflow.parser import Parser
 from asymflow.sampling import guided
@@ -155,21 +157,20 @@ def write_data(folder: Path, latent: Flux2Transformer2DModel, size: tuple[int, i
     generator = torch.Generator().manual_seed(0)
     noise = lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(dtype)
 
-    def sample(number: int) -> encode.Sample:
+    def sample(number: int) -> Sample:
         pixels = (noise(height, width, 3) * 40 + 128).clamp(0, 255).byte().numpy()
         facts = {"caption": "noise", "name": str(number), "width": width, "height": height, "bucket": size}
         tensors = {
             "latent": noise(c.in_channels, height // patch, width // patch),
             "prompt": noise(text_length, c.joint_attention_dim, dtype=torch.bfloat16),
         }
-        picture = Image.fromarray(pixels)
-        content = {"png": as_png(picture), "json": json.dumps(facts).encode(), "safetensors": save(tensors)}
-        return encode.Sample(f"{number:08d}", picture, "noise", content)
+        content = {"png": as_png(Image.fromarray(pixels)), "json": json.dumps(facts).encode()}
+        return number, {**content, "safetensors": save(tensors)}
 
-    encode.write_shard(shard_path(shards, 0), map(sample, range(IMAGES)), 0, "png", [])
+    Writer(shards, ENCODED, IMAGES).write(0, map(sample, range(IMAGES)), partial(index_of, 0))
     save_file({"prompt": noise(text_length, c.joint_attention_dim, dtype=torch.bfloat16)}, shards / EMPTY_PROMPT)
     shape = {"rank": c.in_channels, "patch_size": patch, "prompt_shape": (text_length, c.joint_attention_dim)}
-    (shards / META).write_text(json.dumps({"format": FORMAT, "shards": 1, "buckets": [size], **shape}))
+    (shards / META).write_text(json.dumps({"format": ENCODED.format, "shards": 1, "buckets": [size], **shape}))
 
 
 def as_png(picture: Image.Image) -> bytes:

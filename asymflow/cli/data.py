@@ -12,9 +12,9 @@ import torch
 
 from asymflow.cli.common import at_least, default_device
 from asymflow.cli.subspace import own_device, processes
-from asymflow.data.encode import FORMATS as LOSSLESS
-from asymflow.data.encode import encode
-from asymflow.data.pack import FORMATS, PROBLEMS, pack
+from asymflow.data.encode import LOSSLESS, encode
+from asymflow.data.pack import pack
+from asymflow.data.writing import FORMATS, PROBLEMS
 from asymflow.errors import InputError
 from asymflow.training.run.ranks import WORLD_SIZE_VARIABLES
 

@@ -4,174 +4,45 @@ A shard has, for each sample, KEY.png (or webp), KEY.json (caption, name, origin
 `latent` (r, h, w) in float32 and `prompt` (L, C) in the dtype of the text encoder. `EncodedShards` reads them.
 
 What is stored is what the stock pipeline feeds to its transformer. For a FLUX.2 klein 9B, the embedding of a caption is
-512 x 12288 numbers in bfloat16, 12.6 MB, and a million captions are 12.6 TB. The positions after the end of a caption
-cannot be left out or stored once: the transformer attends to all of them, without a mask, and since the text encoder
-lets each look back at the caption, no two captions have the same there. So the only lever is `max_length`, which trains
-the model on shorter ones. The latents, in float32 so that none of them is rounded again before Procrustes sums up
-their products, are small beside: 2 MB at 1024 x 1024 pixels.
+512 x 12288 numbers in bfloat16, 12.6 MB. The positions after the end of a caption cannot be left out or stored once:
+the transformer attends to all of them, without a mask, and since the text encoder lets each look back at the caption,
+no two captions have the same there. So the only lever is `max_length`, which trains the model on shorter ones. The
+latents, in float32 so that none is rounded again before Procrustes sums up their products, are small beside.
 """
 
-import hashlib
-import io
-import itertools
 import json
 import sys
-import tarfile
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack
-from functools import cache
+from collections.abc import Collection, Iterator
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.data import pack
+from asymflow.data import writing
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import Drawing, Photo, find_captioned
-from asymflow.data.encoded import COLUMNS, EMPTY_PROMPT, FORMAT, shard_path
-from asymflow.data.shards import META, fingerprint, load_index, read_meta, save_index
+from asymflow.data.encoded import EMPTY_PROMPT, ENCODED
+from asymflow.data.encoders import PARTS, encode_image, encode_prompts, folder_digest, load_encoders, read_base
+from asymflow.data.shards import Index, read_meta
 from asymflow.errors import InputError
 from asymflow.pixels import UnreadableError, in_order, to_tensor
 
-FORMATS = ("png", "webp")  # without loss: the image is to be what the latent was made of
-PARTS = ("vae", "text_encoder", "tokenizer")
-Result = TypeVar("Result")
-LOCK = ".lock"  # with the number of the process that holds it: it is at work
-AT_WORK = "is being encoded to"
-OPTIONS = {  # what must stay the same when the command goes on, and what a user knows it as
-    "data": "--data",
-    "size": "--size",
+LOSSLESS = ("png", "webp")  # formats of images: the image is to be what the latent was made of
+SAME = {  # what must stay the same when the command goes on, and what a user knows it as
+    **writing.SAME,
     "max_aspect": "--max-aspect",
-    "per_shard": "--per-shard",
-    "images_as": "--format",
     "dtype": "--dtype",
     "max_length": "--max-length",
     **{part: f"the sha256 of {part} in --base" for part in PARTS},
 }
 
 
-# ---- What the transformer sees ---------------------------------------------------------------------------------------
-@torch.no_grad()
-def encode_image(vae: torch.nn.Module, images: Tensor) -> Tensor:
-    """Latents (B, r, h, w) as the transformer of FLUX.2 sees them, in the dtype of the VAE.
-
-    vae: an `AutoencoderKLFlux2` of r / 4 channels. images: (B, 3, H, W) in [-1, 1], H and W multiples of what a latent
-    token covers. The mode of the posterior, squares of 2 x 2 moved into the channels, normalized by the running
-    statistics of its batch norm: the operations of the stock pipelines, in their order, so the same bits.
-    """
-    mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-    mean, std = statistics(vae)
-    return (F.pixel_unshuffle(mode, 2) - mean) / std
-
-
-@torch.no_grad()
-def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """The inverse of `encode_image`: latents (B, r, h, w) to images (B, 3, H, W) in [-1, 1], clamped, float32."""
-    mean, std = statistics(vae)
-    mode = F.pixel_shuffle(latents.to(vae.device, vae.dtype) * std + mean, 2)
-    return vae.decode(mode, return_dict=False)[0].float().clamp(-1, 1)
-
-
-def statistics(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the channels of latents, (r, 1, 1)."""
-    variance = vae.bn.running_var + vae.config.batch_norm_eps
-    return vae.bn.running_mean[:, None, None].to(vae.dtype), variance.sqrt()[:, None, None].to(vae.dtype)
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, captions: list[str], max_length: int) -> Tensor:
-    """Embeddings (B, L, C) by the stock `Flux2KleinPipeline`, L = max_length, in the dtype of its text encoder.
-
-    A caption that is too long is cut off there.
-    """
-    device = pipeline.text_encoder.device
-    return pipeline.encode_prompt(captions, device=device, max_sequence_length=max_length)[0]
-
-
-def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
-    """A `Flux2KleinPipeline` of the folder `base` without its transformer, and its text encoder without the head.
-
-    The head would compute the logits of 150,000 words for every position, and nobody reads them. InputError if
-    something is not there, or cannot be loaded. Not one weight is random, as the libraries make those that they miss.
-    """
-    try:
-        import diffusers
-        import transformers
-    except ImportError as e:
-        raise InputError(f'encoding needs diffusers and transformers ({e}): pip install -e ".[flux2]"') from None
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()  # what they would only tell is an error here, or does not matter
-    options = dict(torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    try:
-        with warnings.catch_warnings():  # of the newest diffusers: older ones do not know torch_dtype by another name
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = diffusers.Flux2KleinPipeline.from_pretrained(
-                base,
-                transformer=None,
-                vae=load_whole(diffusers.AutoencoderKLFlux2, base / "vae", options),
-                text_encoder=load_whole(transformers.Qwen3Model, base / "text_encoder", options),
-                **options,
-            )
-    except Exception as e:  # the libraries report what is missing or damaged by exceptions of many types
-        raise InputError(f"--base {base} cannot be loaded: {first_line(e)}") from None
-    return pipeline.to(device)
-
-
-def load_whole(kind: type, folder: Path, options: dict) -> torch.nn.Module:
-    """A model of diffusers or transformers, in eval mode. InputError if weights are missing, or of another shape."""
-    model, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    if misfits := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise InputError(f"{folder.name} lacks weights, or has them in another shape: {', '.join(misfits[:5])}{more}")
-    return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def read_base(base: Path) -> dict:
-    """What is known of a base without loading it: rank r, patch_size, width C of its prompts."""
-    try:
-        json.loads((base / "model_index.json").read_text("utf-8"))
-        vae, text = (json.loads((base / part / "config.json").read_text("utf-8")) for part in ("vae", "text_encoder"))
-        kinds = vae["_class_name"], text["model_type"]
-        if kinds == ("AutoencoderKLFlux2", "qwen3"):
-            halvings = len(vae["block_out_channels"]) - 1
-            return {
-                "rank": 4 * vae["latent_channels"],
-                "patch_size": 2 * 2**halvings,
-                "prompt_width": 3 * text["hidden_size"],
-            }
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"--base {base} is not a folder of FLUX.2 klein in the layout of diffusers, with model_index.json, vae, "
-            "text_encoder and tokenizer: give the folder that was downloaded from the Hub"
-        ) from None
-    raise InputError(f"--base {base} is no FLUX.2 klein: its vae is {kinds[0]}, its text_encoder {kinds[1]}")
-
-
-def base_fingerprint(base: Path) -> dict[str, str]:
-    """{vae, text_encoder, tokenizer: sha256 of the names and contents of the files in that folder}."""
-    return {part: folder_digest(base / part) for part in PARTS}
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of the files in a folder."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    return hashlib.sha256("".join(f"{path.name} {files.sha256(path)}\n" for path in paths).encode()).hexdigest()
-
-
-# ---- From images to shards -------------------------------------------------------------------------------------------
 class Facts(NamedTuple):
     """What is known of an image before its pixels are read."""
 
@@ -202,89 +73,60 @@ def encode(
     """Write the shards `out`/00000.tar, ...; returns what meta.json holds, or None where other processes are to finish.
 
     First all headers and captions are read, to give each image its bucket; then each shard, of one bucket and in a
-    shuffled order that is always the same, is made by one process. Its content depends on the number of the processes
-    in nothing, and on `batch` only by rounding. It is there when it is whole, and is not made again. What cannot be
-    read, has no caption, or would have to be enlarged more than twice along each side, is left out, also when it is
-    mended later, and listed in problems.log. rank, world: of this process among those that share the work, under
-    torch.distributed.
+    shuffled order that is always the same, is made by one process, `rank` of `world` under torch.distributed. Its
+    content depends on the number of the processes in nothing, and on `batch` only by rounding. What cannot be read, has
+    no caption, or would have to be enlarged more than twice along each side, is left out, also when it is mended later.
 
     Raises InputError if more than `allow_bad` percent are left out, or `out` belongs to another call, or one that is
     not at its end.
     """
     data = [one_name(place) for place in map(str, data)]
-    check_outside(out, data)
+    writing.check_outside(out, data)
     form = read_base(base)
     if size % form["patch_size"]:
         raise InputError(f"--size {size} is not a multiple of {form['patch_size']}, what a latent token covers")
     sizes = buckets(size * size, form["patch_size"], max_aspect)
     items = find_captioned(data, size)
-    listing = digest(map(str, items))
-    if len(set(gathered(listing, world))) > 1:  # what one finds out about its share would be taken for other images
+    listing = writing.digest(json.dumps(str(item)).encode() for item in items)
+    if {*writing.gathered(lambda: listing, world)} != {listing}:  # the facts of a share would be those of other images
         raise InputError("the processes do not find the same images in --data: give all of them the same folder")
     encoders = cache(lambda: load_encoders(base, dtype, device))
-    if "shards" not in read_meta(out, FORMAT):
+    if "shards" not in read_meta(out, ENCODED):
         encoders()  # if they cannot be loaded, say so before the headers of a million images are read
     facts = inspect_all(items, sizes, threads, rank, world)
-    locks = ExitStack()
-
-    def start() -> dict[int, str]:
-        pack.refuse_foreign(out, FORMAT, "data encode")
-        locks.enter_context(hold_all(out))
-        if not any(out.glob("[0-9]*.tar")):  # nothing was made, so the settings may change
-            clear(out)
-        unfit = {number: fact for number, fact in enumerate(facts) if isinstance(fact, str)}
-        settings = {
-            "format": FORMAT,
-            "data": data,
-            "files": len(items),
-            "listing": listing,
-            "size": size,
-            "max_aspect": max_aspect,
-            "per_shard": per_shard,
-            "images_as": image_format,
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_length": max_length,
-            **base_fingerprint(base),
-            "rank": form["rank"],
-            "patch_size": form["patch_size"],
-            "prompt_shape": [max_length, form["prompt_width"]],
-            "buckets": sizes,
-            "unfit": unfit,
-            "facts": facts_digest(facts, unfit),
-        }
-        pack.begin(out, settings, OPTIONS, "data encode")
-        unfit = unfit_before(out, facts)
-        write_problems(out, unfit.values())
-        check_problems([*unfit.values()], len(items), allow_bad, out)
-        return unfit
-
-    with locks:
-        unfit = in_first_process(start, rank, world)
-        if rank > 0:
-            locks.enter_context(files.hold(out / f"{LOCK}{rank}", AT_WORK))
-        facts = [unfit.get(number, fact) for number, fact in enumerate(facts)]
-        plan = plan_shards(facts, len(sizes), per_shard)
-        indices = [load_index(shard_path(out, number), COLUMNS) for number in range(len(plan))]
-        read_before = (index["problems"].tolist() for index in indices if index is not None)
-        problems = [*unfit.values(), *itertools.chain.from_iterable(read_before)]
-        todo = [number for number in range(rank, len(plan), world) if indices[number] is None]
+    unfit = {number: fact for number, fact in enumerate(facts) if isinstance(fact, str)}
+    settings = {
+        "format": ENCODED.format,
+        "data": data,
+        "files": len(items),
+        "listing": listing,
+        "size": size,
+        "max_aspect": max_aspect,
+        "per_shard": per_shard,
+        "images_as": image_format,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_length": max_length,
+        **{part: folder_digest(base / part) for part in PARTS},
+        "rank": form["rank"],
+        "patch_size": form["patch_size"],
+        "prompt_shape": [max_length, form["prompt_width"]],
+        "buckets": sizes,
+        "unfit": unfit,
+        "facts": facts_digest(facts, unfit),
+    }
+    with writing.Writer(out, ENCODED, len(items), allow_bad, "--allow-bad", rank, world) as shards:
+        shards.begin(settings, SAME, beside=[EMPTY_PROMPT])
+        facts = as_begun(shards, facts)
+        plan = writing.plan_shards([getattr(fact, "bucket", None) for fact in facts], per_shard)
+        todo = shards.todo(plan, "encoding")
         if not (out / EMPTY_PROMPT).exists():
             files.write_tensors(out / EMPTY_PROMPT, {"prompt": encode_prompts(encoders(), [""], max_length)[0]})
-        try:
-            total = sum(len(plan[number][1]) for number in todo)
-            with tqdm(total=total, desc="encoding", unit="image", leave=False, disable=rank > 0) as bar:
-                for number in todo:
-                    bucket, members = plan[number]
-
-                    def read(member: int, bucket: int = bucket) -> Sample:
-                        return read_sample(member, items[member], facts[member], sizes[bucket], image_format)
-
-                    results = readable(in_order(read, members, threads), problems, bar, len(items), allow_bad, out)
-                    samples = encoded(encoders(), results, batch, max_length)
-                    write_shard(shard_path(out, number), samples, bucket, image_format, problems)
-        finally:
-            write_problems(out, problems)
-        return finish(out, len(plan), [*unfit.values()], allow_bad)
+        for number in todo:
+            bucket = facts[plan[number][0]].bucket
+            pictures = in_order(partial(read, items, facts, sizes[bucket], image_format), plan[number], threads)
+            samples = encoded(encoders(), shards.readable(pictures), facts, batch, max_length)
+            shards.write(number, samples, partial(index_of, bucket))
+        return shards.finish(len(plan), partial(summary, shards))
 
 
 def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -> list[Facts | str]:
@@ -303,115 +145,59 @@ def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -
         for result in in_order(look, share, threads):
             bar.update()
             found.append(str(result) if isinstance(result, UnreadableError) else result)
-    shares = gathered(found, world)
+    shares = writing.gathered(lambda: found, world)
     return [shares[i % world][i // world] for i in range(len(items))]
 
 
-def plan_shards(facts: list[Facts | str], count: int, per_shard: int) -> list[tuple[int, list[int]]]:
-    """(bucket, the numbers of its images) of every shard: bucket after bucket, the images of each shuffled."""
-    members = [[] for _ in range(count)]
-    for number in pack.shuffled(len(facts)):
-        if isinstance(facts[number], Facts):
-            members[facts[number].bucket].append(number)
-    return [
-        (bucket, numbers[first : first + per_shard])
-        for bucket, numbers in enumerate(members)
-        for first in range(0, len(numbers), per_shard)
-    ]
+def read(items: list, facts: list, size: tuple[int, int], image_format: str, number: int) -> tuple:
+    """An image as it is encoded, and of its sample the number and the files, but for the tensors."""
+    item, (width, height, caption, _) = items[number], facts[number]
+    image, about = fill(item.pixels(), size), {"caption": caption, "name": str(item), "width": width, "height": height}
+    text = json.dumps({**about, "bucket": size}).encode()
+    return image, number, {image_format: writing.image_bytes(image, image_format), "json": text}
 
 
-class Sample(NamedTuple):
-    """What is written of an image, the tensors only later. files: by their kind."""
-
-    key: str
-    image: Image.Image
-    caption: str
-    files: dict[str, bytes]
-
-
-def read_sample(number: int, item: Photo | Drawing, facts: Facts, bucket: tuple[int, int], image_format: str) -> Sample:
-    image, content = fill(item.pixels(), bucket), io.BytesIO()
-    image.save(content, **{"format": image_format, **pack.FORMATS[image_format]})
-    record = {"caption": facts.caption, "name": str(item), "width": facts.width, "height": facts.height}
-    text = json.dumps({**record, "bucket": bucket}).encode()
-    return Sample(f"{number:08d}", image, facts.caption, {image_format: content.getvalue(), "json": text})
+def encoded(pipeline, pictures: Iterator, facts: list, batch: int, max_length: int) -> Iterator[writing.Sample]:
+    """What was `read` as samples with their tensors."""
+    while some := list(islice(pictures, batch)):
+        images, numbers, contents = zip(*some, strict=True)
+        latents = encode_image(pipeline.vae, torch.stack([*map(to_tensor, images)])).float().cpu()
+        prompts = encode_prompts(pipeline, [facts[number].caption for number in numbers], max_length).cpu()
+        for number, content, latent, prompt in zip(numbers, contents, latents, prompts, strict=True):
+            tensors = {"latent": latent.contiguous(), "prompt": prompt.contiguous()}
+            yield number, {**content, "safetensors": safetensors.torch.save(tensors)}
 
 
-def readable(
-    results: Iterable[Sample | UnreadableError], problems: list[str], bar: tqdm, count: int, allow_bad: float, out: Path
-) -> Iterator[Sample]:
-    """Those that could be read. What is wrong with the others is added to `problems`; InputError if they get many."""
-    for result in results:
-        bar.update()
-        if isinstance(result, UnreadableError):
-            problems.append(str(result))
-            check_problems(problems, count, allow_bad, out)
-        else:
-            yield result
+def index_of(bucket: int, numbers: list[int], spans: list[writing.Spans]) -> Index:
+    """number (n,), span (n, 3, 2), offset and size of each file, and bucket."""
+    span = np.array(spans, np.int64).reshape(-1, 3, 2)
+    return {"number": np.array(numbers, np.int64), "span": span, "bucket": np.array(bucket)}
 
 
-def encoded(pipeline, samples: Iterator[Sample], batch: int, max_length: int) -> Iterator[Sample]:
-    """The samples, which have one size, with their tensors."""
-    while some := list(itertools.islice(samples, batch)):
-        latents = encode_image(pipeline.vae, torch.stack([to_tensor(sample.image) for sample in some])).float().cpu()
-        prompts = encode_prompts(pipeline, [sample.caption for sample in some], max_length).cpu()
-        for sample, latent, prompt in zip(some, latents, prompts, strict=True):
-            content = safetensors.torch.save({"latent": latent.contiguous(), "prompt": prompt.contiguous()})
-            yield sample._replace(files={**sample.files, "safetensors": content})
-
-
-def write_shard(shard: Path, samples: Iterator[Sample], bucket: int, image_format: str, problems: list[str]) -> None:
-    """Write a shard and its index: number (n,), span (n, 3, 2), offset and size of each file, bucket, problems."""
-    numbers, spans, before = [], [], len(problems)
-    with files.replacing(shard) as beside:
-        with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                numbers.append(int(sample.key))
-                spans.append([pack.add(tar, f"{sample.key}.{kind}", part) for kind, part in sample.files.items()])
-        index = {
-            "number": np.array(numbers, np.int64),
-            "span": np.array(spans, np.int64).reshape(-1, 3, 2),
-            "bucket": np.array(bucket),
-            "problems": np.array(problems[before:], np.str_),
-        }
-        save_index(shard, index, fingerprint(beside))
-
-
-def finish(out: Path, count: int, unfit: list[str], allow_bad: float) -> dict | None:
-    """If all shards are there, write the meta.json that says so. The last process finds them all, whichever it is."""
-    indices = [load_index(shard_path(out, number), COLUMNS) for number in range(count)]
-    if any(index is None for index in indices):
-        return None
-    problems = unfit + [problem for index in indices for problem in index["problems"].tolist()]
-    write_problems(out, problems)
-    meta = read_meta(out, FORMAT)
-    check_problems(problems, meta["files"], allow_bad, out)  # others may have had some as well
+def summary(shards: writing.Writer, indices: list[Index]) -> dict:
     counts, in_bucket = [len(index["number"]) for index in indices], [int(index["bucket"]) for index in indices]
-    images = np.bincount(in_bucket, counts, len(meta["buckets"])).astype(int).tolist()
-    meta |= {"shards": count, "images": sum(counts), "left_out": len(problems), "images_in_bucket": images}
-    pack.write_text(out / META, json.dumps(meta, indent=2) + "\n")
-    return meta
+    images = np.bincount(in_bucket, counts, len(shards.meta["buckets"])).astype(int).tolist()
+    return {"images": sum(counts), "left_out": len(shards.problems), "images_in_bucket": images}
 
 
-def check_problems(problems: list[str], count: int, allow_bad: float, out: Path) -> None:
-    if 100 * len(problems) > allow_bad * count or len(problems) == count:
+def as_begun(shards: writing.Writer, facts: list[Facts | str]) -> list[Facts | str]:
+    """What was left out when the folder was begun stays left out: else the shards would be others.
+
+    InputError if anything else is not what it was.
+    """
+    out, unfit = shards.out, {int(number): problem for number, problem in shards.meta["unfit"].items()}
+    for number, fact in enumerate(facts):
+        if isinstance(fact, str) and number not in unfit:
+            raise InputError(f"{fact}, but it could be used when {out} was begun: mend it, or choose another --out")
+    if facts_digest(facts, unfit) != shards.meta["facts"]:
         raise InputError(
-            f"{len(problems)} of {count} images would be left out, and --allow-bad is {allow_bad:g} % (they are in "
-            f"{out / pack.PROBLEMS}), the first: {problems[0]}"
+            f"sizes or captions of images in --data have changed since {out} was begun: choose another --out"
         )
-
-
-def write_problems(out: Path, problems: Collection[str]) -> None:
-    if problems:
-        pack.write_text(out / pack.PROBLEMS, "".join(f"{problem}\n" for problem in sorted(problems)))
-    else:
-        (out / pack.PROBLEMS).unlink(missing_ok=True)
-
-
-def check_outside(out: Path, data: list[str]) -> None:
-    for place in data:
-        if Path(place).is_dir() and Path(place).resolve() in (out.resolve(), *out.resolve().parents):
-            raise InputError(f"--out {out} is inside of --data {place}, where the shards would be taken for data")
+    mended = sum(isinstance(facts[number], Facts) for number in unfit)
+    if mended and shards.rank == 0:
+        what = f"{mended} of the images that could not be used when {out} was begun can be used now"
+        print(f"{what}, but stay left out: choose another --out to have them", file=sys.stderr)
+    return [unfit.get(number, fact) for number, fact in enumerate(facts)]
 
 
 def one_name(place: str) -> str:
@@ -422,74 +208,5 @@ def one_name(place: str) -> str:
     return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
-def digest(parts: Iterable[str | tuple]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(json.dumps(part).encode())
-    return found.hexdigest()
-
-
 def facts_digest(facts: list[Facts | str], unfit: Collection[int]) -> str:
-    return digest(fact for number, fact in enumerate(facts) if number not in unfit)
-
-
-# ---- Again -----------------------------------------------------------------------------------------------------------
-def clear(out: Path) -> None:
-    """Remove what a call left that made no shard. Its meta.json last, which says that all of this is ours."""
-    left = [*out.glob(".[0-9]*"), *out.glob("[0-9]*.index.npz"), out / pack.PROBLEMS, out / EMPTY_PROMPT]
-    for path in (*left, out / META):
-        path.unlink(missing_ok=True)
-
-
-def unfit_before(out: Path, facts: list[Facts | str]) -> dict[int, str]:
-    """What was left out when `out` was begun, by number, and so stays left out: else the shards would be others.
-
-    InputError if anything else is not what it was.
-    """
-    meta = read_meta(out, FORMAT)
-    unfit = {int(number): problem for number, problem in meta["unfit"].items()}
-    for number, fact in enumerate(facts):
-        if isinstance(fact, str) and number not in unfit:
-            raise InputError(f"{fact}, but it could be used when {out} was begun: mend it, or choose another --out")
-    if facts_digest(facts, unfit) != meta["facts"]:
-        raise InputError(
-            f"sizes or captions of images in --data have changed since {out} was begun: choose another --out"
-        )
-    if mended := sum(isinstance(facts[number], Facts) for number in unfit):
-        what = f"{mended} of the images that could not be used when {out} was begun can be used now"
-        print(f"{what}, but stay left out: choose another --out to have them", file=sys.stderr)
-    return unfit
-
-
-def hold_all(out: Path) -> TextIO:
-    """The lock of the first process, if no process of another call is at work in `out`. Raises InputError."""
-    own = out / f"{LOCK}0"
-    out.mkdir(parents=True, exist_ok=True)
-    locks = {path: files.hold(path, AT_WORK) for path in {own, *out.glob(f"{LOCK}*")}}
-    for path, lock in locks.items():
-        if path != own:
-            lock.close()
-    return locks[own]
-
-
-# ---- Several processes -----------------------------------------------------------------------------------------------
-def gathered(value: object, world: int) -> list:
-    """The values of all processes, in each of them."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def in_first_process(work: Callable[[], Result], rank: int, world: int) -> Result:
-    """Do it in the first process, while the others wait. All return what it returned, or raise its InputError."""
-    result, fault = None, None
-    if rank == 0:
-        try:
-            result = work()
-        except InputError as e:
-            fault = e
-    result, fault = gathered((result, fault), world)[0]
-    if fault:
-        raise fault
-    return result
+    return writing.digest(json.dumps(fact).encode() for number, fact in enumerate(facts) if number not in unfit)

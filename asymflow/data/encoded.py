@@ -22,12 +22,11 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.data.folder import to_uint8
-from asymflow.data.shards import check_shards, load_index, read_meta
+from asymflow.data.shards import Kind, check_finished, check_shards, load_index, read_meta, shard_path
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError
 
-FORMAT = "asymflow encoded shards 1"
-COLUMNS = {"number", "span", "bucket", "problems"}  # what the index of a shard must have
+ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"})
 EMPTY_PROMPT = "empty_prompt.safetensors"
 HEAD = 512  # bytes: the header of a sample's tensors is not longer
 KINDS = ("image", "facts", "tensors")  # the files of a sample, in their order in the shard
@@ -58,19 +57,14 @@ class EncodedShards:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.meta = read_meta(self.path, FORMAT)
+        self.meta = read_meta(self.path, ENCODED)
         if not self.meta:
             raise InputError(f"{path} is not a folder of shards made by `asymflow data encode`")
-        if "shards" not in self.meta:
-            raise InputError(f"{path} is not finished: run its `asymflow data encode` again, it goes on where it was")
         self.buckets = [tuple(size) for size in self.meta["buckets"]]
-        self.shards = [str(shard_path(self.path, number)) for number in range(self.meta["shards"])]
-        indices = [load_index(shard, COLUMNS) for shard in self.shards]
-        if gone := [shard for shard, index in zip(self.shards, indices, strict=True) if index is None]:
-            raise InputError(
-                f"{path}: of {len(indices)} shards {len(gone)} are missing or damaged, the first {gone[0]} (or its "
-                "index): run the `asymflow data encode` that made them again, or copy them again"
-            )
+        self.shards = [str(shard_path(self.path, number)) for number in range(self.meta.get("shards", 0))]
+        indices = [load_index(shard, ENCODED.columns) for shard in self.shards]
+        whole = [shard for shard, index in zip(self.shards, indices, strict=True) if index is not None]
+        check_finished(self.path, ENCODED, self.meta, whole)
         self.fingerprints = np.array([index["fingerprint"] for index in indices])
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
@@ -137,7 +131,3 @@ class EncodedShards:
 def bytes_to_uint8(content: bytes) -> Tensor:
     """Decode an image file to (3, H, W) uint8."""
     return to_uint8(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.tar"

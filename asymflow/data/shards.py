@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,12 +20,23 @@ from asymflow.pixels import IMAGES, Entry, adm_crop, in_order, read_image, sampl
 INDEX = ".index.npz"  # replaces .tar in the name of the file that says where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}
 THREADS = 8  # threads that read headers, because a network file system is slow to give each of them
-META, FORMAT = "meta.json", "asymflow shards 1"  # of a folder of shards made by `asymflow data pack`
+META = "meta.json"  # in a folder of shards that a command of this library made
 
 Index = dict[str, np.ndarray]
 """Columns with one row for each sample. name: of the image in the shard. label: its class. image, caption: (offset,
 size) of the bytes; a size of -1 means that there is none. Also `fingerprint`, of the shard, and `modified`, the time of
 its last change, which is left out if the index was written together with the shard."""
+
+
+class Kind(NamedTuple):
+    """Of folders of shards: the command that makes them, its format, and columns of the index of each shard."""
+
+    command: str
+    format: str
+    columns: Collection[str]
+
+
+PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"})
 
 
 class TarShards:
@@ -77,9 +89,8 @@ def shard_paths(path: Path, size: int) -> list[str]:
     if not path.is_dir():
         return [str(files.existing_file(path))]
     shards = sorted(str(shard) for shard in path.glob("*.tar") if not shard.name.startswith("."))
-    if meta := read_meta(path):
-        if len(shards) != meta["shards"]:
-            raise InputError(f"{path} has {len(shards)} of {meta['shards']} shards: run its `asymflow data pack` again")
+    if meta := read_meta(path, PACKED):
+        check_finished(path, PACKED, meta, shards)
         if meta["size"] < size:
             raise InputError(f"{path} has images packed at {meta['size']} pixels, which is too small for {size}")
     if not shards:
@@ -87,13 +98,28 @@ def shard_paths(path: Path, size: int) -> list[str]:
     return shards
 
 
-def read_meta(folder: Path, form: str = FORMAT) -> dict:
-    """The meta.json of a folder of shards; empty if there is none in this format."""
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.tar"
+
+
+def read_meta(folder: Path, kind: Kind) -> dict:
+    """The meta.json that the command wrote to a folder of shards; empty if there is none in this format."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) and meta.get("format") == form else {}
+    return meta if isinstance(meta, dict) and meta.get("format") == kind.format else {}
+
+
+def check_finished(folder: Path, kind: Kind, meta: dict, whole: Collection[str]) -> None:
+    """InputError unless all shards of a folder were made, and are among those that are `whole`."""
+    count, again = meta.get("shards"), f"run its `asymflow {kind.command}` again, it goes on where it was"
+    if count is None:
+        raise InputError(f"{folder} is not finished: {again}")
+    if len(whole) != count:
+        gone = {str(shard_path(folder, number)) for number in range(count)} - {*whole}
+        what = f"{len(whole)} of {count} shards (damaged or gone, or its index is: {min(gone, default='none')})"
+        raise InputError(f"{folder} has {what}: {again}, or copy it again")
 
 
 def read_index(shard: str) -> Index:

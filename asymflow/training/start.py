@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow import packages, streams
-from asymflow.data.encode import folder_digest
 from asymflow.data.encoded import EncodedShards
+from asymflow.data.encoders import folder_digest
 from asymflow.errors import InputError, out_of_memory
 from asymflow.extensions import called, find
 from asymflow.fitting import fit_pca

@@ -24,10 +24,12 @@ from asymflow.cli import main
 from asymflow.cli import subspace as command
 from asymflow.color import rgb_to_oklab
 from asymflow.data import encode as encoding
+from asymflow.data import writing
 from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import find_captioned, json_lines
-from asymflow.data.encode import base_fingerprint, decode_latents, encode, encode_image
+from asymflow.data.encode import encode
 from asymflow.data.encoded import EncodedShards
+from asymflow.data.encoders import PARTS, decode_latents, encode_image, folder_digest
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError
@@ -207,7 +209,7 @@ def test_shards_hold_what_the_stock_pipeline_makes_of_images_and_captions(shards
 
 def test_what_is_recorded(shards, base):
     meta = json.loads((shards / "meta.json").read_text())
-    assert meta.items() >= base_fingerprint(base).items()
+    assert all(meta[part] == folder_digest(base / part) for part in PARTS)
     facts = {"images": 12, "shards": 3, "left_out": 0, "rank": 16, "patch_size": 16, "prompt_shape": [LENGTH, 96]}
     assert meta.items() >= {**facts, "images_in_bucket": [4, 4, 4], "dtype": "float32"}.items()
     with tarfile.open(shards / "00000.tar") as tar:
@@ -451,15 +453,16 @@ def test_where_it_was_interrupted_it_goes_on(shards, base, photos, tmp_path, mon
 
 @pytest.mark.usefixtures("without_models")
 def test_killed_as_its_first_shard_comes_or_as_it_is_cleared_away_it_goes_on(base, photos, tmp_path, monkeypatch):
-    out, save, unlink = tmp_path / "s", encoding.save_index, Path.unlink
-    encode([photos], base, tmp_path / "whole", **SETTINGS)
+    out, save, unlink = tmp_path / "s", writing.save_index, Path.unlink
+    other = {**SETTINGS, "max_length": 32}  # as nothing was made, it may be begun again with other settings
+    encode([photos], base, tmp_path / "whole", **other)
 
     def killed(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "save_index", killed)
+        patch.setattr(writing, "save_index", killed)
         with pytest.raises(KeyboardInterrupt):
             encode([photos], base, out, **SETTINGS)
     assert content(out).keys() == {"00000.index.npz", "meta.json", "empty_prompt.safetensors"}
@@ -474,9 +477,9 @@ def test_killed_as_its_first_shard_comes_or_as_it_is_cleared_away_it_goes_on(bas
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", killed_later)
             with pytest.raises(KeyboardInterrupt):
-                encode([photos], base, out, **SETTINGS)
-    assert content(out).keys() == {"meta.json"}
-    encode([photos], base, out, **SETTINGS)
+                encode([photos], base, out, **other)
+    assert content(out).keys() == {"meta.json", "empty_prompt.safetensors"}
+    encode([photos], base, out, **other)
     assert content(out) == content(tmp_path / "whole")
 
 
@@ -611,7 +614,7 @@ def test_a_folder_in_which_another_is_at_work_is_refused(base, photos, tmp_path,
         job.start()
         job.join(300)
         said = answers.get()
-    assert f"{out} is being encoded to by process {os.getpid()} on " in said
+    assert f"{out} is being written to by process {os.getpid()} on " in said
     assert content(out) == before
     assert encode([photos], base, out, **SETTINGS)["images"] == 12
 
@@ -636,8 +639,9 @@ def test_who_is_done_before_the_others_says_so(tmp_path, monkeypatch, capsys):
 def test_who_is_done_first_leaves_the_end_to_the_others(base, photos, tmp_path, monkeypatch):
     look, out = encoding.inspect_all, tmp_path / "s"
     monkeypatch.setattr(encoding, "inspect_all", lambda items, sizes, threads, *_: look(items, sizes, threads, 0, 1))
-    monkeypatch.setattr(encoding, "in_first_process", lambda work, *_: work())
-    monkeypatch.setattr(encoding, "gathered", lambda value, world: [value] * world)
+    begin = lambda shards, *given, beside: setattr(shards, "meta", shards.take(*given, beside))
+    monkeypatch.setattr(writing.Writer, "begin", begin)
+    monkeypatch.setattr(writing, "gathered", lambda work, world: [work()] * world)
     assert encode([photos], base, out, rank=1, world=2, **SETTINGS) is None
     assert sorted(path.name for path in out.glob("*.tar")) == ["00001.tar"]
     with pytest.raises(InputError, match="not finished"):

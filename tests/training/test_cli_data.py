@@ -1,6 +1,8 @@
 """`asymflow data pack`: the shards hold what the folder holds, always the same bytes, and nothing is done twice."""
 
 import json
+import multiprocessing
+import os
 import re
 import tarfile
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from asymflow import files
 from asymflow.cli import main
-from asymflow.data import pack
+from asymflow.data import writing
 from asymflow.data.folder import ImageFolder
 from asymflow.data.shards import TarShards, index_path
 from asymflow.errors import InputError
@@ -51,8 +54,8 @@ def arguments(folder, tmp_path):
 
 
 def content(out):
-    """Every file, hidden ones too, by name."""
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    """Every file, hidden ones too, but the lock, by name."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock0"}
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
@@ -121,22 +124,45 @@ def test_an_interrupted_command_goes_on(run, arguments, tmp_path, monkeypatch, s
             raise KeyboardInterrupt
         return add(tar, name, data)
 
-    add = pack.add
+    add = writing.add
     with monkeypatch.context() as m:
-        m.setattr(pack, "add", interrupted)
+        m.setattr(writing, "add", interrupted)
         assert run(*arguments)[0] == 130
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".lock0"]
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(finished) == stop // 40
-    with pytest.raises(InputError, match=f"has {stop // 40} of 3 shards"):
+    with pytest.raises(InputError, match="is not finished: run its `asymflow data pack` again"):
         TarShards(out, 8)
     (out / ".00001.deadbeef.tar").write_bytes(b"of a process that was killed")
     assert run(*arguments)[0] == 0
     assert content(out) == content(tmp_path / "straight")
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in finished.items())
-    monkeypatch.setattr(pack, "write_shard", None)  # nothing is left to do
+    monkeypatch.setattr(writing.Writer, "write", None)  # nothing is left to do
     assert run(*arguments)[0] == 0
     assert content(out) == content(tmp_path / "straight")
+
+
+def test_while_no_shard_is_made_the_settings_may_change(run, arguments, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(writing, "add", interrupted)
+        assert run(*arguments, "--format", "webp")[0] == 130
+    assert run(*arguments)[0] == run(*arguments, "--out", tmp_path / "straight")[0] == 0
+    assert content(tmp_path / "packed") == content(tmp_path / "straight")
+
+
+def test_a_folder_in_which_another_is_at_work_is_refused(run, arguments, tmp_path):
+    (tmp_path / "packed").mkdir()
+    work = lambda: os._exit(main(["data", "pack", *map(str, arguments)]))
+    with files.hold(tmp_path / "packed/.lock0", "is held"):
+        job = multiprocessing.get_context("fork").Process(target=work)
+        job.start()
+        job.join(60)
+    assert job.exitcode == 2
+    assert content(tmp_path / "packed") == {}
+    assert run(*arguments)[0] == 0
 
 
 def test_another_command_into_the_same_folder_is_refused(run, arguments, folder, tmp_path):
@@ -202,9 +228,9 @@ def test_too_many_corrupt_images_are_refused(run, arguments, folder, tmp_path):
     for _ in range(2):
         code, out, err = run(*arguments)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert "more than 1 % of the images cannot be read" in err
+        assert "2 of 110 images would be left out, and the limit is 1 %" in err
         assert len((tmp_path / "packed/problems.log").read_text().splitlines()) == 2
-        with pytest.raises(InputError, match="of 3 shards"):
+        with pytest.raises(InputError, match="is not finished"):
             TarShards(tmp_path / "packed", 8)
     for name in ("x/0", "y/1"):
         Image.fromarray(np.zeros((14, 20, 3), np.uint8)).save(folder / f"{name}.v1.png")
