@@ -30,7 +30,8 @@ def check_name(name: str, table: Mapping[str, Any]) -> str | None:
         return None
     near = get_close_matches(name, table, 1)
     hint = f": did you mean {near[0]}?" if near else ""
-    return f"must be {', '.join([*table, 'or package.module:Name of your own'])}, but it is {name!r}{hint}"
+    own = "package.module:Name of your own"
+    return f"must be {', '.join([*table, f'or {own}']) if table else own}, but it is {name!r}{hint}"
 
 
 def find(name: str, table: Mapping[str, str], key: str) -> Any:
@@ -87,4 +88,5 @@ def called(function: Callable, key: str, options: Mapping[str, Any], **arguments
     except InputError as e:
         raise InputError(f"{key}: {e}") from None
     except (TypeError, ValueError, AssertionError, RuntimeError) as e:
-        raise InputError(f"{key}: {name} refuses them: {' '.join(str(e).split())}") from e
+        what = f"{key}: {name} refuses them" if options else f"{name} cannot be made"
+        raise InputError(f"{what}: {' '.join(str(e).split())[:300]}") from e

@@ -269,6 +269,8 @@ def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None 
             f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
             f"{f', with {config!r},' if config else ''} and pass it, or its class, as from_pretrained(..., backbone=)"
         )
+    if isinstance(own, type) and own.__name__ != name:
+        raise InputError(f"the model has a backbone of the class {name}, but {own.__name__} was given for it")
     if own is not None:  # not on the meta device: it may compute buffers that are in no file, such as positions
         return own(**config)
     with torch.device("meta"):  # initializes no weights, and allocates no memory for them

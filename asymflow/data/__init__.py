@@ -3,7 +3,8 @@
 A kind is a class with random access by index:
 
     len(dataset)          how many images there are
-    dataset[i]            a `Sample`; raises UnreadableError, an InputError, if that image is damaged
+    dataset[i]            an `asymflow.data.sample.Sample`, with a uint8 image (3, H, W); raises UnreadableError, an
+                          InputError, if that image is damaged
     dataset.label(i)      its class, without reading the image
     num_classes           0 to num_classes - 1
     check()               optional. Another process, perhaps on another machine, made the object and sent it by pickle;

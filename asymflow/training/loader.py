@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from asymflow import streams
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
+from asymflow.extensions import is_own
 from asymflow.training.config.derived import batch_sizes
 from asymflow.training.config.reading import Config
 from asymflow.training.run.signals import ignore
@@ -67,6 +68,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, dataset, config: Config, rank: int, world: int):
         self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
         self.micro, self.accumulation = batch_sizes(config, world)
+        self.own = is_own(config.data.kind)  # the others have been checked
 
     def __getitem__(self, k: int) -> Batch:
         c = self.config
@@ -79,7 +81,7 @@ class Batches(torch.utils.data.Dataset):
             picked = read_or_replace(self.dataset, c.train.seed, sample, problems)
             drawn = streams.draws(c.train.seed, sample)
             images.append(picked.image.flip(-1) if c.data.flip and drawn.flip < 0.5 else picked.image)
-            if not 0 <= picked.label < c.model.num_classes:
+            if self.own and not 0 <= picked.label < c.model.num_classes:
                 raise InputError(f"{picked.name} has the class {picked.label}, not one of model.num_classes")
             labels.append(c.model.num_classes if drawn.drop < c.loss.label_dropout else picked.label)
             normals.append(drawn.normal)

@@ -138,6 +138,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
         for remark in deepspeed_internals.remarks():
             print(remark, file=sys.stderr)
     all_or_raise(lambda: deepspeed_config(config, dist.get_world_size()))
+    all_or_raise(lambda: config.model and patch_size(config.model))  # whether there is such a backbone
     dataset = rank0_broadcast(lambda: make_dataset(config))
     # The other ranks got rank 0's list of files, and their machines may have copies of their own.
     all_or_raise(lambda: rank and hasattr(dataset, "check") and dataset.check())

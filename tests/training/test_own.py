@@ -21,6 +21,7 @@ from asymflow.cli import main as asymflow
 from asymflow.training.config.derived import make_backbone
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
+from asymflow.training.zero.engine import check_optimizer
 
 MODULE = '''
 import torch
@@ -244,6 +245,27 @@ def test_what_does_not_fit_is_one_line(own, importable, change, message):
     with pytest.raises(InputError, match=message) as error:
         _ = make_backbone(config.model), make_dataset(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        *((kind, None) for kind in ("AdamW", "SGD", "RMSprop")),
+        ("NAdam", "mu_product"),
+        ("Rprop", "step_size"),
+        ("ASGD", "keeps eta"),
+        ("Adagrad", "before its first step"),
+        ("LBFGS", "treat each number by itself"),
+    ],
+)
+def test_an_optimizer_of_another_state_is_refused(kind, said):
+    """One whose state does not begin at zero would train as something else, and be resumed as another."""
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    if said is None:
+        check_optimizer(optimizer, kind)
+    else:
+        with pytest.raises(InputError, match=said):
+            check_optimizer(optimizer, kind)
 
 
 def test_recomputed_blocks_have_the_gradients_of_kept_ones(own, importable):

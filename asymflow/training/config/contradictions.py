@@ -30,7 +30,6 @@ def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         if wrong := check_name(name, table):
             yield key, wrong
     for key, own, section in (
-        ("data", is_own(c.data.kind), c.data),
         ("optimizer", is_own(c.optimizer.kind), c.optimizer),
         ("loss", c.loss.objective is not None, c.loss),
     ):
@@ -90,11 +89,10 @@ def model_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         yield "data.size", "is needed for generated images: how many there are"
     if c.data.kind in ("image_folder", "webdataset") and c.data.path is None:
         yield "data.path", f"is needed for {c.data.kind}, as with --set data.path=PATH"
-    if is_own(c.model.backbone):
-        if c.model.size is not None:
-            yield "model.size", f"is for JiT, and model.backbone is {c.model.backbone}: leave it out"
-    elif not check_name(c.model.backbone, backbones.TABLE):
+    if c.model.backbone == "JiT":
         yield from jit_contradictions(c)
+    elif c.model.size is not None:
+        yield "model.size", f"is for JiT, and model.backbone is {c.model.backbone}: leave it out, or set it to null"
 
 
 def jit_contradictions(c: Sections) -> Iterator[tuple[str, str]]:

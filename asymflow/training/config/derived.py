@@ -47,7 +47,7 @@ def make_backbone(model: Model) -> nn.Module:
     Raises InputError if there is no such class, it does not take the arguments, or is not what trainings need.
     """
     make = find(model.backbone, backbones.TABLE, "model.backbone")
-    if not is_own(model.backbone):
+    if model.backbone == "JiT":
         return make(**network(model))
     sizes = {
         "image_size": model.image_size,
@@ -90,7 +90,7 @@ def recomputed(forward: Callable, *args: object, **options: object) -> object:
 
 def patch_size(model: Model) -> int:
     """Pixels along the side of a token of the network."""
-    return own_patch_size(model.model_dump_json()) if is_own(model.backbone) else network(model)["patch_size"]
+    return network(model)["patch_size"] if model.backbone == "JiT" else own_patch_size(model.model_dump_json())
 
 
 @cache

@@ -72,7 +72,32 @@ def make_optimizer(groups: list[dict], o: Optimizer) -> torch.optim.Optimizer:
     make = find(o.kind, OPTIMIZERS, "optimizer.kind")
     given = accepted(make, {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay})
     fused = {} if is_own(o.kind) else {"fused": True}  # one kernel for all parameters, on CPUs too
-    return called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
+    optimizer = called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
+    if is_own(o.kind):
+        check_optimizer(optimizer, o.kind)
+    return optimizer
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, kind: str) -> None:
+    """InputError unless ZeRO can cut up what the optimizer keeps, and checkpoints can restore it.
+
+    So it must keep nothing but moments, one number for each weight, zero at first, and perhaps a count called `step`.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer.kind {kind} must make a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    try:
+        state = shards.state_of_two_numbers(optimizer)
+    except Exception as e:  # anything: it is not our code
+        why = " ".join(str(e).split())[:200]
+        raise InputError(f"optimizer.kind {kind} must treat each number by itself, but fails on two ({why})") from e
+    moment = lambda value: isinstance(value, Tensor) and value.shape == (2,) and not value.any()
+    other = [name for name, value in state.items() if name != "step" and not moment(value)]
+    if other or optimizer.state:
+        what = ", ".join(other) or "a state before its first step"
+        raise InputError(
+            f"optimizer.kind {kind} keeps {what}, but ZeRO and checkpoints know only moments, one number for each "
+            "weight and zero at first, and a count called step"
+        )
 
 
 def parameter_groups(flow: nn.Module, multipliers: dict[str, float]) -> list[dict]:
