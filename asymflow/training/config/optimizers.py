@@ -2,8 +2,8 @@
 
     make(groups, lr=..., **options) -> torch.optim.Optimizer
 
-ZeRO cuts the flattened weights into pieces, so an optimizer has to treat every number by itself, as AdamW does. `lr` is
-set anew in every step. One of your own is named as `optimizer.kind: mypackage.optim:lion`; it gets those of `betas`,
+ZeRO cuts the flattened weights into pieces, so an optimizer has to treat every number by itself, as AdamW does, and to
+keep nothing but moments, which begin at zero, and a count called `step`. `lr` is set anew in every step. One of your own is named as `optimizer.kind: mypackage.optim:lion`; it gets those of `betas`,
 `eps` and `weight_decay` that it has arguments for, and `optimizer.options`.
 """
 
