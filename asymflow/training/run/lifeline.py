@@ -26,9 +26,9 @@ class Lifeline:
     no GPU, so that it works before there are any.
 
     Launchers do not do this. Measured with two ranks, without it: if one raises or exits while the other is not in a
-    collective, the other runs on for 30 seconds on the same machine (torchrun and deepspeed send SIGTERM, then SIGKILL),
-    and without end on another machine, or if the ranks were started by hand. If one is killed, only the "connection
-    closed" of the other is shown. An error that all ranks raise is shown by each.
+    collective, the other runs on for 30 seconds on the same machine (torchrun and deepspeed send SIGTERM, then
+    SIGKILL), and without end on another machine, or if the ranks were started by hand. If one is killed, only the
+    "connection closed" of the other is shown. An error that all ranks raise is shown by each.
     """
 
     def __init__(self, store: dist.Store):
