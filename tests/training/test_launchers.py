@@ -188,7 +188,7 @@ def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_signal_to_the_launcher_or_to_all_processes(tmp_path, launcher):
     out = tmp_path / "run"
-    process = launch(launcher, out, "from asymflow.training import signals; signals.ECHO = 1000")
+    process = launch(launcher, out, "from asymflow.training.run import signals; signals.ECHO = 1000")
     wait_for_lines(out / "metrics.jsonl", 3, tmp_path)
     if launcher == "torchrun":
         os.killpg(process.pid, signal.SIGTERM)  # to all, and torchrun passes it on once more
