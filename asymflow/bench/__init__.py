@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m asymflow.bench`. docs/benchmarks.md says what each measures, and has the results."""
+"""The benchmark: `python -m asymflow.bench`. docs/benchmarks.md says what it checks and measures, and has results."""

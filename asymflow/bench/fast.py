@@ -1,25 +1,29 @@
 """Measurements of speed on this GPU. Each is compared with its limit, which is measured in the same run."""
 
-import argparse
-import importlib.util
+import io
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from asymflow import cost
+from asymflow import cost, streams
 from asymflow.backbones.jit import JiT
-from asymflow.bench.kit import Check, Kit, NotRunError
-from asymflow.bench.noise import measure_noise
-from asymflow.bench.right import shapes, small, without_numbers
-from asymflow.bench.trainings import images_per_second, median, synchronize
-from asymflow.cli.info import INTERVAL, operations
+from asymflow.bench.kit import Check, Kit
+from asymflow.bench.right import image_shape, shapes, small, without_numbers
+from asymflow.bench.trainings import images_per_second, synchronize
+from asymflow.cli.info import INTERVAL, passes_for_sampling
 from asymflow.cli.info import STEPS as SAMPLER_STEPS
+from asymflow.data.folder import to_uint8
 from asymflow.model import AsymFlow
 from asymflow.parameterization import recover_velocity
+from asymflow.patches import patchify
 from asymflow.precision import computing
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
+from asymflow.training.objectives.cost import class_conditional_step, images
 
 WARM_UP = 4  # steps of a training that are not timed
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
@@ -28,26 +32,30 @@ ON_EACH = 128  # images in a step on each GPU, as in a batch of 1,024 on eight
 GUIDANCE = 2.3
 
 
-def seconds(function: Callable, device: torch.device, repeats: int) -> float:
-    """The median time of `repeats` calls, after three that warm up."""
-    times = []
+def medians(timed: dict[str, Callable], device: torch.device, repeats: int = 20) -> dict[str, float]:
+    """The median seconds of each function, after three calls that warm up.
+
+    They run in turns, so that a machine that slows down slows all of them.
+    """
+    times = {name: [] for name in timed}
     for _ in range(repeats + 3):
-        synchronize(device)
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return median(times[3:])
+        for name, function in timed.items():
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values[3:])) for name, values in times.items()}
 
 
 def limits(kit: Kit) -> tuple[str, dict]:
     """The limits for all other measurements: a product of large bfloat16 matrices, and a copy on the device."""
     n, size = (256, 2**22) if kit.tiny else (8192, 2**30)
     a, b = torch.randn(2, n, n, device=kit.device).bfloat16()
-    kit.limits["matmul"] = 2 * n**3 / seconds(lambda: a @ b, kit.device, 20)
     source = torch.empty(size, dtype=torch.uint8, device=kit.device).random_()
     there = torch.empty_like(source)
-    kit.limits["copy"] = 2 * size / seconds(lambda: there.copy_(source), kit.device, 20)
+    seconds = medians({"matmul": lambda: a @ b, "copy": lambda: there.copy_(source)}, kit.device)
+    kit.limits |= {"matmul": 2 * n**3 / seconds["matmul"], "copy": 2 * size / seconds["copy"]}
     sheet = cost.peak_flops(kit.device)
     share = f" ({kit.limits['matmul'] / sheet:.0%} of the data sheet)" if sheet else ""
     return (
@@ -64,14 +72,78 @@ def recovery(kit: Kit) -> tuple[str, dict]:
     u_a, x_sigma = torch.randn(2, tokens, 768, device=kit.device)
     sigma = torch.rand(tokens, device=kit.device)
     size = 3 * u_a.numel() * u_a.element_size()
-    eager = seconds(lambda: recover_velocity(u_a, x_sigma, sigma, subspace), kit.device, 20)
-    figures = {"bytes": size, "eager_seconds": eager}
-    shown = f"{size / eager / 1e9:.4g} GB/s, {size / eager / kit.limits['copy']:.0%} of a copy of as many bytes"
+    timed = {"eager": lambda: recover_velocity(u_a, x_sigma, sigma, subspace)}
     if kit.cuda:
         fused = torch.compile(recover_velocity)
-        figures["compiled_seconds"] = seconds(lambda: fused(u_a, x_sigma, sigma, subspace), kit.device, 20)
-        shown += f"; compiled {size / figures['compiled_seconds'] / kit.limits['copy']:.0%}"
-    return f"{tokens} tokens of 768: {1000 * eager:.3g} ms, {shown}", figures
+        timed["compiled"] = lambda: fused(u_a, x_sigma, sigma, subspace)
+    seconds = medians(timed, kit.device)
+    eager = seconds["eager"]
+    shown = f"{size / eager / 1e9:.4g} GB/s, {size / eager / kit.limits['copy']:.0%} of a copy of as many bytes"
+    if kit.cuda:
+        shown += f"; compiled {size / seconds['compiled'] / kit.limits['copy']:.0%}"
+    return f"{tokens} tokens of 768: {1000 * eager:.3g} ms, {shown}", {"bytes": size, "seconds": seconds}
+
+
+@torch.inference_mode()
+def wrapper(kit: Kit) -> tuple[str, dict]:
+    """What AsymFlow costs around its backbone, and recovery by thin products next to one with a D x D projection."""
+    torch.manual_seed(0)
+    count = 1 if kit.tiny else 4
+    jit = JiT.from_name("tiny/16" if kit.tiny else "B/16").to(kit.device).eval()
+    flow = AsymFlow(jit, Subspace.random(jit.dim, 8)).to(kit.device).eval()
+    x, sigma = torch.randn(count, *image_shape(flow), device=kit.device), torch.full((count,), 0.5, device=kit.device)
+    labels, tokens = torch.zeros(count, dtype=torch.long, device=kit.device), patchify(x, jit.patch_size)
+    projection = flow.subspace.basis @ flow.subspace.basis.mT
+
+    def dense() -> Tensor:
+        outside = (2 * tokens - 2 * tokens @ projection) / sigma[:, None, None]
+        return outside + (tokens - outside) @ projection
+
+    timed = {
+        "backbone alone": lambda: jit(tokens, sigma, labels),
+        "AsymFlow around it": lambda: flow(x, sigma, labels=labels),
+        "of that, recovery": lambda: recover_velocity(tokens, tokens, sigma, flow.subspace, 0.04),
+        "recovery with a dense projection": dense,
+    }
+    found = medians(timed, kit.device, 3 if kit.tiny else 10)
+    shown = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in found.items())
+    return f"{count} images, JiT-B/16 of rank 8, float32: {shown}", found
+
+
+def noise(kit: Kit) -> tuple[str, dict]:
+    """The noise of an image: is it cheaper to draw it on the CPU and copy it, as we do, or to draw it on the device?"""
+    found = {
+        side: noise_seconds(kit.device, side, 2 if kit.tiny else 20) for side in ((16,) if kit.tiny else (256, 1024))
+    }
+    shown = (
+        f"{side} x {side} pixels: {', '.join(f'{name} {1000 * seconds:.3g} ms' for name, seconds in times.items())}"
+        for side, times in found.items()
+    )
+    return "; ".join(shown), found
+
+
+def noise_seconds(device: torch.device, side: int, repeats: int) -> dict[str, float]:
+    """decode: a JPEG of this size, for comparison. draw: eps on the CPU. copy: of eps, or of pixels, to the device, and
+    from pinned memory to a GPU. generator: eps on the device, by a generator that is seeded anew for each image."""
+    cuda, samples = device.type == "cuda", iter(range(10**9))
+    pixels, eps = (torch.empty(3, side, side, dtype=t, pin_memory=cuda) for t in (torch.uint8, torch.float32))
+    there, generator = torch.empty_like(eps, device=device), torch.Generator(device)
+    coarse = np.random.default_rng(0).integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
+    jpeg = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(jpeg, "jpeg", quality=95)
+
+    def draw_there() -> None:
+        generator.manual_seed(int(streams.generator(0, streams.NOISE, next(samples)).integers(2**63)))
+        there.normal_(generator=generator)
+
+    timed = {
+        "decode": lambda: to_uint8(Image.open(jpeg).convert("RGB")),
+        "draw": lambda: streams.noise(0, next(samples), eps),
+        "copy of eps": lambda: there.copy_(eps, non_blocking=True),
+        "copy of pixels": lambda: pixels.to(device, non_blocking=True, copy=True),
+        "generator": draw_there,
+    }
+    return medians(timed, device, repeats)
 
 
 def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
@@ -93,8 +165,8 @@ def training(size: str) -> Callable[[Kit], tuple[str, dict]]:
                 "data.workers": 0,
             }
         found = kit.train(size.replace("/", ""), settings, config=config, unsaved=True, profiled=True, loading=True)
-        flow, side = without_numbers("tiny/16" if kit.tiny else size)
-        each = cost.flops(flow, (3, side, side), training=True, recomputed=False)
+        step = class_conditional_step(flow := without_numbers("tiny/16" if kit.tiny else size))
+        each = cost.count(step, lambda step: step(images(1, image_shape(flow)))).flops
         rate, waiting = images_per_second(timed := found["metrics"][first:-1]), share_of_waiting(timed)
         busy = sum(kind["seconds"] for kind in found["spent"]) * rate / settings["train.global_batch_size"]
         figures = {"images_per_second": rate, "flops_an_image": each, "memory": found["memory"], "waiting": waiting}
@@ -135,16 +207,15 @@ def waiting_for_data(kit: Kit) -> tuple[str, dict]:
         "data.workers": 1 if kit.tiny else WORKERS["B/16"],
     }
     config = "shapes_tiny" if kit.tiny else "imagenet256_b16"
-    rates, figures = {}, {}
+    rates = {}
     for name, resident in (("loaded", False), ("resident", True)):
         found = kit.train(name, settings, config=config, unsaved=True, resident=resident, loading=not resident)
         rates[name] = images_per_second(found["metrics"][first:])
-    figures["milliseconds_an_image"] = measure_noise(kit.device, *([(16,), 2] if kit.tiny else []))
     lost = 1 - rates["loaded"] / rates["resident"]
     return (
         f"{rates['loaded']:.4g} images/s with drawing, loading and copying, {rates['resident']:.4g} without: "
         f"{lost:.1%} of the time is not hidden behind the computation",
-        {**rates, **figures},
+        rates,
     )
 
 
@@ -154,18 +225,18 @@ def sampling(kit: Kit) -> tuple[str, dict]:
     with torch.device(kit.device):
         jit = JiT.from_name(size)
     flow = AsymFlow(jit, Subspace.random(jit.dim, 8)).to(kit.device).eval()
-    counted, side = without_numbers(size)
-    each = operations(counted, (3, side, side))["sampling"]["guided"] * steps / SAMPLER_STEPS
+    each = cost.forward_flops(counted := without_numbers(size), image_shape(counted))
+    each *= passes_for_sampling(GUIDANCE) * steps / SAMPLER_STEPS
     options = dict(guidance=GUIDANCE, interval=INTERVAL)
     draw = lambda steps: generate(flow, list(range(batch)), range(batch), seed=0, steps=steps, **options)
     with computing(flow, "bf16"):
         draw(2)
         synchronize(kit.device)
         started = time.perf_counter()
-        images = draw(steps)
+        drawn = draw(steps)
         synchronize(kit.device)
     a_picture = (time.perf_counter() - started) / batch
-    if not images.isfinite().all():
+    if not drawn.isfinite().all():
         raise ValueError("samples are not finite")
     return (
         f"JiT-{size}, {steps} Heun steps, {batch} images at a time: {a_picture:.3g} s an image, "
@@ -176,30 +247,9 @@ def sampling(kit: Kit) -> tuple[str, dict]:
 
 def finetuning(kit: Kit) -> tuple[str, dict]:
     kit.need("deepspeed", "diffusers", "peft", "accelerate")
-    from asymflow.bench import flux2
+    from asymflow.bench.finetuning import measure
 
-    if kit.cuda:
-        free = torch.cuda.mem_get_info()[0]
-        sizes = [size for size, needed in (("9B", 40), ("4B", 24)) if free > needed * 2**30]
-        if not sizes:
-            raise NotRunError(f"{free / 2**30:.0f} GiB of memory are free: too little for the 4B model")
-    size = "tiny" if kit.tiny else sizes[0] if kit.cuda else None
-    if size is None:
-        raise NotRunError("not on a CPU")
-    packages = all(importlib.util.find_spec(name) for name in ("lpips", "torchvision"))
-    lpips = packages and not kit.tiny  # convolutions in bfloat16 are slow on a CPU
-    options = dict(image_size=None, text_length=None, lora_rank=None, no_checkpointing=False, no_lpips=not lpips)
-    args = argparse.Namespace(size=size, batch=1, steps=2 if kit.tiny else 5, **options)
-    found = flux2.measure(args, kit.trainings, kit.work, timeout=max(kit.left, 5))
-    step, evaluation = found["training_step"], found["guided_evaluation"]
-    without = "" if lpips else ", without LPIPS"
-    held = found["memory"]["peak"]
-    weighed = f"; peak {held['measured'] / 2**30:.1f} GiB, counted {held['counted'] / 2**30:.1f}" if kit.cuda else ""
-    return (
-        f"{size}, {' x '.join(map(str, found['image'][1:]))}{without}: {step['seconds']:.3g} s, "
-        f"{shares(kit, step['flops_per_second'])}{weighed}; guided evaluation {evaluation['seconds']:.3g} s",
-        found,
-    )
+    return measure(kit)
 
 
 CHECKS = [
@@ -210,5 +260,7 @@ CHECKS = [
     Check("finetuning FLUX.2", finetuning, 77, measures=True),
     Check("training B/16", training("B/16"), 60, measures=True),
     Check("training L/16", training("L/16"), 70, measures=True),
+    Check("wrapper", wrapper, 3, measures=True, anywhere=True),
+    Check("noise", noise, 8, measures=True, anywhere=True),
     Check("waiting for data", waiting_for_data, 45, measures=True),
 ]

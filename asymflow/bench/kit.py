@@ -1,5 +1,6 @@
 """Running checks one after the other. If one fails, its error is written down, and the next begins."""
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -32,15 +33,19 @@ class NotRunError(Exception):
 
 @dataclass
 class Kit:
-    """What the checks share. work: a temporary folder. deadline: when time is up, on the clock `time.monotonic`."""
+    """What the checks share. args: of the command line. work: a temporary folder. deadline: on `time.monotonic`."""
 
     device: torch.device
-    tiny: bool
+    args: argparse.Namespace
     work: Path
     trainings: Trainings
     deadline: float
     limits: dict = field(default_factory=dict)
     """Measured in this run: `matmul` in FLOPs a second, `copy` in bytes a second, read and written."""
+
+    @property
+    def tiny(self) -> bool:
+        return self.args.tiny
 
     @property
     def cuda(self) -> bool:
@@ -68,13 +73,15 @@ class Kit:
 class Check:
     """A check. function: gets a Kit, and returns (summary, figures). seconds: about how long it takes on an H100.
 
-    measures: whether it measures a speed, instead of checking that something is right.
+    measures: whether it measures a speed, instead of checking that something is right. anywhere: whether a CPU does it
+    in minutes, even if not `--tiny`.
     """
 
     name: str
     function: Callable[[Kit], tuple[str, dict]]
     seconds: float
     measures: bool = False
+    anywhere: bool = False
 
 
 @dataclass
@@ -89,6 +96,8 @@ class Result:
 def run(check: Check, kit: Kit) -> Result:
     started, figures = time.monotonic(), {}
     bad = ERROR if check.measures else FAILED
+    if not (kit.cuda or kit.tiny or check.anywhere):
+        return Result(check.name, NOT_RUN, "on a CPU it would take hours: give --tiny", {}, 0.0)
     if kit.left < check.seconds:
         why = f"{kit.left:.0f} s were left, and it takes about {check.seconds:.0f}"
         return Result(check.name, NOT_RUN, why, {}, 0.0)
@@ -133,10 +142,10 @@ def matmul_precision(setting: str) -> Iterator[None]:
 
 # ---- The report ------------------------------------------------------------------------------------------------------
 def write(folder: Path, about: dict, limits: dict, results: list[Result]) -> None:
-    """Write gpu.json and gpu.md. Called after every check."""
+    """Write bench.json and bench.md. Called after every check."""
     found = {**about, "limits": limits, "checks": [asdict(result) for result in results]}
-    (folder / "gpu.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
-    (folder / "gpu.md").write_text(as_markdown(about, results))
+    (folder / "bench.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+    (folder / "bench.md").write_text(as_markdown(about, results))
 
 
 def as_markdown(about: dict, results: list[Result]) -> str:

@@ -134,7 +134,3 @@ def images_per_second(steps: list[dict]) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -75,7 +75,7 @@ class Watch:
             if self.unsaved:
                 changes.enter_context(mock.patch.object(Training, "save", return_value=None))
             if self.random_base:
-                from asymflow.bench.flux2 import random_transformer
+                from asymflow.bench.finetuning import random_transformer
                 from asymflow.training.objectives import finetuning
 
                 changes.enter_context(mock.patch.object(finetuning, "load_transformer", random_transformer))
@@ -119,7 +119,7 @@ class Watch:
         if self.graphs is not None:
             self.found["graphs"] = {"warm": self.graphs, "end": compiled_graphs()}
         if self.guided:
-            from asymflow.bench.flux2 import guided_seconds
+            from asymflow.bench.finetuning import guided_seconds
 
             self.found["guided_seconds"] = guided_seconds(training, self.guided)
         training.engine.destroy()  # else its hooks keep all weights on the GPU during the next training

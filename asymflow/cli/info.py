@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asymflow import backbones, cost, files, hub
 from asymflow.backbones.jit import SIZES, JiT, published
-from asymflow.cli import info_flux2
+from asymflow.cli import info_flux2, info_memory
 from asymflow.cli.common import at_least, image_size
-from asymflow.cli.info_flux2 import GPUS, STAGES
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, own_backbone, refuse_choice
 from asymflow.cli.models import about as about_run
 from asymflow.errors import InputError
@@ -109,15 +108,15 @@ def describe(args: argparse.Namespace) -> dict:
     if isinstance(model, Subspace):
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
     if isinstance(model, dict):  # the backbone is not in this library
-        return found | model | {"training_memory": training_memory(args, model["parameters"])}
+        return found | model | {"training_memory": memory_of_weights(args, **model["parameters"])}
     if not args.image_size and not hasattr(model.backbone, "grid"):
         raise InputError(f"give --image-size: {type(model.backbone).__name__} has no grid to tell that of its images")
     image = (model.channels, *(args.image_size or [n * model.patch_size for n in model.backbone.grid]))
     grid = token_grid(torch.empty(1, *image, device="meta"), model.patch_size)
-    found |= about(model) | {"image": image, "grid": grid, "flops": operations(model, image)}
-    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-    memory = training_memory(args, found["parameters"], largest)
-    return found | {"training_memory": memory | {"activations": activations(model, image, args)}}
+    forward = cost.forward_flops(model, image)
+    training, memory = training_step(model, image, args)
+    work = {"forward": forward, "training_step": training, "sampling": sampling(forward)}
+    return found | about(model) | {"image": image, "grid": grid, "flops": work, "training_memory": memory}
 
 
 # ---- Finding the model -----------------------------------------------------------------------------------------------
@@ -222,15 +221,11 @@ def about(flow: AsymFlow) -> dict:
     }
 
 
-def operations(flow: AsymFlow, image: tuple[int, ...]) -> dict:
-    forward = cost.flops(flow, image)
+def sampling(forward: int) -> dict:
+    """FLOPs of an image, of which a forward pass has `forward`."""
     passes = {"unguided": passes_for_sampling(1.0), "guided": passes_for_sampling(2.0)}
-    return {
-        "forward": forward,
-        "training_step": cost.flops(flow, image, training=True),
-        "sampling": {"steps": STEPS, "guided_for_sigma": INTERVAL, "passes": passes}
-        | {name: n * forward for name, n in passes.items()},
-    }
+    about = {"steps": STEPS, "guided_for_sigma": INTERVAL, "passes": passes}
+    return about | {name: n * forward for name, n in passes.items()}
 
 
 def passes_for_sampling(guidance: float) -> int:
@@ -246,25 +241,26 @@ def passes_for_sampling(guidance: float) -> int:
     return passes
 
 
-def training_memory(args: argparse.Namespace, parameters: dict, largest_layer: int = 0) -> dict:
-    counts = dict(trainable=parameters["trainable"], frozen=parameters["total"] - parameters["trainable"])
-    states = []
-    for gpus in [args.gpus] if args.gpus else GPUS:
-        for stage in STAGES:
-            options = dict(gpus=gpus, stage=stage)
-            kinds = cost.training_memory(**counts, **options, precision=args.precision, largest_layer=largest_layer)
-            states.append({**options, **kinds, "total": sum(kinds.values())})
-    return {"precision": args.precision, "batch_on_each_gpu": args.batch, "states_on_each_gpu": states}
+def training_step(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace) -> tuple[int, dict]:
+    """FLOPs for an image, if nothing is recomputed; and the memory of a batch, without and with recomputed blocks."""
+    from asymflow.training.objectives.cost import class_conditional_step, images  # here: it takes a second
+
+    step, ways = class_conditional_step(flow, args.precision), {}
+    run = lambda step: step(images(args.batch, image))
+    for name, blocks in (("kept", False), ("recomputed", True)):
+        if cost.recompute(step.model, blocks) or not blocks:
+            ways[name] = cost.count(step, run)
+    memory = info_memory.describe(step.memory, args.gpus, ways)
+    return ways["kept"].flops // args.batch, {"precision": args.precision, "batch_on_each_gpu": args.batch, **memory}
 
 
-def activations(flow: AsymFlow, image: tuple[int, ...], args: argparse.Namespace) -> dict:
-    """Memory for the activations of a batch, without and with recomputation of every block in the backward pass."""
-    result = {}
-    ways = (("all_kept", 0), ("recomputed", 1)) if hasattr(flow.backbone, "checkpoint_every") else (("all_kept", 0),)
-    for name, flow.backbone.checkpoint_every in ways:
-        kept, peak = cost.activation_bytes(flow, image, args.batch, args.precision)
-        result[name] = {"kept": kept, "peak": peak}
-    return result
+def memory_of_weights(args: argparse.Namespace, total: int, trainable: int) -> dict:
+    """The memory of a training without activations."""
+
+    def memory(gpus: int, stage: int) -> dict[str, int]:
+        return cost.training_memory(trainable, total - trainable, gpus=gpus, stage=stage, precision=args.precision)
+
+    return {"precision": args.precision, "batch_on_each_gpu": args.batch, **info_memory.describe(memory, args.gpus, {})}
 
 
 # ---- For people ------------------------------------------------------------------------------------------------------
@@ -281,7 +277,10 @@ def as_text(found: dict) -> str:
     lines |= jit(found) if ours else backbone_elsewhere(found["config"])
     lines["parameters"] = f"{found['parameters']['total'] / 1e6:,.1f} million"
     lines |= work(found["flops"]) if "flops" in found else {"operations": "not counted: the backbone is not ours"}
-    return aligned(lines) + "\n\n" + memory(found["training_memory"])
+    memory = found["training_memory"]
+    batch = f"{memory['batch_on_each_gpu']} images on each" if memory["activations"] else "without activations"
+    title = f"Memory to train, GiB on each GPU, {memory['precision']}, {batch}"
+    return "\n".join([aligned(lines), *info_memory.as_text(memory, title)])
 
 
 def jit(found: dict) -> dict[str, str]:
@@ -324,27 +323,6 @@ def work(flops: dict) -> dict[str, str]:
         "sampling": f"{plain}: {sampling['steps']} Heun steps, {passes['unguided']} passes",
         "guided": f"{guided}: {passes['guided']} passes, two where sigma is in [{low:g}, {high:g}]",
     }
-
-
-def memory(found: dict) -> str:
-    """A table of GiB: a row for each ZeRO stage, a column for each number of GPUs."""
-    peaks = [peak["peak"] for peak in found["activations"].values()] if "activations" in found else [0]
-
-    def cell(states: int) -> str:
-        first, *second = (f"{(states + peak) / 2**30:,.1f}" for peak in peaks)
-        return first + "".join(f" ({number})" for number in second)
-
-    cells = {(state["stage"], state["gpus"]): cell(state["total"]) for state in found["states_on_each_gpu"]}
-    gpus = sorted({n for _, n in cells})
-    rows = [["", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)]]
-    rows += [[f"ZeRO {stage}", *(cells[stage, n] for n in gpus)] for stage in STAGES]
-    width = max(len(text) for row in rows for text in row)
-    batch = f"{found['batch_on_each_gpu']} images on each"
-    title = f"Memory to train, GiB on each GPU, {found['precision']}"
-    title += f", {batch} (in parentheses: all blocks recomputed)" if "activations" in found else ", without activations"
-    return "\n".join(
-        [title, *(f"{row[0]:{LABEL}}" + "".join(f"{text:>{width + 3}}" for text in row[1:]) for row in rows)]
-    )
 
 
 def aligned(lines: dict[str, str]) -> str:

@@ -4,36 +4,24 @@ import argparse
 import json
 from pathlib import Path
 
+from asymflow import cost
+from asymflow.cli import info_memory
 from asymflow.cli.common import at_least
 from asymflow.errors import InputError
 
 CLASS = "Flux2Transformer2DModel"
 SIZE = (1024, 1024)
 STEPS = 38  # of UniPC, each with two passes: with and without the prompt
-GPUS, STAGES = (1, 8, 64), (0, 1, 2, 3)
-CARD = 80 * 10**9  # bytes of a GPU of 80 GB, 74.5 GiB; drivers show some more
 PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and the share of them that a training may reach
 OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
 OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
-COLUMNS = {  # the columns of the table, and the kinds of memory that each adds up
-    "weights": ("weights", "gathered"),
-    "trained": ("trained",),
-    "gradients": ("gradients", "buckets"),
-    "optimizer": ("optimizer",),
-    "EMA": ("ema",),
-    "activations": ("activations",),
-    "total": ("total",),
-    "on host": ("host",),
-}
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("FLUX.2 klein: a name, a folder of the model, or that of its transformer")
     group.add_argument("--lora-rank", type=at_least(1), metavar="R", help="of the adapters (default: 256)")
     group.add_argument("--full", action="store_true", help="train all weights, without adapters")
-    group.add_argument(
-        "--offload", choices=("optimizer", "weights"), help="to the host: from ZeRO 1 on; weights too, in ZeRO 3"
-    )
+    group.add_argument("--offload", choices=cost.OFFLOADS, help="to the host: from ZeRO 1 on; weights too, in ZeRO 3")
     group.add_argument("--text-length", type=at_least(1), metavar="N", help="tokens of a prompt (default: 512)")
 
 
@@ -58,48 +46,36 @@ def config_file(folder: Path) -> Path | None:
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
-    from asymflow.training.objectives import cost  # here, because diffusers and peft take seconds
+    from asymflow.training.objectives import klein  # here, because diffusers and peft take seconds
 
     if wrong := [option for name, option in OTHERS.items() if getattr(args, name) is not None]:
         raise InputError(f"{wrong[0]} does not go with a FLUX.2: its rank is that of its latents, its dtype bfloat16")
     if args.full and args.lora_rank:
         raise InputError("--lora-rank does not go with --full, which trains all weights and has no adapters")
-    size, batch, length = args.image_size or SIZE, args.batch or 1, args.text_length or cost.TEXT_LENGTH
-    rank = None if args.full else args.lora_rank or cost.LORA_RANK
-    latent = cost.empty_transformer(config_of(args.model, cost.KLEIN))
+    size, batch, length = args.image_size or SIZE, args.batch or 1, args.text_length or klein.TEXT_LENGTH
+    rank = None if args.full else args.lora_rank or klein.LORA_RANK
+    latent = klein.empty_transformer(config_of(args.model, klein.KLEIN))
     base = sum(p.numel() for p in latent.parameters())
-    step = cost.Step(latent, lora_rank=rank)
-    forward = cost.forward_flops(step, size, length)
-    memory = {"recomputed": cost.activations(step, size, batch, length)}
-    with cost.all_kept(step):
-        memory["all_kept"] = cost.activations(step, size, batch, length)
-    peak = memory["recomputed"][1]
-    states = []
-    for gpus in [args.gpus] if args.gpus else GPUS:
-        for stage in STAGES:
-            kinds = cost.training_memory(step, gpus, stage, args.offload)
-            total = sum(kinds.values()) - kinds["host"] + peak
-            states.append({"gpus": gpus, "stage": stage, **kinds, "activations": peak, "total": total})
+    step = klein.klein_step(latent, lora_rank=rank)
+    forward = klein.forward_flops(step, size, length)
+    counted = {}
+    for name, blocks in (("recomputed", True), ("kept", False)):
+        cost.recompute(step.model, blocks)
+        counted[name] = cost.count(step, lambda step: step(klein.noise_batch(step, size, batch, length)))
+    memory = info_memory.describe(lambda gpus, stage: step.memory(gpus, stage, args.offload), args.gpus, counted)
     return {
         "model": args.model,
         "kind": "a FLUX.2 klein, to become a pixel model",
         "config": dict(latent.config),
-        "image": (cost.CHANNELS, *size),
+        "image": (klein.CHANNELS, *size),
         "text_length": length,
-        "parameters": {"base": base, **cost.parameters(step)},
+        "parameters": {"base": base, **klein.parameters(step)},
         "flops": {
             "forward": forward,
-            "training_step": cost.step_flops(step, size, length),
+            "training_step": counted["recomputed"].flops // batch,
             "sampling": {"steps": STEPS, "passes": 2 * STEPS, "guided": 2 * STEPS * forward},
         },
-        "training_memory": {
-            "lora_rank": rank,
-            "offload": args.offload,
-            "batch_on_each_gpu": batch,
-            "activations": {name: {"kept": kept, "peak": peak} for name, (kept, peak) in memory.items()},
-            "on_each_gpu": states,
-            "fits_80_gb": [fit(states, gpus) for gpus in dict.fromkeys(state["gpus"] for state in states)],
-        },
+        "training_memory": {"lora_rank": rank, "offload": args.offload, "batch_on_each_gpu": batch, **memory},
     }
 
 
@@ -110,13 +86,6 @@ def config_of(model: str, known: dict[str, dict]) -> dict:
     if name not in known:
         raise InputError(f"there is no {model} here, neither a folder nor a name: the names are {', '.join(known)}")
     return known[name]
-
-
-def fit(states: list[dict], gpus: int) -> dict:
-    """The lowest stage at which a training step fits, or else the one that takes least; then to_spare is negative."""
-    spare = {state["stage"]: CARD - state["total"] for state in states if state["gpus"] == gpus}
-    stage = next((stage for stage, bytes in spare.items() if bytes >= 0), max(spare, key=spare.get))
-    return {"gpus": gpus, "stage": stage, "fits": spare[stage] >= 0, "to_spare": spare[stage]}
 
 
 # ---- For people ------------------------------------------------------------------------------------------------------
@@ -140,40 +109,4 @@ def as_text(found: dict) -> str:
         f"{flops['sampling']['passes']} passes",
     }
     title = f"Memory to finetune, GiB on each GPU, bfloat16, {images} on each, all blocks recomputed"
-    more = memory["activations"]["all_kept"]["peak"] - memory["activations"]["recomputed"]["peak"]
-    return "\n".join(
-        [
-            *(f"{label:15}{text}" for label, text in lines.items()),
-            "",
-            title,
-            *table(memory["on_each_gpu"]),
-            "",
-            f"Without recomputation: {gib(more)} more.",
-            *verdicts(memory["fits_80_gb"]),
-        ]
-    )
-
-
-def table(states: list[dict]) -> list[str]:
-    shown = {name: kinds for name, kinds in COLUMNS.items() if name != "on host" or any(s["host"] for s in states)}
-    rows = [["GPUs", "ZeRO", *shown]]
-    for state in states:
-        cells = [f"{sum(state[kind] for kind in kinds) / 2**30:,.1f}" for kinds in shown.values()]
-        rows.append([str(state["gpus"]), str(state["stage"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["   ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def verdicts(fits: list[dict]) -> list[str]:
-    """A line for each number of GPUs, up to the first on which a training step fits."""
-    lines = []
-    for one in fits:
-        where = f"{one['gpus']} GPU{'s' * (one['gpus'] > 1)} of 80 GB ({gib(CARD)})"
-        if one["fits"]:
-            return [*lines, f"A step fits {where} from ZeRO {one['stage']} on, with {gib(one['to_spare'])} to spare."]
-        lines.append(f"A step does not fit {where}: ZeRO {one['stage']} takes {gib(-one['to_spare'])} too much.")
-    return lines
-
-
-def gib(bytes: int) -> str:
-    return f"{bytes / 2**30:,.1f} GiB"
+    return "\n".join([*(f"{label:15}{text}" for label, text in lines.items()), *info_memory.as_text(memory, title)])

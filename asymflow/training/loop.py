@@ -24,6 +24,7 @@ from asymflow.training.config.reading import Config
 from asymflow.training.evaluate import Evaluation, all_gather_rows
 from asymflow.training.loader import Batch, on_device
 from asymflow.training.objectives import Objective
+from asymflow.training.objectives.cost import Step, needed_flops
 from asymflow.training.run import checkpoint
 from asymflow.training.run import folder as run
 from asymflow.training.run.checkpoint import Piece
@@ -49,16 +50,16 @@ class Training:
         self.micro, self.accumulation = batch_sizes(config, self.world)
         self.autocast = config.train.precision == "bf16" and not bf16_weights(config)
         self.dataset, self.objective = dataset, objective
-        self.peak = peak_flops(device)
-        self.flops = objective.flops() if self.peak else None  # counting takes seconds, and is of no use without a peak
         self.term_weights = torch.tensor(objective.weights, device=device)
-        flow = objective.model(flow)
+        flow = objective.model(flow).train()
+        self.peak = peak_flops(device)
+        self.flops = self.counted_flops(flow) if self.peak and self.rank == 0 else None
         self.shapes = {name: tuple(p.shape) for name, p in flow.named_parameters() if p.requires_grad}
         if self.autocast:  # in the model's forward: on GPUs DeepSpeed switches off an autocast around the engine
             usual, in_bf16 = flow.forward, torch.autocast(device.type, torch.bfloat16)(flow.forward)
             # Not in eval mode: samples are drawn in the precision that `sampling_precision` says.
             flow.forward = lambda *args, **conditions: (in_bf16 if flow.training else usual)(*args, **conditions)
-        self.engine = make_engine(flow.to(device).train(), config, out)
+        self.engine = make_engine(flow.to(device), config, out)
         profiles = [Profile(decay=d) for d in config.ema.decays] + [Profile(sigma_rel=w) for w in config.ema.sigma_rel]
         self.averages = Averages(shards.owned_fragments(self.engine), profiles)
         self.evaluation = Evaluation(config, dataset, out, device) if config.evaluate.every else None
@@ -281,10 +282,20 @@ class Training:
         self.how_resumed += rank0_broadcast(lambda: run.abandon_snapshots(self.out, self.step), "later snapshots stay")
 
     # ---- What is shown -----------------------------------------------------------------------------------------------
+    def counted_flops(self, flow: AsymFlow) -> int | None:
+        """The FLOPs of a step for each image of the first micro-batch. It takes some seconds."""
+        try:
+            batch = self.objective.batches(self.dataset, self.rank, self.world)[0]
+            return needed_flops(Step(self.config, self.objective, flow), batch)
+        except Exception as e:  # an objective of the user's own may do anything
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            print(f"the MFU is not shown, because the operations of a step cannot be counted: {why}", file=sys.stderr)
+            return None
+
     def log(self, record: dict) -> None:
         """Write a record to metrics.jsonl, to stderr and to DeepSpeed's monitors.
 
-        On GPUs whose peak is known it gets the MFU (Chowdhery et al. 2022, arXiv 2204.02311): the FLOPs that the model
+        On GPUs whose peak is known it gets the MFU (Chowdhery et al. 2022, arXiv 2204.02311): the FLOPs that the step
         needs, without recomputation, divided by those that all GPUs could do in this time in bfloat16.
         """
         if self.rank > 0:

@@ -12,16 +12,16 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from asymflow import InputError, Subspace, cost
+from asymflow import Subspace, cost
 from asymflow.backbones.flux2 import latent_to_pixel
-from asymflow.bench.flux2 import TINY, as_text
-from asymflow.bench.flux2 import main as bench
+from asymflow.bench.finetuning import TINY
 from asymflow.cli import main
-from asymflow.cli.info_flux2 import fit, recognized, verdicts
-from asymflow.training.objectives import cost as cost_flux2
-from asymflow.training.objectives.cost import KLEIN, Step, activations, empty_transformer, parameters, training_memory
+from asymflow.cli.info_flux2 import recognized
+from asymflow.cli.info_memory import fit, verdicts
+from asymflow.training.objectives import klein
+from asymflow.training.objectives.klein import KLEIN, empty_transformer, klein_step, noise_batch, parameters
 
-random_perceptual = cache(cost_flux2.random_perceptual)  # drawing it on a CPU takes a second
+random_perceptual = cache(klein.random_perceptual)  # drawing it on a CPU takes a second
 RANK, SIZE, TEXT = 8, (64, 96), 10
 
 
@@ -30,7 +30,11 @@ def tiny_step(device="cpu", lpips=False, full=False, **options):
         latent = Flux2Transformer2DModel.from_config(TINY).bfloat16()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # in which CPUs take minutes for convolutions
     perceptual = random_perceptual(device, dtype) if lpips else None
-    return Step(latent, perceptual=perceptual, lora_rank=None if full else RANK, lpips=lpips, **options)
+    return klein_step(latent, perceptual=perceptual, lora_rank=None if full else RANK, lpips=lpips, **options)
+
+
+def count(step, size=SIZE, images=1, text_length=TEXT):
+    return cost.count(step, lambda step: step(noise_batch(step, size, images, text_length)))
 
 
 def total_bytes(tensors):
@@ -38,7 +42,7 @@ def total_bytes(tensors):
 
 
 # ---- Parameters and operations ---------------------------------------------------------------------------------------
-def klein(name):
+def sizes_of(name):
     """(width, MLP width, text width, double, single blocks) of a base model."""
     c = KLEIN[name]
     width = c["num_attention_heads"] * 128
@@ -47,7 +51,7 @@ def klein(name):
 
 @pytest.mark.parametrize(("name", "billions", "layers"), [("FLUX.2-klein-9B", 9.08, 58), ("FLUX.2-klein-4B", 3.88, 42)])
 def test_parameters_of_the_published_sizes(name, billions, layers):
-    d, m, text, double, single = klein(name)
+    d, m, text, double, single = sizes_of(name)
     latent = empty_transformer(KLEIN[name])
     block = 2 * (4 * d * d + 3 * d * m + 2 * 128), d * (3 * d + 2 * m) + (d + m) * d + 2 * 128
     modulation = 2 * 6 * d * d + 3 * d * d + 2 * d * d  # of two streams, of the single one, and of the end
@@ -55,7 +59,7 @@ def test_parameters_of_the_published_sizes(name, billions, layers):
     assert sum(p.numel() for p in latent.parameters()) == total + 2 * 128 * d
     assert round((total + 2 * 128 * d) / 1e9, 2) == billions
 
-    found = parameters(Step(latent, lpips=False))
+    found = parameters(klein_step(latent, lpips=False))
     in_and_out = double * 2 * (d + 2 * m + m + d) + single * (d + m + d) + 256 + d + d + d
     assert found["lora"] == 256 * in_and_out
     assert found["lora_layers"] == layers
@@ -66,7 +70,7 @@ def test_parameters_of_the_published_sizes(name, billions, layers):
 
 
 def test_operations_of_a_forward_pass_of_the_9b():
-    d, m, text, double, single = klein("FLUX.2-klein-9B")
+    d, m, text, double, single = sizes_of("FLUX.2-klein-9B")
     n, length = 64 * 64, 512
     both = n + length
     attention = 2 * both**2 * d
@@ -74,9 +78,9 @@ def test_operations_of_a_forward_pass_of_the_9b():
     lora = 256 * (both * double * (2 * d + 3 * m) + both * single * (2 * d + m) + 256 + 3 * d)
     ends = n * 2 * 768 * d + length * text * d + (256 + d) * d + (2 * 6 + 3 + 2) * d * d
     subspace = 4 * n * 768 * 128
-    step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]), lpips=False)
+    step = klein_step(empty_transformer(KLEIN["FLUX.2-klein-9B"]), lpips=False)
     products = linear + lora + ends + (double + single) * attention + subspace
-    assert cost_flux2.forward_flops(step, (1024, 1024)) == 2 * products
+    assert klein.forward_flops(step, (1024, 1024)) == 2 * products
 
 
 @pytest.mark.parametrize(
@@ -89,17 +93,16 @@ def test_operations_of_a_forward_pass_of_the_9b():
 )
 def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lpips):
     step = tiny_step(full=full, checkpointing=checkpointing, lpips=lpips)
-    expected = cost_flux2.step_flops(step, SIZE, TEXT)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(cost_flux2.inputs(step, SIZE, 1, TEXT)).backward()
-    assert counter.get_total_flops() == expected
+        step(noise_batch(step, SIZE, 1, TEXT)).backward()
+    assert counter.get_total_flops() == count(step).flops
 
 
 def test_frozen_layers_spare_a_third_of_their_work():
     """Forward, and backward to what goes in: the third product, for the gradient of the weights, is not made. What is
     behind a frozen layer is not trained either, and needs nothing: here the text, at the beginning."""
     lora, full = (tiny_step("meta", full=full, checkpointing=False) for full in (False, True))
-    spared = cost_flux2.step_flops(full, SIZE, TEXT) - cost_flux2.step_flops(lora, SIZE, TEXT)
+    spared = count(full).flops - count(lora).flops
     d, m, n, length = 64, 192, 24, TEXT
     blocks = (n + length) * (4 * d * d + 3 * d * m) + 2 * (n + length) * (d * (3 * d + 2 * m) + (d + m) * d)
     text = length * TINY["joint_attention_dim"] * d
@@ -136,7 +139,7 @@ def test_bytes_of_a_finetuning_made_by_hand():
     adam.step()
     moments = [s[name] for s in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
-    counted = training_memory(tiny_step("meta"), gpus=1, stage=0)
+    counted = tiny_step("meta").memory(gpus=1, stage=0)
     assert counted == {
         "weights": total_bytes(frozen) + total_bytes(p for module in for_reference for p in module.parameters()),
         "trained": total_bytes(trained),
@@ -166,26 +169,26 @@ def with_gradients(step):
 )
 def test_activations_counted_without_numbers_as_with_them(full, checkpointing, lpips):
     step = with_gradients(tiny_step(full=full, checkpointing=checkpointing, lpips=lpips))
-    expected = activations(step, SIZE, 2, TEXT)
+    expected = count(step, images=2)
     gradients = [p.grad for p in step.parameters() if p.requires_grad]
-    with cost.LiveBytes([*step.parameters(), *step.buffers(), *gradients]) as live:
-        loss = step(cost_flux2.inputs(step, SIZE, 2, TEXT))
-        kept = live.now
+    with cost.Counter([*step.parameters(), *step.buffers(), *gradients]) as counter:
+        loss = step(noise_batch(step, SIZE, 2, TEXT))
+        kept = counter.alive
         loss.backward()
-    assert (kept, live.peak) == expected
+    assert cost.Cost(counter.flops, kept, counter.peak) == expected
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_peak_is_that_of_the_allocator(checkpointing):
     step = with_gradients(tiny_step(checkpointing=checkpointing))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(cost_flux2.inputs(step, (256, 256), 4, TEXT)).backward()
+        step(noise_batch(step, (256, 256), 4, TEXT)).backward()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert activations(step, (256, 256), 4, TEXT)[1] == pytest.approx(peak, rel=0.03)  # kernels have workspaces
+    assert count(step, (256, 256), 4).peak == pytest.approx(peak, rel=0.03)  # kernels have workspaces
 
 
 @pytest.mark.slow
@@ -194,7 +197,7 @@ def test_of_a_checkpointed_block_only_what_goes_in_is_kept():
 
     def kept(**depth):
         latent = empty_transformer({**TINY, **depth})
-        return activations(Step(latent, lora_rank=RANK, lpips=False), SIZE, 3, TEXT)[0]
+        return count(klein_step(latent, lora_rank=RANK, lpips=False), images=3).kept
 
     tokens = 3 * (4 * 6 + TEXT) * 64 * 2
     assert kept(num_single_layers=3) - kept(num_single_layers=2) == tokens
@@ -202,29 +205,11 @@ def test_of_a_checkpointed_block_only_what_goes_in_is_kept():
 
 
 # ---- Many GPUs -------------------------------------------------------------------------------------------------------
-def test_what_is_offloaded_is_on_the_host_and_nothing_else_changes():
-    step = tiny_step("meta")
+def test_networks_beside_the_model_are_whole_on_every_gpu():
+    with_lpips, without = (tiny_step("meta", lpips=lpips) for lpips in (True, False))
     for stage in range(4):
-        here = training_memory(step, 8, stage)
-        for offload, away in (
-            ("optimizer", ["optimizer", "ema"]),
-            ("weights", ["optimizer", "ema", "weights", "trained"]),
-        ):
-            moved = training_memory(step, 8, stage, offload)
-            assert sum(moved.values()) == sum(here.values())
-            gone = {kind for kind in here if moved[kind] < here[kind]}
-            assert gone == (set() if stage == 0 else set(away) if stage == 3 else {"optimizer", "ema"})
-    with pytest.raises(InputError, match="optimizer, weights"):
-        training_memory(step, 8, 1, "disk")
-
-
-def test_each_stage_divides_more():
-    step = tiny_step("meta")
-    alone = training_memory(step)
-    for stage, divided in enumerate([(), ("optimizer", "ema"), ("optimizer", "ema", "gradients")]):
-        shared = training_memory(step, 4, stage)
-        assert {kind for kind in alone if shared[kind] < alone[kind]} == set(divided)
-    assert training_memory(step, 4, 3)["weights"] == alone["weights"] / 4
+        one, other = (step.memory(gpus=8, stage=stage) for step in (with_lpips, without))
+        assert one == other | {"weights": other["weights"] + total_bytes(with_lpips.beside.parameters())}
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -235,9 +220,8 @@ def info(capsys, *argv):
 
 @pytest.mark.slow
 def test_one_step_of_the_9b_fits_a_card_of_80_gb():
-    step = Step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))
-    _, peak = activations(step, (1024, 1024))
-    assert sum(training_memory(step).values()) + peak < 80e9 - 30 * 2**30
+    step = klein_step(empty_transformer(KLEIN["FLUX.2-klein-9B"]))
+    assert sum(step.memory().values()) + count(step, (1024, 1024), 1, 512).peak < 80e9 - 30 * 2**30
 
 
 @pytest.fixture
@@ -253,9 +237,9 @@ def test_the_folder_of_a_model_or_of_its_transformer(capsys, base):
     assert recognized(str(base))
     assert not recognized(str(base / "elsewhere"))
     step = tiny_step("meta", lpips=True)
-    kept, peak = activations(step, SIZE, 2, TEXT)
-    assert found["training_memory"]["activations"]["recomputed"] == {"kept": kept, "peak": peak}
-    assert found["flops"]["training_step"] == cost_flux2.step_flops(step, SIZE, TEXT)
+    expected, peak = count(step, images=2), count(step, images=2).peak
+    assert found["training_memory"]["activations"]["recomputed"] == {"kept": expected.kept, "peak": peak}
+    assert found["flops"]["training_step"] == count(step).flops
     assert found["flops"]["sampling"]["guided"] == 76 * found["flops"]["forward"]
     assert found["parameters"]["base"] == sum(p.numel() for p in empty_transformer(TINY).parameters())
     states = found["training_memory"]["on_each_gpu"]
@@ -264,7 +248,7 @@ def test_the_folder_of_a_model_or_of_its_transformer(capsys, base):
     for state in states:
         assert state["total"] == sum(n for kind, n in state.items() if kind not in ("gpus", "stage", "total", "host"))
         assert state["activations"] == peak
-        expected = training_memory(step, state["gpus"], state["stage"])
+        expected = step.memory(state["gpus"], state["stage"])
         assert {kind: state[kind] for kind in expected} == expected
 
 
@@ -307,28 +291,3 @@ def test_mistakes_are_answered_in_one_line(capsys, base):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-
-
-# ---- The benchmark ---------------------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_the_benchmark_is_a_training_that_keeps_what_is_counted(capsys):
-    """To the byte, of the tensors that the real engine has."""
-    bench(["--size", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--no-lpips", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["losses"]) == 3
-    assert found["memory"]["peak"]["counted"] > found["memory"]["states"]["counted"] > 0
-    for name in ("training_step", "guided_evaluation"):
-        one = found[name]
-        assert one["flops_per_second"] == pytest.approx(one["flops"] / one["seconds"])
-    counted, kept, trained = found["kept"]["counted"], found["kept"]["measured"], found["parameters"]["trained"]
-    assert kept["weights"] == counted["weights"] + counted["trained"]
-    assert kept["master_weights"] + kept["adam"] == counted["optimizer"]
-    assert kept["ema"] == counted["ema"] == 4 * trained
-    assert "2 of 64 x 64, cpu" in as_text(found)
-
-
-def test_mistakes_of_the_benchmark_are_answered_in_one_line(capsys):
-    for option in (["--device", "tpu9"], ["--image-size", "100"]):
-        with pytest.raises(SystemExit):
-            bench(["--size", "tiny", "--device", "cpu", *option])
-        assert capsys.readouterr().err.count("\n") == 1

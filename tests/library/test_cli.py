@@ -20,11 +20,12 @@ import asymflow
 from asymflow import AsymFlow, Subspace, cost
 from asymflow.backbones.jit import JiT, published, sincos_positions
 from asymflow.backbones.jit.published import published_name, published_positions
-from asymflow.cli import export, import_, main
-from asymflow.cli.info import as_text, memory
+from asymflow.cli import export, import_, info_memory, main
+from asymflow.cli.info import as_text
 from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
 from asymflow.model import CONFIG, WEIGHTS
+from asymflow.training.objectives.cost import class_conditional_step, images
 
 COMMANDS = ("subspace", "sample", "import", "info", "data", "export", "ema")
 PATCH, SIDE = 4, 16
@@ -188,14 +189,12 @@ def test_the_same_model_as_a_folder_and_as_a_published_file(run, tmp_path):
     shape = (3, SIDE, SIDE)
     assert folder["image"] == list(shape)
     assert folder["parameters"] == dict(zip(("total", "trainable"), cost.parameters(model), strict=True))
-    assert folder["flops"]["forward"] == cost.flops(model, shape)
-    assert folder["flops"]["training_step"] == cost.flops(model, shape, training=True)
+    assert folder["flops"]["forward"] == cost.forward_flops(model, shape)
     activations = folder["training_memory"]["activations"]
-    kept, peak = cost.activation_bytes(model, shape, 2)
-    assert activations["all_kept"] == {"kept": kept, "peak": peak}
-    model.backbone.checkpoint_every = 1
-    kept, peak = cost.activation_bytes(model, shape, 2)
-    assert activations["recomputed"] == {"kept": kept, "peak": peak}
+    for name, model.backbone.checkpoint_every in (("kept", 0), ("recomputed", 1)):
+        step = cost.count(class_conditional_step(model), lambda step: step(images(2, shape)))
+        assert activations[name] == {"kept": step.kept, "peak": step.peak}
+        assert (folder["flops"]["training_step"] == step.flops // 2) == (name == "kept")
 
 
 @pytest.fixture(scope="module")
@@ -219,17 +218,19 @@ def test_sampling_costs_99_passes_and_those_guided_twice(run, small):
 @pytest.mark.slow
 def test_options_of_training(run, small):
     one, three = (info(run, small, "--batch", b, "--gpus", 4)["training_memory"] for b in (1, 3))
-    assert [(state["gpus"], state["stage"]) for state in one["states_on_each_gpu"]] == [(4, s) for s in range(4)]
-    assert one["states_on_each_gpu"] == three["states_on_each_gpu"]
-    assert one["activations"]["all_kept"]["kept"] < three["activations"]["all_kept"]["kept"]
-    for state in one["states_on_each_gpu"]:
+    assert [(state["gpus"], state["stage"]) for state in one["on_each_gpu"]] == [(4, s) for s in range(4)]
+    for few, many in zip(one["on_each_gpu"], three["on_each_gpu"], strict=True):
+        assert many["activations"] > few["activations"]
+        assert many["total"] - many["activations"] == few["total"] - few["activations"]
+    for state in one["on_each_gpu"]:
         kinds = {kind: n for kind, n in state.items() if kind not in ("gpus", "stage", "total")}
         assert state["total"] == sum(kinds.values())
-        assert (kinds["gathered_layer"] > 0) == (state["stage"] == 3)
+        assert (kinds["gathered"] > 0) == (state["stage"] == 3)
+        assert (kinds["buckets"] > 0) == (state["stage"] > 0)
     half = info(run, small, "--batch", 1, "--precision", "bfloat16")["training_memory"]
-    assert half["activations"]["all_kept"]["kept"] < one["activations"]["all_kept"]["kept"]
-    assert half["states_on_each_gpu"][0]["weights"] < one["states_on_each_gpu"][0]["weights"]
-    assert [half["states_on_each_gpu"][n]["gpus"] for n in (0, 4, 8)] == [1, 8, 64]
+    assert half["activations"]["kept"]["kept"] < one["activations"]["kept"]["kept"]
+    assert half["on_each_gpu"][0]["trained"] < one["on_each_gpu"][0]["trained"]
+    assert [half["on_each_gpu"][n]["gpus"] for n in (0, 4, 8)] == [1, 8, 64]
 
 
 def test_a_name_with_an_image_size_and_a_rank(run):
@@ -241,7 +242,7 @@ def test_a_name_with_an_image_size_and_a_rank(run):
     assert found["config"]["flow"]["noise_scale"] == 2  # of 512 pixels
     with torch.device("meta"):
         jit = JiT.from_name("tiny/32")
-    assert found["flops"]["forward"] == cost.flops(AsymFlow(jit, Subspace.empty(jit.dim)), (3, 256, 512))
+    assert found["flops"]["forward"] == cost.forward_flops(AsymFlow(jit, Subspace.empty(jit.dim)), (3, 256, 512))
 
 
 def test_text_for_people(run):
@@ -252,20 +253,24 @@ def test_text_for_people(run):
     assert f"{found['flops']['forward'] / 2e9:.1f} billion multiply-adds" in text
     assert f"{found['parameters']['total'] / 1e6:.1f} million" in text
     assert max(map(len, text.splitlines())) <= 120
-    table = text.splitlines()[-5:]
-    assert table[0].split() == ["1", "GPU", "8", "GPUs", "64", "GPUs"]
-    assert [row.split()[:2] for row in table[1:]] == [["ZeRO", str(stage)] for stage in range(4)]
+    table = text.split("1 images on each\n")[1].split("\n\n")[0].splitlines()
+    assert table[0].split()[:2] == ["GPUs", "ZeRO"]
+    assert [row.split()[:2] for row in table[1:]] == [[gpus, stage] for gpus in ("1", "8", "64") for stage in "0123"]
     assert len({len(row) for row in table}) == 1  # aligned
+    assert "With all blocks recomputed: 0.0 GiB less." in text
 
 
 def test_the_table_is_the_sum_of_states_and_activations():
-    states = [{"gpus": n, "stage": s, "total": (s + 1) * 2**30 // n} for n in (1, 2) for s in range(4)]
-    found = {"precision": "autocast", "batch_on_each_gpu": 3, "states_on_each_gpu": states}
-    activations = {"all_kept": {"kept": 0, "peak": 10 * 2**30}, "recomputed": {"kept": 0, "peak": 5 * 2**30}}
-    table = memory(found | {"activations": activations}).splitlines()
-    assert table[2].split() == ["ZeRO", "0", "11.0", "(6.0)", "10.5", "(5.5)"]
-    assert table[5].split() == ["ZeRO", "3", "14.0", "(9.0)", "12.0", "(7.0)"]
-    assert memory(found).splitlines()[5].split() == ["ZeRO", "3", "4.0", "2.0"]
+    memory = lambda gpus, stage: cost.training_memory((stage + 1) * 2**28 // gpus, stage=stage, bucket=0)
+    ways = {"kept": cost.Cost(0, 0, 10 * 2**30), "recomputed": cost.Cost(0, 0, 5 * 2**30)}
+    known, unknown = (info_memory.describe(memory, 1, steps) for steps in (ways, {}))
+    for found, activations in ((known, ["10.0"]), (unknown, [])):
+        *rows, last = info_memory.as_text(found, "title")[2:7]
+        states = ["1.0", "1.0", "2.0", "1.0"]  # trained, gradients, optimizer, average
+        assert rows[1].split() == ["1", "0", "0.0", *states, *activations, "15.0" if activations else "5.0"]
+        assert last.split()[:4] == ["1", "3", "0.0", "4.0"]
+    assert "With all blocks recomputed: 5.0 GiB less." in info_memory.as_text(known, "title")
+    assert "fits" not in "".join(info_memory.as_text(unknown, "title"))
 
 
 def test_a_subspace_that_was_fitted_is_as_good_as_any(run, tmp_path):
@@ -345,7 +350,7 @@ def test_a_backbone_from_elsewhere(run, tmp_path):
     found = info(run, tmp_path / "model")
     assert found["parameters"]["total"] == 48 * 49
     assert "flops" not in found
-    assert found["training_memory"]["states_on_each_gpu"][0]["total"] == 20 * 48 * 49
+    assert found["training_memory"]["on_each_gpu"][0]["total"] == 20 * 48 * 49
 
 
 def test_a_model_with_the_configuration_of_its_training_beside_it_is_a_model(run, tmp_path):
@@ -430,7 +435,7 @@ def hub(tmp_path, monkeypatch):
         return str(tmp_path / repository / file)
 
     monkeypatch.setattr("asymflow.hub.hf_hub_download", download)
-    monkeypatch.setattr("asymflow.cli.info.activations", lambda *_: {})  # which take seconds
+    monkeypatch.setattr("asymflow.cli.info.training_step", lambda *_: (0, {}))  # which takes seconds
     return tmp_path
 
 

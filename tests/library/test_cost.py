@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from asymflow import AsymFlow, InputError, Subspace, cost
 from asymflow.backbones.jit import JiT, swiglu_width
+from asymflow.training.objectives.cost import class_conditional_step, images
 
 SIZES = dict(patch_size=4, width=32, depth=2, heads=2, bottleneck=16, in_context_start=1, in_context_tokens=3)
 CHANNELS, DIM = 3, 48
@@ -20,6 +21,11 @@ def flow(rank=5, device="meta", **sizes):
     with torch.device(device):
         jit = JiT(**{"image_size": 16, "num_classes": 10, **SIZES, **sizes})
     return AsymFlow(jit, Subspace(torch.eye(jit.dim, rank)))
+
+
+def step(model, shape, batch=1, precision="autocast"):
+    """The cost of a training step of `batch` images."""
+    return cost.count(class_conditional_step(model, precision), lambda step: step(images(batch, shape)))
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -43,7 +49,7 @@ def test_published_figures_of_jit(name, millions, giga_multiply_adds):
         jit = JiT.from_name(name)
     model = AsymFlow(jit, Subspace.empty(768))
     assert round(cost.parameters(model)[0] / 1e6) == millions
-    assert round(cost.flops(model, (3, 256, 256)) / 2e9) == giga_multiply_adds
+    assert round(cost.forward_flops(model, (3, 256, 256)) / 2e9) == giga_multiply_adds
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
@@ -82,18 +88,18 @@ def test_operations_are_those_of_the_closed_formula(sizes, rank, rows, columns):
     # recover_velocity projects twice, each time by two thin products. Of the full space the projection is free.
     projections = 4 * n * DIM * rank * (rank < DIM)
     shape = (CHANNELS, 4 * rows, 4 * columns)
-    assert cost.flops(model, shape) == 2 * (blocks + rest + projections)
+    assert cost.forward_flops(model, shape) == 2 * (blocks + rest + projections)
 
     # Backwards, each product costs twice what it does forward, but where one of its factors needs no gradient: the
     # tokens, the waves of the noise level, and the basis.
     no_gradient = n * DIM * sizes["bottleneck"] + 256 * sizes["width"] + projections
     training = 2 * (3 * (blocks + rest + projections) - no_gradient)
-    assert cost.flops(model, shape, training=True) == training
+    assert step(model, shape).flops == training
 
     model.backbone.checkpoint_every = 1
-    assert cost.flops(model, shape, training=True) == training + 2 * blocks
+    assert step(model, shape).flops == training + 2 * blocks
     model.backbone.requires_grad_(False).head.requires_grad_(True)
-    assert cost.flops(model, shape, training=True) < training
+    assert step(model, shape).flops < training
 
 
 def test_any_backbone_with_the_conditions_that_it_needs():
@@ -107,19 +113,10 @@ def test_any_backbone_with_the_conditions_that_it_needs():
 
     model = AsymFlow(Backbone(), Subspace.empty(DIM), patch_size=4)
     text = torch.zeros(1, 6, 7)
-    assert cost.flops(model, (2, 3, 8, 8), text=text) == 2 * (8 * DIM**2 + 6 * 7 * DIM)  # a video of two frames
-    kept = [cost.activation_bytes(model, (2, 3, 8, 8), b, "float32", text=text)[0] for b in (1, 2, 3)]
-    assert kept[2] - kept[1] == kept[1] - kept[0] > 4 * 6 * 7
+    assert cost.forward_flops(model, (2, 3, 8, 8), text=text) == 2 * (8 * DIM**2 + 6 * 7 * DIM)  # a video of two frames
 
 
 # ---- Activations -----------------------------------------------------------------------------------------------------
-def real_loss(model, batch, size, autocast=False):
-    """The loss of a training step on the CPU."""
-    x_sigma, u = torch.randn(2, batch, CHANNELS, size, size)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return (model(x_sigma, torch.rand(batch), labels=torch.zeros(batch, dtype=torch.long)) - u).square().mean()
-
-
 def with_gradients(model):
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -130,23 +127,20 @@ def with_gradients(model):
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
 @pytest.mark.parametrize("precision", cost.PRECISIONS)
 def test_counted_without_numbers_as_with_them(precision, checkpoint_every):
-    model = with_gradients(flow(device="cpu", checkpoint_every=checkpoint_every, dropout=0.1))
-    expected = cost.activation_bytes(model, (CHANNELS, 16, 16), 3, precision)
-    if precision == "bfloat16":
-        model = with_gradients(model.bfloat16())
-    known = [*model.parameters(), *model.buffers(), *(weight.grad for weight in model.parameters())]
-    with cost.LiveBytes(known) as live:
-        loss = real_loss(model, 3, 16, precision == "autocast")
-        kept = live.now
+    model = flow(checkpoint_every=checkpoint_every, dropout=0.1)
+    real = with_gradients(class_conditional_step(model, precision).to_empty(device="cpu"))
+    known = [*real.parameters(), *real.buffers(), *(weight.grad for weight in real.parameters())]
+    with cost.Counter(known) as counter:
+        loss = real(images(3, (CHANNELS, 16, 16)))
+        kept = counter.alive
         loss.backward()
-    assert kept == expected[0]
-    assert live.peak == expected[1]
+    assert step(model, (CHANNELS, 16, 16), 3, precision) == cost.Cost(counter.flops, kept, counter.peak)
 
 
 def test_what_is_kept_is_what_autograd_saves():
     """Against the hooks of autograd, on real tensors: distinct storages, without weights and buffers."""
-    model = with_gradients(flow(device="cpu"))
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    real = class_conditional_step(flow(), "float32").to_empty(device="cpu")
+    own = {t.untyped_storage().data_ptr() for t in [*real.parameters(), *real.buffers()]}
     saved = {}
 
     def pack(tensor):
@@ -155,30 +149,31 @@ def test_what_is_kept_is_what_autograd_saves():
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = real_loss(model, 4, 16)
+        loss = real(images(4, (CHANNELS, 16, 16)))
     expected = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
-    kept, _ = cost.activation_bytes(model, (CHANNELS, 16, 16), 4, "float32")
+    kept = step(flow(), (CHANNELS, 16, 16), 4, "float32").kept
     assert kept == expected + loss.untyped_storage().nbytes()
 
 
 def test_peak_is_that_of_the_allocator():
     """Against what torch's profiler sees of real allocations, in a model large enough for them to tell."""
-    model = with_gradients(flow(device="cpu", width=128, heads=4, image_size=64))
+    model = flow(width=128, heads=4, image_size=64)
+    real = with_gradients(class_conditional_step(model, "float32").to_empty(device="cpu"))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        real_loss(model, 4, 64).backward()
+        real(images(4, (CHANNELS, 64, 64))).backward()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    _, counted = cost.activation_bytes(model, (CHANNELS, 64, 64), 4, "float32")
+    counted = step(model, (CHANNELS, 64, 64), 4, "float32").peak
     assert counted == pytest.approx(peak, rel=0.01)  # kernels may have workspaces
 
 
 @cache
 def kept(tokens=16, batch=1, precision="float32", **sizes):
     model = flow(image_size=16, **sizes)
-    return cost.activation_bytes(model, (CHANNELS, 4, 4 * tokens), batch, precision)[0]
+    return step(model, (CHANNELS, 4, 4 * tokens), batch, precision).kept
 
 
 @pytest.mark.slow
@@ -212,18 +207,18 @@ def test_recomputing_one_block_is_part_of_the_peak():
     big = dict(depth=5, in_context_start=0)
     shape, batch = (CHANNELS, 16, 16), 8
     per_block = kept(batch=batch, depth=2) - kept(batch=batch, depth=1)
-    every = cost.activation_bytes(flow(**big), shape, batch, "float32")
-    spared = cost.activation_bytes(flow(checkpoint_every=1, **big), shape, batch, "float32")
-    assert spared[0] < every[0]
-    assert spared[0] + 0.8 * per_block < spared[1] < every[1] - 2 * per_block
+    every = step(flow(**big), shape, batch, "float32")
+    spared = step(flow(checkpoint_every=1, **big), shape, batch, "float32")
+    assert spared.kept < every.kept
+    assert spared.kept + 0.8 * per_block < spared.peak < every.peak - 2 * per_block
 
 
 def test_the_model_is_left_as_it_is():
     model = flow(device="cpu").eval()
     tensors = lambda: {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors().items()}
-    cost.flops(model, (CHANNELS, 16, 16), training=True)
-    cost.activation_bytes(model, (CHANNELS, 16, 16), 2, "bfloat16")
+    step(model, (CHANNELS, 16, 16))
+    step(model, (CHANNELS, 16, 16), 2, "bfloat16")
     assert not model.training
     assert all(weight.grad is None for weight in model.parameters())
     for name, tensor in tensors().items():
@@ -234,12 +229,12 @@ def test_the_model_is_left_as_it_is():
 
 
 def test_the_dtype_of_the_weights_given_does_not_matter():
-    one, other = (cost.activation_bytes(model, (CHANNELS, 16, 16), 2) for model in (flow(), flow().bfloat16()))
+    one, other = (step(model, (CHANNELS, 16, 16), 2) for model in (flow(), flow().bfloat16()))
     assert one == other
 
 
 def test_images_that_do_not_fit_are_refused():
-    for count in (cost.flops, cost.activation_bytes):
+    for count in (cost.forward_flops, step):
         with pytest.raises(InputError, match="15 x 16 pixels"):
             count(flow(), (CHANNELS, 15, 16))
         with pytest.raises(InputError, match="3 channels"):
@@ -259,41 +254,57 @@ def test_bfloat16_as_deepspeed_counts_it(p, n):
     """
 
     def total(stage, **options):
-        return sum(cost.training_memory(p, gpus=n, stage=stage, precision="bfloat16", ema=False, **options).values())
+        kinds = cost.training_memory(p, gpus=n, stage=stage, precision="bfloat16", averages=0, bucket=0, **options)
+        return sum(kinds.values())
 
     rounding = 5  # of each kind up to a whole byte
     assert 0 <= total(2) - (2 * p + 18 * p / n) < rounding + 1e-6 * p
     assert 0 <= total(3, largest_layer=1000) - (20 * p / n + 4 * 1000) < rounding + 1e-6 * p
 
 
-@given(numbers, numbers, gpu_counts, st.sampled_from(cost.PRECISIONS), st.booleans())
-def test_what_the_stages_divide(p, frozen, n, precision, ema):
-    alone = [cost.training_memory(p, frozen, gpus=1, stage=s, precision=precision, ema=ema) for s in range(4)]
-    shared = [cost.training_memory(p, frozen, gpus=n, stage=s, precision=precision, ema=ema) for s in range(4)]
+@given(numbers, numbers, gpu_counts, st.sampled_from(cost.PRECISIONS), st.booleans(), st.integers(0, 3))
+def test_what_the_stages_divide(p, frozen, n, precision, sums, averages):
+    options = dict(precision=precision, float32_sums=sums, averages=averages)
+    alone = [cost.training_memory(p, frozen, gpus=1, stage=s, **options) for s in range(4)]
+    shared = [cost.training_memory(p, frozen, gpus=n, stage=s, **options) for s in range(4)]
     assert alone[0] == shared[0]  # plain data parallelism divides nothing
-    divided = [{"adam", "ema", "master_weights", "step_gradients"}, {"gradients"}, {"weights"}]
+    divided = [{"optimizer", "ema"}, {"gradients"}, {"weights", "trained"}]
     for stage in range(4):
         kinds = set().union(*divided[:stage])
-        for kind, number in alone[stage].items():
-            share = n if kind in kinds else 1
+        for kind in alone[stage].keys() - {"gradients"}:
+            number, share = alone[stage][kind], n if kind in kinds else 1
             assert number <= shared[stage][kind] * share < number + share
-    for kind in ("weights", "gradients", "adam", "ema", "step_gradients"):
+        assert shared[stage]["gradients"] <= alone[stage]["gradients"]
+        if "gradients" in kinds:
+            assert alone[stage]["gradients"] <= shared[stage]["gradients"] * n < alone[stage]["gradients"] + n
+    for kind in ("weights", "trained", "ema"):
         assert len({a[kind] for a in alone}) == 1
-    no_frozen = cost.training_memory(p, 0, gpus=n, stage=1, precision=precision, ema=ema)
+    assert shared[0]["ema"] == 4 * averages * p
     size = 2 if precision == "bfloat16" else 4
-    assert {k: v for k, v in shared[1].items() if v != no_frozen[k]} == (
-        {"weights": size * (p + frozen)} if frozen else {}
+    no_frozen = cost.training_memory(p, 0, gpus=n, stage=1, **options)
+    assert shared[1] == no_frozen | {"weights": size * frozen}
+
+
+@given(numbers, numbers, gpu_counts, st.integers(0, 3), st.sampled_from(cost.OFFLOADS))
+def test_what_is_offloaded_is_on_the_host_and_nothing_else_changes(p, frozen, n, stage, offload):
+    here, moved = (
+        cost.training_memory(1 + p, 1 + frozen, gpus=n, stage=stage, offload=o, largest_layer=1)
+        for o in (None, offload)
     )
+    assert sum(moved.values()) == sum(here.values())
+    gone = {kind for kind in here if moved[kind] < here[kind]}
+    away = {"optimizer", "ema"} | ({"weights", "trained"} if offload == "weights" and stage == 3 else set())
+    assert gone == (away if stage else set())
 
 
 def test_float32_alone_is_sixteen_bytes_and_four_for_the_average():
     """The well-known 16 bytes a parameter of Adam in float32: weight, gradient, two moments."""
     for precision in ("float32", "autocast"):
-        assert sum(cost.training_memory(10, precision=precision, ema=False).values()) == 160
+        assert sum(cost.training_memory(10, precision=precision, averages=0).values()) == 160
         assert sum(cost.training_memory(10, precision=precision).values()) == 200
         # DeepSpeed copies its share of the weights in stages 1 and 2, though they are in float32 already.
-        copies = [cost.training_memory(10, stage=s, precision=precision)["master_weights"] for s in range(4)]
-        assert copies == [0, 40, 40, 0]
+        optimizer = [cost.training_memory(10, stage=s, precision=precision)["optimizer"] for s in range(4)]
+        assert optimizer == [80, 120, 120, 80]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +314,7 @@ def test_float32_alone_is_sixteen_bytes_and_four_for_the_average():
         (dict(precision="fp8"), "autocast, bfloat16, float32"),
         (dict(gpus=0), "at least 1 GPU"),
         (dict(frozen=-1), "negative"),
+        (dict(offload="disk"), "optimizer, weights"),
     ],
 )
 def test_what_does_not_exist_is_refused(options, message):
@@ -310,4 +322,4 @@ def test_what_does_not_exist_is_refused(options, message):
         cost.training_memory(1, **options)
     if "precision" in options:
         with pytest.raises(InputError, match=message):
-            cost.activation_bytes(flow(), (CHANNELS, 16, 16), **options)
+            step(flow(), (CHANNELS, 16, 16), **options)

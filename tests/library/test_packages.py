@@ -130,8 +130,7 @@ SAMPLE = ["sample", "--out", "no", "--base", "no"]
         ("toy.emoji64", [], "deepspeed", "train"),
         ("toy.emoji64", [], "torch_fidelity", "train"),
         ("toy.asymflux2_tiny", [], "diffusers", "flux2"),
-        ("asymflow.bench", ["wrapper"], "safetensors", "library"),
-        ("asymflow.bench", ["flux2"], "diffusers", "flux2"),
+        ("asymflow.bench", [], "safetensors", "library"),
     ],
 )
 def test_what_is_missing_is_one_line_with_its_extra(tmp_path, monkeypatch, program, argv, missing, extra):

@@ -16,6 +16,7 @@ from asymflow.training import loop
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
 from asymflow.training.loader import Batches
+from asymflow.training.objectives.cost import class_conditional_step, images
 from asymflow.training.run.folder import SUBSPACE
 from asymflow.training.start import make_flow
 
@@ -293,8 +294,10 @@ def test_mfu_is_what_the_model_needs_of_all_peaks(tmp_path, every):
     assert launched.wait() == [0, 0], launched.said()
     config = load_config("shapes_tiny", TINY)
     flow = make_flow(config, Subspace.load(tmp_path / "run" / SUBSPACE))
-    needed = cost.flops(flow, (3, 16, 16), training=True)
-    forward = cost.flops(flow, (3, 16, 16))
+    step = class_conditional_step(flow)
+    cost.recompute(step, blocks=False)
+    needed = cost.count(step, lambda step: step(images(1, (3, 16, 16)))).flops
+    forward = cost.forward_flops(flow, (3, 16, 16))
     assert 2 * forward < needed <= 3 * forward
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for m in lines:

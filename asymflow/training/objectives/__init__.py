@@ -18,9 +18,6 @@ class Objective(Protocol):
     weights: tuple[float, ...]
     """The weight of each term in the loss that is minimized."""
 
-    def flops(self) -> int | None:
-        """The FLOPs of a training step for one image, without recomputation; None if they are not counted."""
-
     def model(self, flow: AsymFlow) -> nn.Module:
         """The module that the engine trains: `flow` itself, or an AsymFlow that returns more in training mode."""
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from asymflow.cost import flops
 from asymflow.model import AsymFlow
 from asymflow.precision import computing
 from asymflow.sampling import generate
@@ -23,13 +22,6 @@ class ClassConditional:
         self.config, self.flow, self.encoder = config, flow, encoder
         self.terms = ("loss", "repa") if encoder else ("loss",)
         self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
-
-    def flops(self) -> int:
-        """The FLOPs of the model alone. As is usual for the MFU, DINOv2 and the projector are not counted."""
-        size = self.config.model.image_size
-        label = torch.zeros(1, dtype=torch.long)
-        shape = (self.flow.channels, size, size)
-        return flops(self.flow, shape, training=True, recomputed=False, labels=label)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         if not self.encoder:

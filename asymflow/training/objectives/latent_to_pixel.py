@@ -34,9 +34,6 @@ class LatentToPixel:
         self.terms = ("loss", "perceptual") if perceptual else ("loss",)
         self.weights = (config.loss.weight, *([config.loss.perceptual.weight] if perceptual else []))
 
-    def flops(self) -> None:
-        return None
-
     def model(self, flow: AsymFlow) -> nn.Module:
         return flow
 

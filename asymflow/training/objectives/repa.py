@@ -86,7 +86,8 @@ class Encoder:
         self.size = (grid[0] * patch, grid[1] * patch)
         self.not_patches = 1 + getattr(config, "num_register_tokens", 0)  # the class token, then the registers
         self.width, self.dtype = config.hidden_size, dtype
-        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+        for name, values in (("pixel_mean", MEAN), ("pixel_std", STD)):
+            self.model.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def __call__(self, x0: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class Encoder:
 
     def features(self, x0: Tensor) -> Tensor:
         pixels = F.interpolate((x0 + 1) / 2, self.size, mode="bicubic", antialias=True)
-        pixels = ((pixels - self.mean) / self.std).to(self.dtype)
+        pixels = ((pixels - self.model.pixel_mean) / self.model.pixel_std).to(self.dtype)
         return self.model(pixels).last_hidden_state[:, self.not_patches :]
 
 
