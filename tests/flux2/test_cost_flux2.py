@@ -19,6 +19,7 @@ from asymflow.cli import main
 from asymflow.cli.info_flux2 import recognized
 from asymflow.cli.info_memory import fit, verdicts
 from asymflow.training.objectives import klein
+from asymflow.training.objectives.cost import needed_flops
 from asymflow.training.objectives.klein import KLEIN, empty_transformer, klein_step, noise_batch, parameters
 
 random_perceptual = cache(klein.random_perceptual)  # drawing it on a CPU takes a second
@@ -96,6 +97,15 @@ def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lp
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(noise_batch(step, SIZE, 1, TEXT)).backward()
     assert counter.get_total_flops() == count(step).flops
+
+
+def test_what_is_recomputed_is_not_needed():
+    batch, needed = noise_batch(tiny_step(), SIZE, 2, TEXT), []
+    for checkpointing in (True, False):
+        step = tiny_step(checkpointing=checkpointing)
+        needed.append(needed_flops(step, batch))
+        assert (count(step).flops == needed[-1]) == (not checkpointing)
+    assert needed[0] == needed[1]
 
 
 def test_frozen_layers_spare_a_third_of_their_work():

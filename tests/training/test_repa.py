@@ -8,6 +8,8 @@ import pytest
 import torch
 from processes import Launched, metrics, same_bits, tensors, train, words
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from asymflow import AsymFlow
 from asymflow.backbones.jit import JiT
@@ -15,6 +17,9 @@ from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
+from asymflow.training.objectives.class_conditional import ClassConditional
+from asymflow.training.objectives.cost import Step, needed_flops
+from asymflow.training.objectives.cost import images as class_0_images
 from asymflow.training.objectives.repa import AT_ONCE, MEAN, STD, Aligned, Encoder, misalignment
 from asymflow.training.run import checkpoint
 
@@ -151,6 +156,20 @@ def test_misalignment_is_the_negative_cosine_whatever_the_lengths():
     across = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     assert misalignment(across, torch.tensor([[[0.0, 3.0], [-2.0, 0.0]]])).tolist() == [0.5]  # of 0 and 1
     assert misalignment(across.bfloat16(), across.bfloat16()).dtype == torch.float32
+
+
+def test_the_operations_of_a_step_are_those_of_all_its_networks(folder):
+    model, flow = aligned(in_context_start=1)
+    config = load_config("shapes_tiny", ["loss.repa.model=none", "loss.repa.after=2"])
+    batch = class_0_images(5, (3, 16, 16))
+    alone = needed_flops(Step(config, ClassConditional(config, flow), flow.train()), batch)
+    encoder = Encoder(folder, (4, 4))
+    together = needed_flops(Step(config, ClassConditional(config, flow, encoder), model.train()), batch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dinov2:
+        encoder(images())
+    # Forward, and backward to its input and its weights, on 16 tokens: 32 -> 20 -> 20 -> 24.
+    projector = 3 * 2 * 16 * (32 * 20 + 20 * 20 + 20 * 24)
+    assert together == alone + dinov2.get_total_flops() // 3 + projector
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------

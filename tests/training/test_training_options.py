@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from asymflow.training import loop
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
 from asymflow.training.loader import Batches
+from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.objectives.cost import class_conditional_step, images
 from asymflow.training.run.folder import SUBSPACE
 from asymflow.training.start import make_flow
@@ -302,3 +304,23 @@ def test_mfu_is_what_the_model_needs_of_all_peaks(tmp_path, every):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for m in lines:
         assert m["mfu"] == pytest.approx(needed * m["images_per_second"] / 2e9)
+
+
+def test_an_objective_that_cannot_be_counted_is_trained_without_the_mfu(capsys):
+    """One of the user's own may look at values, of which there are none here."""
+
+    class Own(ClassConditional):
+        def losses(self, model, batch):
+            return super().losses(model, batch) * float(batch.eps.mean() > 0)
+
+    config = load_config("shapes_tiny", TINY)
+    flow = make_flow(config, Subspace.random(192, 8))
+    for kind in (ClassConditional, Own):
+        objective = kind(config, flow)
+        objective.batches = lambda *_: [images(2, (3, 16, 16))]
+        training = SimpleNamespace(config=config, objective=objective, dataset=None, rank=0, world=1)
+        counted = loop.Training.counted_flops(training, flow.train())
+        assert (counted is None) == (kind is Own)
+    assert capsys.readouterr().err.startswith(
+        "the MFU is not shown, because the operations of a step cannot be counted"
+    )
