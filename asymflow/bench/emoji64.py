@@ -20,6 +20,7 @@ from asymflow.bench.trainings import FailedError, images_per_second, metrics
 RANKS = {8: "asymmetric, rank 8", 0: "x0-prediction, rank 0"}
 TRIAL, WARM_UP = 60, 20  # steps that show how many fit, and how many of these are not timed
 RESERVE = 15  # seconds for starting, the last samples, and the figure
+ON_A_CPU = {"train.precision": "fp32", "sample.num": 16, "sample.steps": 10}  # else a step, or a grid, takes minutes
 TINY = {
     "model.options": "{width: 32, depth: 2, heads: 2, bottleneck: 16, in_context_start: 1, in_context_tokens: 2}",
     "data.workers": 0,
@@ -35,9 +36,10 @@ def emoji64(kit: Kit) -> tuple[str, dict]:
     kit.need("matplotlib")
     batch, workers = (128, max((os.cpu_count() or 4) - 2, 2)) if kit.cuda else (32, 2)
     settings = {"data.path": kit.args.data, "train.global_batch_size": batch, "data.workers": workers}
-    settings |= {"ema.snapshot_every": None, "checkpoint.every": 10**6, **(TINY if kit.args.tiny else {})}
+    settings |= {"ema.snapshot_every": None, "checkpoint.every": 10**6}
+    settings |= TINY if kit.tiny else {} if kit.cuda else ON_A_CPU
     runs = {rank: kit.work / f"rank-{rank}" for rank in RANKS}
-    trial, warm_up = (3, 1) if kit.args.tiny else (TRIAL, WARM_UP)
+    trial, warm_up = (3, 1) if kit.tiny else (TRIAL, WARM_UP)
 
     def train(rank: int, steps: int, until: float) -> None:
         # Four grids of samples, so that a training that is cut off has a recent one.
@@ -47,7 +49,7 @@ def emoji64(kit: Kit) -> tuple[str, dict]:
     for rank in RANKS:
         train(rank, trial, kit.deadline)
     each = sum(batch / images_per_second(metrics(run)[warm_up:]) for run in runs.values())
-    steps = trial if kit.args.tiny else trial + max(0, int(0.9 * (kit.left - 2 * RESERVE) / each))
+    steps = trial if kit.tiny else trial + max(0, int(0.9 * (kit.left - 2 * RESERVE) / each))
     for number, rank in enumerate(RANKS):
         print(f"             {RANKS[rank]}: {steps} steps", flush=True)
         try:

@@ -89,7 +89,7 @@ def wrapper(kit: Kit) -> tuple[str, dict]:
     """What AsymFlow costs around its backbone, and recovery by thin products next to one with a D x D projection."""
     torch.manual_seed(0)
     count = 1 if kit.tiny else 4
-    jit = JiT.from_name("tiny/16" if kit.tiny else "B/16").to(kit.device).eval()
+    jit = JiT.from_name(size := "tiny/16" if kit.tiny else "B/16").to(kit.device).eval()
     flow = AsymFlow(jit, Subspace.random(jit.dim, 8)).to(kit.device).eval()
     x, sigma = torch.randn(count, *image_shape(flow), device=kit.device), torch.full((count,), 0.5, device=kit.device)
     labels, tokens = torch.zeros(count, dtype=torch.long, device=kit.device), patchify(x, jit.patch_size)
@@ -107,7 +107,7 @@ def wrapper(kit: Kit) -> tuple[str, dict]:
     }
     found = medians(timed, kit.device, 3 if kit.tiny else 10)
     shown = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in found.items())
-    return f"{count} images, JiT-B/16 of rank 8, float32: {shown}", found
+    return f"{count} images, JiT-{size} of rank 8, float32: {shown}", found
 
 
 def noise(kit: Kit) -> tuple[str, dict]:
