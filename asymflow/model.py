@@ -265,9 +265,10 @@ def build(
 def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None = None) -> nn.Module:
     """A backbone whose weights will come from a file. own: its class, if not one of this library."""
     if own is None and name not in backbones.TABLE:
+        sizes = f", with {config!r}," if config else ""
         raise InputError(
-            f"the model has a backbone of the class {name}, which this library does not have: make one yourself"
-            f"{f', with {config!r},' if config else ''} and pass it, or its class, as from_pretrained(..., backbone=)"
+            f"the model has a backbone of the class {name}, which this library does not have: make one yourself{sizes} "
+            f"and pass it, or its class, as from_pretrained(..., backbone=); to a command, as --backbone module:{name}"
         )
     if isinstance(own, type) and own.__name__ != name:
         raise InputError(f"the model has a backbone of the class {name}, but {own.__name__} was given for it")

@@ -52,7 +52,9 @@ def draw_missing(
             indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
             with enough_memory(args):
                 images = draw(indices, what, rank == 0)
-            for i, image in zip(indices, images, strict=True):
+            for i, asked, image in zip(indices, what, images, strict=True):
+                if not image.isfinite().all():
+                    raise InputError(f"image {i}, of {asked!r:.80}, has numbers that are NaN or infinite")
                 with files.replacing(args.out / name(i)) as beside:
                     tensor_to_pil(image).save(beside)
             bar.update(len(indices))

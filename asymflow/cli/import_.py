@@ -9,6 +9,7 @@ import torch
 
 from asymflow.backbones.jit.published import WEIGHTS as SETS
 from asymflow.backbones.jit.published import load_published
+from asymflow.cli import info_memory
 from asymflow.cli.common import at_least, new_folder, replacing_folder
 from asymflow.cost import parameters
 from asymflow.errors import InputError
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     jit, side = model.backbone.config, model.backbone.config["image_size"]
     size = (out / WEIGHTS).stat().st_size
     print(
-        f"JiT of width {jit['width']} and depth {jit['depth']}, {parameters(model)[0] / 1e6:,.1f} million parameters, "
+        f"JiT of width {jit['width']} and depth {jit['depth']}, {info_memory.many(parameters(model)[0])} parameters, "
         f"rank {model.subspace.rank}, for {side} x {side} pixels"
     )
     print(f"is in {out}, in {args.dtype}, {size / 1e9:,.2f} GB")

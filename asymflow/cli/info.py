@@ -275,7 +275,7 @@ def as_text(found: dict) -> str:
         return aligned(lines | {"more": f"asymflow subspace show {found['model']}"})
     ours = found["config"]["network"]["class"] == JiT.__name__ and "image" in found
     lines |= jit(found) if ours else backbone_elsewhere(found["config"])
-    lines["parameters"] = f"{found['parameters']['total'] / 1e6:,.1f} million"
+    lines["parameters"] = info_memory.many(found["parameters"]["total"])
     lines |= work(found["flops"]) if "flops" in found else {"operations": "not counted: the backbone is not ours"}
     memory = found["training_memory"]
     batch = f"{memory['batch_on_each_gpu']} images on each" if memory["activations"] else "without activations"

@@ -7,6 +7,7 @@ from pathlib import Path
 from asymflow import cost
 from asymflow.cli import info_memory
 from asymflow.cli.common import at_least
+from asymflow.cli.info_memory import many
 from asymflow.errors import InputError
 
 CLASS = "Flux2Transformer2DModel"
@@ -92,16 +93,16 @@ def config_of(model: str, known: dict[str, dict]) -> dict:
 def as_text(found: dict) -> str:
     n, flops, memory, c = found["parameters"], found["flops"], found["training_memory"], found["config"]
     height, width = found["image"][1:]
-    lora = f"rank {memory['lora_rank']}, {n['lora'] / 1e6:,.1f} million in {n['lora_layers']} linear layers"
+    lora = f"rank {memory['lora_rank']}, {many(n['lora'])} in {n['lora_layers']} linear layers"
     images = f"{memory['batch_on_each_gpu']} of {height} x {width} pixels"
     seconds = flops["training_step"] * memory["batch_on_each_gpu"] / PEAK / SHARE
     lines = {
         "model": f"{found['model']}, {found['kind']}",
         "backbone": f"{c['num_layers']} double and {c['num_single_layers']} single blocks, {c['num_attention_heads']} "
         f"heads x {c['attention_head_dim']}, {c['in_channels']} channels",
-        "parameters": f"{n['base'] / 1e6:,.1f} million; {n['pixel_model'] / 1e6:,.1f} as a pixel model",
+        "parameters": f"{many(n['base'])}; {many(n['pixel_model'])} as a pixel model",
         "LoRA": lora if memory["lora_rank"] else "none: all weights are trained",
-        "trained": f"{n['trained'] / 1e6:,.1f} million, of these {n['trained_in_full'] / 1e6:,.1f} in full",
+        "trained": f"{many(n['trained'])}, of these {many(n['trained_in_full'])} in full",
         "forward pass": f"{flops['forward'] / 1e12:,.1f} TFLOPs an image, with {found['text_length']} tokens of text",
         "training step": f"{flops['training_step'] / 1e12:,.1f} TFLOPs an image: {seconds:,.2f} s for a batch at "
         f"{SHARE:.0%} of the peak of an H100",

@@ -72,5 +72,9 @@ def verdicts(fits: list[dict]) -> list[str]:
     return lines
 
 
+def many(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} million" if parameters >= 10**6 else f"{parameters:,}"
+
+
 def gib(bytes: int) -> str:
     return f"{bytes / 2**30:,.1f} GiB"

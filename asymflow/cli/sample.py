@@ -86,7 +86,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     classes.add_argument("--model", type=Path, help=MODEL)
     add_choice(classes)
     classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
-    methods = "heun, which evaluates the model twice a step, euler, or package.module:function of your own"
+    methods = f"{', '.join(METHODS)}, or package.module:function of your own; heun evaluates the model twice a step"
     classes.add_argument("--method", help=f"{methods} (default: heun)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
     classes.add_argument("--clamp", action="store_true", help="keep the denoised image displayable on the way")

@@ -1,5 +1,8 @@
 """Making the data set that a configuration names."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 
 from asymflow import data
@@ -7,6 +10,7 @@ from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.extensions import accepted, called, find, is_own
 from asymflow.training.config.reading import Config
+from asymflow.training.config.sections import Data
 
 
 def make_dataset(config: Config):
@@ -20,6 +24,8 @@ def make_dataset(config: Config):
     known = {"path": c.path, "count": c.size, "seed": config.train.seed}
     known |= {"size": config.model.image_size} if config.model else {}
     given = {name: value for name, value in known.items() if value is not None}
+    if is_own(c.kind):
+        check_arguments(kind, c)
     dataset = called(kind, "data.options", c.options, **accepted(kind, given))
     if is_own(c.kind):
         check_own(dataset, c.kind, config.model.image_size)
@@ -29,6 +35,17 @@ def make_dataset(config: Config):
             f"{config.model.num_classes}: add --set model.num_classes={dataset.num_classes}"
         )
     return dataset
+
+
+def check_arguments(kind: Callable, c: Data) -> None:
+    """InputError if `data.path` or `data.size` is given and a class of the user's own takes none, or the reverse."""
+    parameters = inspect.signature(kind).parameters
+    for key, argument, value in (("path", "path", c.path), ("size", "count", c.size)):
+        if value is not None and argument not in parameters:
+            raise InputError(f"data.{key} is given, but {c.kind} has no argument {argument}: leave it out, or set null")
+        needed = argument in parameters and parameters[argument].default is inspect.Parameter.empty
+        if value is None and needed and argument not in c.options:
+            raise InputError(f"data.{key} is needed: it is the argument {argument} of {c.kind}")
 
 
 def check_own(dataset, kind: str, size: int) -> None:

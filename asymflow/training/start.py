@@ -18,7 +18,7 @@ from asymflow import packages, streams
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoders import folder_digest
 from asymflow.errors import InputError, out_of_memory
-from asymflow.extensions import called, find
+from asymflow.extensions import called, find, is_own
 from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
 from asymflow.parser import Parser
@@ -26,15 +26,13 @@ from asymflow.patches import patchify
 from asymflow.subspace import Subspace
 from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
+from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.reading import Config, load_config
 from asymflow.training.datasets import make_dataset
 from asymflow.training.loop import Training
 from asymflow.training.objectives import Objective
-from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.objectives.encoded_batches import rare_buckets
-from asymflow.training.objectives.latent_to_pixel import LatentToPixel
-from asymflow.training.objectives.repa import Encoder
-from asymflow.training.objectives.variance import PerceptualLoss, torchvision_vgg
+from asymflow.training.objectives.variance import torchvision_vgg
 from asymflow.training.run import folder as run
 from asymflow.training.run.lifeline import Lifeline, show
 from asymflow.training.run.ranks import (
@@ -151,6 +149,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     # The folder is made only after the checks above, so that a training that cannot begin leaves none behind.
     lock = rank0_only(lambda: run.open_run(args.out, config))
     folder, remarks = run.checkpoint_to_resume(args.out, args.resume)
+    if device.type == "cpu" and config.train.precision == "bf16":
+        remarks.append("train.precision is bf16: many CPUs are ten times slower with it than with fp32")
     subspace = get_subspace(config, dataset, args.out, folder, initial, device)
     torch.manual_seed(config.train.seed)
     flow = all_or_raise(lambda: make_flow(config, subspace))
@@ -184,29 +184,11 @@ def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
 
 def make_objective(config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], Objective]:
     """A function from the model to the objective of its training. All files that it needs are read here."""
-    if config.loss.objective:
-        own = find(config.loss.objective, {}, "loss.objective")
-        return lambda flow: called(own, "loss.options", config.loss.options, config=config, flow=flow)
-    if not config.finetune:
-        encoder = make_encoder(config, device)
-        return lambda flow: ClassConditional(config, flow, encoder)
-    perceptual = None
-    if config.loss.perceptual:
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        perceptual = PerceptualLoss(config.loss.perceptual.vgg, device, dtype)
-    return lambda flow: LatentToPixel(config, dataset, device, perceptual)
-
-
-def make_encoder(config: Config, device: torch.device) -> Encoder | None:
-    """DINOv2, if REPA is configured, else None."""
-    if config.loss.repa is None:
-        return None
-    side = config.model.image_size // patch_size(config.model)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    try:
-        return Encoder(config.loss.repa.model, (side, side), device, dtype)
-    except InputError as e:
-        raise InputError(f"loss.repa.model: {e}") from None
+    name = config.loss.objective or ("latent_to_pixel" if config.finetune else "class_conditional")
+    found = find(name, OBJECTIVES, "loss.objective")
+    if is_own(name):
+        return lambda flow: called(found, "loss.options", config.loss.options, config=config, flow=flow)
+    return found.prepare(config, dataset, device)
 
 
 # ---- The subspace ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from test_survival import dies, everything
 
 from asymflow import AsymFlow, InputError
 from asymflow.cli import main as asymflow
+from asymflow.cli.drawing import draw_missing
+from asymflow.training import loop
 from asymflow.training.config.derived import make_backbone
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
@@ -84,6 +88,11 @@ class Stripes:
 class Floats(Stripes):
     def __getitem__(self, index):
         return super().__getitem__(index)._replace(image=torch.rand(3, self.size, self.size))
+
+
+class Exact(Stripes):
+    def __init__(self, size, seed, count):
+        super().__init__(size, seed, count)
 
 
 class Blind(Net):
@@ -237,6 +246,8 @@ def test_no_file_of_a_run_or_a_model_makes_code_run(own, run, tmp_path, capsys, 
         ({"data.kind": "stranger_net:Floats"}, "must give images of torch.uint8, \\(3, 16, 16\\), but"),
         ({"data.options.cuont": 3}, "data.options.cuont is no argument of Stripes: did you mean count?"),
         ({"data.options.classes": 4}, "stranger_net:Stripes has 4 classes, but model.num_classes is 3"),
+        ({"data.path": "images"}, "data.path is given, but stranger_net:Stripes has no argument path"),
+        ({"data.kind": "stranger_net:Exact", "data.options": None}, "data.size is needed: it is the argument count"),
     ],
 )
 def test_what_does_not_fit_is_one_line(own, importable, change, message):
@@ -266,6 +277,29 @@ def test_an_optimizer_of_another_state_is_refused(kind, said):
     else:
         with pytest.raises(InputError, match=said):
             check_optimizer(optimizer, kind)
+
+
+def test_null_removes_the_options_of_a_base(own):
+    (own / "above.yaml").write_text("base: own.yaml\nmodel: {options: {depth: 3}}\n")
+    assert load_config(own / "above.yaml").model.options == {"width": 16, "depth": 3}
+    for key in ("model", "data", "loss", "optimizer"):
+        assert getattr(load_config(own / "above.yaml", [f"{key}.options=null"]), key).options == {}
+    jit = ["model.backbone=JiT", "model.size=tiny/4", "model.options=null", "data.kind=shapes", "data.size=9"]
+    assert set(load_config(own / "own.yaml", [*jit, "data.options=null"]).model.options.values()) == {None}
+
+
+def test_what_a_sampler_makes_of_nothing_is_said(tmp_path, monkeypatch, capsys):
+    """Not a black picture without a word."""
+    nothing = lambda *_: torch.full((2, 3, 4, 4), torch.nan)
+    args = SimpleNamespace(out=tmp_path, batch=2, base=None, device="cpu")
+    with pytest.raises(InputError, match="image 5, of 1, has numbers that are NaN"):
+        draw_missing(args, [(5, 1), (6, 2)], nothing)
+    monkeypatch.setattr(loop, "all_gather_rows", lambda rows: rows)
+    training = SimpleNamespace(rank=0, world=1, micro=2, step=7, objective=SimpleNamespace(draw=nothing))
+    training.config = SimpleNamespace(sample=SimpleNamespace(num=2))
+    training.model_to_show, training.picture = lambda: nullcontext(None), lambda: tmp_path / "7.png"
+    loop.Training.draw(training)
+    assert "2 of 2 samples at step 7 have numbers that are NaN or infinite" in capsys.readouterr().err
 
 
 def test_recomputed_blocks_have_the_gradients_of_kept_ones(own, importable):

@@ -13,6 +13,7 @@ from asymflow.extensions import check_name, is_own
 from asymflow.sampling import METHODS
 from asymflow.training.config.derived import disagreement, network, same
 from asymflow.training.config.faults import faults_of
+from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.sections import Options, Sections
 from asymflow.training.config.yaml12 import short, shown
@@ -25,13 +26,13 @@ def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         ("sample.method", c.sample.method, METHODS),
         ("optimizer.kind", c.optimizer.kind, OPTIMIZERS),
         ("model.backbone", c.model.backbone if c.model else "JiT", backbones.TABLE),
-        ("loss.objective", c.loss.objective or "null", {"null": None}),
+        ("loss.objective", c.loss.objective or "class_conditional", OBJECTIVES),
     ):
         if wrong := check_name(name, table):
             yield key, wrong
     for key, own, section in (
         ("optimizer", is_own(c.optimizer.kind), c.optimizer),
-        ("loss", c.loss.objective is not None, c.loss),
+        ("loss", is_own(c.loss.objective or ""), c.loss),
     ):
         if section.options and not own:
             yield f"{key}.options", "is for code of your own: leave it out"
@@ -66,9 +67,10 @@ def finetune_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         yield "data.path", "is needed, as with --set data.path=SHARDS"
     if c.data.flip:
         yield "data.flip", "cannot be true for encoded data: their latents would not be those of the mirrored images"
-    for key in ("repa", "objective"):
-        if getattr(c.loss, key):
-            yield f"loss.{key}", "does not go with finetune"
+    if c.loss.repa:
+        yield "loss.repa", "does not go with finetune"
+    if c.loss.objective not in (None, "latent_to_pixel"):
+        yield "loss.objective", "does not go with finetune, whose objective is latent_to_pixel: leave it out"
     if c.evaluate.every:
         yield "evaluate.every", "does not go with finetune: draw images with asymflow sample, and score those"
     if c.train.compile:
@@ -83,6 +85,10 @@ def model_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     for key in ("variance_reduction", "perceptual"):
         if getattr(c.loss, key) is not None:
             yield f"loss.{key}", "needs the section finetune: a latent model to go on from"
+    if c.loss.objective == "latent_to_pixel":
+        yield "loss.objective", "needs the section finetune: a latent model to go on from"
+    if c.loss.repa and is_own(c.loss.objective or ""):
+        yield "loss.repa", "is for the objective class_conditional: yours would not get DINOv2"
     if c.data.kind == "encoded":
         yield "data.kind", "cannot be encoded, which is for finetune: choose image_folder or webdataset"
     if c.data.kind == "shapes" and c.data.size is None:

@@ -108,6 +108,11 @@ def bf16_weights(config: Sections) -> bool:
     return bool((config.deepspeed.get("bf16") or {}).get("enabled", False))
 
 
+def frozen_dtype(config: Sections) -> torch.dtype:
+    """Of networks that the loss needs, and that are not trained: DINOv2, LPIPS."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
 def sampling_precision(config: Sections, device: torch.device) -> Precision:
     return config.sample.precision or ("bf16" if bf16_weights(config) else usual_precision(device))
 

@@ -6,10 +6,11 @@ A class is a section of the YAML file, a field is a key. Keys without a default 
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from asymflow.precision import Precision
+from asymflow.sampling import METHODS
 
 Count = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0)]
@@ -47,7 +48,8 @@ class Described(NamedTuple):
     section: type[BaseModel]
 
 
-OwnOptions = dict[Text, JsonValue]  # the arguments of a class or function of one's own
+# The arguments of a class or function of one's own. null, over those of a base: none.
+OwnOptions = Annotated[dict[Text, JsonValue], BeforeValidator(lambda options: {} if options is None else options)]
 
 
 class Model(Section):
@@ -143,7 +145,9 @@ class Loss(Section):
     """Flow matching: mean of ((u_pred - u) sigma / max(sigma, sigma_floor))^2."""
 
     objective: Text | None = Field(
-        None, description="package.module:Class of your own; null: images of classes, or what finetune does"
+        None,
+        description="class_conditional, latent_to_pixel (for finetune), or package.module:Class of your own; null: "
+        "whichever of the two it is",
     )
     options: OwnOptions = Field({}, description="more arguments of your own class")
     weight: Positive = Field(1.0, description="of flow matching, beside other terms of the loss")
@@ -216,7 +220,7 @@ class SampleSection(Section):
     num: Count = Field(16, description="images in the grid; each rank draws its share in micro-batches")
     steps: Count = Field(50, description="of the sampler")
     method: Text = Field(
-        "heun", description="heun, with two evaluations a step, euler, or package.module:function of your own"
+        "heun", description=f"{', '.join(METHODS)}, or package.module:function of your own; heun evaluates twice a step"
     )
     guidance: float = Field(2.3, description="scale of classifier-free guidance; 1: none")
     interval: tuple[Fraction, Fraction] = listed(0.0, 0.88, description="noise levels where guidance acts, low first")

@@ -1,7 +1,9 @@
 """What a training minimizes: here for class-conditional models from scratch, and for latent models made pixel models.
 
 An objective defines the terms of the loss, the batches that they need, and how to draw samples from its model. The loop
-knows nothing of the model.
+knows nothing of the model. One of your own is a class `(config, flow, **loss.options)`. A class in the table of
+`training/config/objectives.py` has a class method `prepare(config, dataset, device)` instead: it reads what the loss
+needs, such as networks, and returns a function of the flow that makes the objective.
 """
 
 from typing import Protocol

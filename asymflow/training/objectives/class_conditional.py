@@ -1,14 +1,15 @@
 """Training a class-conditional model from scratch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.precision import computing
 from asymflow.sampling import generate
-from asymflow.training.config.derived import sampler, sampling_precision
+from asymflow.training.config.derived import frozen_dtype, patch_size, sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batch, Batches
 from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
@@ -22,6 +23,17 @@ class ClassConditional:
         self.config, self.flow, self.encoder = config, flow, encoder
         self.terms = ("loss", "repa") if encoder else ("loss",)
         self.weights = (config.loss.weight, config.loss.repa.weight) if encoder else (config.loss.weight,)
+
+    @classmethod
+    def prepare(cls, config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], "ClassConditional"]:
+        encoder = None
+        if repa := config.loss.repa:
+            side = config.model.image_size // patch_size(config.model)
+            try:
+                encoder = Encoder(repa.model, (side, side), device, frozen_dtype(config))
+            except InputError as e:
+                raise InputError(f"loss.repa.model: {e}") from None
+        return lambda flow: cls(config, flow, encoder)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         if not self.encoder:

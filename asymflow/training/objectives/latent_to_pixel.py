@@ -1,5 +1,7 @@
 """Finetuning a latent text-to-image model into a pixel model."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
 from asymflow.precision import computing
 from asymflow.sampling import dynamic_shift, guided, image_noise, sample, sigma_grid
-from asymflow.training.config.derived import sampler, sampling_precision
+from asymflow.training.config.derived import frozen_dtype, sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.encoded_batches import EncodedBatch, EncodedBatches
@@ -33,6 +35,12 @@ class LatentToPixel:
         self.config, self.dataset, self.device, self.perceptual = config, dataset, device, perceptual
         self.terms = ("loss", "perceptual") if perceptual else ("loss",)
         self.weights = (config.loss.weight, *([config.loss.perceptual.weight] if perceptual else []))
+
+    @classmethod
+    def prepare(cls, config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], "LatentToPixel"]:
+        vgg = config.loss.perceptual
+        perceptual = PerceptualLoss(vgg.vgg, device, frozen_dtype(config)) if vgg else None
+        return lambda flow: cls(config, dataset, device, perceptual)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         return flow
