@@ -1,5 +1,6 @@
 """Evaluation in training: the Fréchet distance between samples of the model and the data."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,10 @@ class Evaluation:
         return reference
 
     def distance(self, flow: AsymFlow, stop: Stop) -> float | None:
-        """The Fréchet distance of samples of `flow`, in eval mode, from the data; None if `stop` said so."""
+        """The Fréchet distance of samples of `flow`, in eval mode, from the data; None if `stop` said so.
+
+        NaN if any sample has numbers that are not finite.
+        """
         c = self.config
         if self.reference is None:
             self.reference = self.of_data(stop)
@@ -71,11 +75,14 @@ class Evaluation:
 
         def samples(indices: list[int]) -> Tensor:
             images = drawn(flow, c, [self.label(i) for i in indices], indices)
-            return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            features = self.features(images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+            return features.masked_fill(~images.flatten(1).isfinite().all(1, keepdim=True), math.nan)
 
         features = self.measure(samples, c.evaluate.num, "evaluating", stop)
         if features is None:
             return None
+        if features.isnan().any():
+            return math.nan
         return rank0_broadcast(lambda: frechet_distance(statistics_of(features), self.reference))
 
     def label(self, index: int) -> int:
@@ -96,12 +103,12 @@ class Evaluation:
         if (found := rank0_broadcast(kept, "evaluate")) is not None:
             return found
 
-        def images(indices: list[int]) -> Tensor:
+        def features_of(indices: list[int]) -> Tensor:
             pictures = [read_or_replace(self.dataset, self.config.train.seed, i, []).image for i in indices]
-            return torch.stack(pictures).to(self.device)
+            return self.features(torch.stack(pictures).to(self.device))
 
         title = "reading the images to compare with"
-        features = self.measure(images, min(len(self.dataset), MOST), title, stop)
+        features = self.measure(features_of, min(len(self.dataset), MOST), title, stop)
         if features is None:
             return None
 
@@ -112,10 +119,10 @@ class Evaluation:
 
         return rank0_broadcast(measured, "evaluate")
 
-    def measure(self, images: Callable[[list[int]], Tensor], count: int, title: str, stop: Stop) -> Tensor | None:
+    def measure(self, features_of: Callable[[list[int]], Tensor], count: int, title: str, stop: Stop) -> Tensor | None:
         """The features (count, F) of images 0 to count - 1, or None if `stop` said so.
 
-        images: returns the images of the given numbers, (n, 3, H, W) uint8.
+        features_of: returns the features of the images of the given numbers, (n, F).
         """
         each_rank = -(-count // self.world)  # as many on every rank: under ZeRO-3 all must take part in each call
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
@@ -124,5 +131,5 @@ class Evaluation:
         for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=self.rank > 0 or None):
             if stop():
                 return None
-            features.append(self.features(images(mine[start : start + size])))
+            features.append(features_of(mine[start : start + size]))
         return all_gather_rows(torch.cat(features))[:count]

@@ -361,10 +361,15 @@ class Training:
         with self.model_to_show() as flow:
             distance = self.evaluation.distance(flow, stop=self.signalled)
         if self.rank == 0 and distance is not None:
-            self.journals[2].add({"step": self.step, "frechet_distance": distance, **settings})
+            found = distance if math.isfinite(distance) else None
+            self.journals[2].add({"step": self.step, "frechet_distance": found, **settings})
             words = f"{c.evaluate.num} samples in {sampler['precision']}, {c.evaluate.extractor}"
-            tqdm.write(f"step {self.step}: Fréchet distance {distance:.4g} ({words})", file=sys.stderr)
-            self.engine.monitor.write_events([("evaluation/frechet_distance", distance, self.step)])
+            shown = (
+                f"{found:.4g}" if found is not None else "not measured: samples have numbers that are NaN or infinite"
+            )
+            tqdm.write(f"step {self.step}: Fréchet distance {shown} ({words})", file=sys.stderr)
+            if found is not None:
+                self.engine.monitor.write_events([("evaluation/frechet_distance", found, self.step)])
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -19,6 +19,7 @@ from asymflow.evaluation.features import CLASSIFIER, load_extractor, register_cl
 from asymflow.evaluation.frechet import frechet_distance, load_statistics, save_statistics, statistics
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
+from asymflow.training import evaluate
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
 from asymflow.training.start import make_flow
@@ -237,6 +238,24 @@ def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path
     assert metrics(tmp_path / "one") == metrics(tmp_path / "off")
     assert same_bits(tensors(tmp_path / "one", 4), tensors(tmp_path / "off", 4))
     assert not (tmp_path / "off" / "evaluations.jsonl").read_text()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
+    """Black images would have one."""
+
+    def drawn(flow, config, labels, indices):
+        images = torch.rand(len(indices), 3, 8, 8, generator=torch.Generator().manual_seed(indices[0])) * 2 - 1
+        return images.index_fill(0, torch.arange(broken), torch.nan) if indices[0] == 4 else images
+
+    monkeypatch.setattr(evaluate, "drawn", drawn)
+    monkeypatch.setattr(evaluate, "all_gather_rows", lambda rows: rows)
+    monkeypatch.setattr(evaluate, "rank0_broadcast", lambda function, *_: function())
+    evaluation = object.__new__(evaluate.Evaluation)
+    evaluation.config = load_config("shapes_tiny", ["evaluate.num=12", "evaluate.batch_size=4"])
+    evaluation.features = lambda pixels: pixels.double().flatten(2).mean(2)
+    evaluation.reference, evaluation.rank, evaluation.world = statistics(torch.rand(9, 3)), 0, 1
+    assert math.isfinite(evaluation.distance(None, lambda: False)) == (not broken)
 
 
 def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
