@@ -56,9 +56,9 @@ def furthest(values: list[float], reference: list[float]) -> float:
 def recovery(kit: Kit) -> tuple[str, dict]:
     """`recover_velocity` against float64, with every setting for float32 products, and from bfloat16 inputs.
 
-    Errors must be below the bound of tests/library/test_velocity.py, which no rounding can exceed, and below a hundred
-    roundings of the largest number divided by sigma, about what they should add up to. No setting may more than double
-    the error. The control is the plain formula, without our care for products: with TF32 it is far worse.
+    Errors must be below the bound of tests/library/velocity_problems.py, which no rounding can exceed, and below a
+    hundred roundings of the largest number divided by sigma, about what they should add up to. No setting may more than
+    double the error. The control is the plain formula, without our care for products: with TF32 it is far worse.
     """
     tokens, sigma = (64 if kit.tiny else 16384), 0.01
     subspace = Subspace.random(768, 8, scale=0.7).to(kit.device)

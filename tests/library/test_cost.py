@@ -80,7 +80,7 @@ jits = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(jits, st.integers(0, DIM), st.integers(1, 4), st.integers(1, 4))
 def test_operations_are_those_of_the_closed_formula(sizes, rank, rows, columns):
     model, n = flow(rank, **sizes), rows * columns

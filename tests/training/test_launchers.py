@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import GUARD, ROOT, environment_of, metrics, wait_for, words
-from test_survival import ENDLESS, lines, whole_steps
+from ways_to_end import ENDLESS, lines, whole_steps
 
 from asymflow import AsymFlow
 
@@ -177,7 +177,7 @@ def end(process, out):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_rank_that_fails_is_shown_once(tmp_path, launcher):
     out = tmp_path / "run"
-    process = launch(launcher, out, "from test_survival import dies; dies(1, 3, 'raise')")
+    process = launch(launcher, out, "from ways_to_end import dies; dies(1, 3, 'raise')")
     code, log = end(process, out)
     assert code == 1
     assert log.count("train_ddp.py: error: rank 1: ValueError: such is life") == 1

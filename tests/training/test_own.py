@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import ROOT, Launched, metrics, same_bits, tensors
-from test_survival import dies, everything
+from ways_to_end import dies, everything
 
 from asymflow import AsymFlow, InputError
 from asymflow.cli import main as asymflow

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from image_data import pixels, png, write_tar
 from processes import Launched, metrics, same_bits, words
-from test_data import pixels, png, write_tar
-from test_survival import one_line, this_rank
+from ways_to_end import one_line, this_rank
 
 from asymflow import files
 from asymflow.errors import InputError
