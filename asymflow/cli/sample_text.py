@@ -21,6 +21,7 @@ from asymflow.errors import InputError
 from asymflow.patches import token_grid
 from asymflow.pixels import to_rgb
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
+from asymflow.text import decode, is_blank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file of a LoRA in a folder
 
@@ -84,10 +85,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     try:
-        lines = files.existing_file(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as e:
-        raise InputError(f"--prompts {args.prompts} is not a text file in UTF-8: {e}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        lines = decode(files.existing_file(args.prompts).read_bytes()).splitlines()
+    except ValueError as e:
+        raise InputError(str(e) if isinstance(e, InputError) else f"--prompts {args.prompts} {e}") from None
+    prompts = [line.strip() for line in lines if not is_blank(line)]
     if not prompts:
         raise InputError(f"--prompts {args.prompts} has no prompt in it")
     return prompts

@@ -3,6 +3,7 @@
 Each is an object with `size()`, `caption()` and `pixels()`. Nothing is read before one of these is called.
 """
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from asymflow.data.folder import caption_path
 from asymflow.data.shapes import make_scene, render
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
+from asymflow.text import decode, encoding_of, is_blank
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
 HEAD = 1 << 16  # bytes: nearly every image file has its header in them
@@ -42,17 +44,20 @@ class Photo(NamedTuple):
 
     def caption(self) -> str:
         """The caption, without white space around it. UnreadableError if there is none, or it is empty."""
-        try:
-            text = self.text.read().decode("utf-8-sig") if isinstance(self.text, Entry) else self.text
-        except UnicodeDecodeError as e:
-            raise UnreadableError(f"{self}: its caption, {self.text}, is not UTF-8 (byte {e.start})") from None
-        if isinstance(self.text, Entry) and is_json(self.text):
+        text = self.text
+        if isinstance(text, Entry):
+            content = text.read()
             try:
-                found = json.loads(text)
-            except (ValueError, RecursionError):
-                raise UnreadableError(f"{self}: its caption, {self.text}, is not JSON") from None
-            text = first(found, CAPTION_KEYS) if isinstance(found, dict) else None
-        if not isinstance(text, str) or not text.strip():
+                text = decode(content)
+            except ValueError as e:
+                raise UnreadableError(f"{self}: its caption, {self.text}, {e}") from None
+            if is_json(self.text):
+                try:
+                    found = json.loads(text)
+                except (ValueError, RecursionError):
+                    raise UnreadableError(f"{self}: its caption, {self.text}, is not JSON") from None
+                text = caption_in(found) if isinstance(found, dict) else None
+        if not isinstance(text, str) or is_blank(text):
             raise UnreadableError(f"{self} has {'an empty' if isinstance(text, str) else 'no'} caption")
         try:
             text.encode()
@@ -135,8 +140,13 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
 def json_lines(path: Path) -> Iterator[Photo]:
     if not path.is_file():  # opening a pipe would wait for a writer
         raise InputError(f"{path} is not a file")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as file:
+        encoding, mark = encoding_of(file.read(4))
+        file.seek(mark)
+        # Of a byte that is not UTF-8 half a surrogate pair is made, which `caption` refuses: one line, not all.
+        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        lines = io.TextIOWrapper(file, encoding, errors, newline="\n")
+        for number, line in enumerate(lines_of(lines, path, encoding), start=1):
             if not line.strip():
                 continue
             try:
@@ -149,7 +159,14 @@ def json_lines(path: Path) -> Iterator[Photo]:
                     f"{path}, line {number}: expected a JSON object with an image's path as {' or '.join(IMAGE_KEYS)}, "
                     f"but it is {line.strip()[:60]!r}"
                 )
-            yield Photo(Entry(str(path.parent / image)), first(row, CAPTION_KEYS))
+            yield Photo(Entry(str(path.parent / image)), caption_in(row))
+
+
+def lines_of(lines: Iterable[str], path: Path, encoding: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} begins as {encoding.upper()}, and goes on as something else ({e.reason})") from None
 
 
 def is_path(value: object) -> bool:
@@ -161,6 +178,12 @@ def is_path(value: object) -> bool:
 
 def first(row: dict, names: Iterable[str]) -> object:
     return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def caption_in(row: dict) -> object:
+    """The first caption of a row that says something; if none does, the first."""
+    texts = [row[name] for name in CAPTION_KEYS if row.get(name) is not None]
+    return next((text for text in texts if isinstance(text, str) and not is_blank(text)), next(iter(texts), None))
 
 
 def is_json(entry: Entry) -> bool:

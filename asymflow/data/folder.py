@@ -9,7 +9,8 @@ from PIL import Image
 
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, adm_crop, folder_entries, read_image
+from asymflow.pixels import Entry, UnreadableError, adm_crop, folder_entries, read_image
+from asymflow.text import decode
 
 CAPTION = ".txt"
 
@@ -63,8 +64,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Sample:
         image = to_uint8(self.square(index))
-        caption = self.caption(index).decode(errors="replace")
-        return Sample(image, self.label(index), str(self.entry(index)), caption)
+        return Sample(image, self.label(index), str(self.entry(index)), self.caption(index))
 
     def entry(self, index: int) -> Entry:
         return Entry(self.path + os.fsdecode(self.names[index]))
@@ -73,8 +73,9 @@ class ImageFolder:
         """The image, cropped to a square. Raises UnreadableError, naming the file, if it is damaged."""
         return adm_crop(read_image(self.entry(index)), self.size)
 
-    def caption(self, index: int) -> bytes:
-        return Entry(caption_path(self.entry(index).path)).read().strip() if self.captioned[index] else b""
+    def caption(self, index: int) -> str:
+        """The caption, or an empty text. Raises UnreadableError if its file is damaged, or not text."""
+        return caption_of(Entry(caption_path(self.entry(index).path))) if self.captioned[index] else ""
 
 
 def class_names(path: str | Path) -> list[str]:
@@ -91,6 +92,15 @@ def class_names(path: str | Path) -> list[str]:
         )
         raise InputError(f"{path} has no folders in it, one for each class{hint}")
     return classes
+
+
+def caption_of(entry: Entry) -> str:
+    try:
+        return decode(entry.read()).strip()
+    except UnreadableError:
+        raise
+    except ValueError as e:
+        raise UnreadableError(f"the caption {entry} {e}") from None
 
 
 def caption_path(image: str) -> str:

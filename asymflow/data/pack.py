@@ -39,7 +39,7 @@ def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, th
 
 def encode(folder: ImageFolder, image_format: str, number: int) -> writing.Sample:
     image = writing.image_bytes(folder.square(number), image_format)
-    contents = {image_format: image, "cls": str(folder.label(number)).encode(), "txt": folder.caption(number)}
+    contents = {image_format: image, "cls": str(folder.label(number)).encode(), "txt": folder.caption(number).encode()}
     return number, {kind: content for kind, content in contents.items() if content}
 
 

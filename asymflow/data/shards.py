@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asymflow import files
-from asymflow.data.folder import to_uint8
+from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.pixels import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
@@ -79,8 +79,8 @@ class TarShards:
     def __getitem__(self, index: int) -> Sample:
         shard, name = self.shards[self.shard[index]], os.fsdecode(self.name[index])
         entry = Entry(shard, name, *self.image[index].tolist())
-        caption = Entry(shard, name, *self.caption[index].tolist())
-        text = caption.read().decode(errors="replace").strip() if caption.size >= 0 else ""
+        caption = Entry(shard, f"{name}, its caption", *self.caption[index].tolist())
+        text = caption_of(caption) if caption.size >= 0 else ""
         image = adm_crop(read_image(entry), self.size)
         return Sample(to_uint8(image), self.label(index), str(entry), text)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from asymflow.errors import InputError
+from asymflow.text import decode
 from asymflow.training.config.contradictions import contradictions, deepspeed_contradictions
 from asymflow.training.config.faults import first_fault
 from asymflow.training.config.sections import Sections
@@ -75,11 +76,11 @@ def read_file(name: str, folder: Path = Path(), above: tuple[str, ...] = (), ask
     try:
         with file.open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)
-        text = content.decode()
+        text = decode(content)
     except OSError as e:
         raise InputError(f"{label} cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{label} is not text in UTF-8: is it a YAML file?") from None
+    except ValueError as e:
+        raise InputError(f"{label} {e}: is it a YAML file?") from None
     if len(content) > LARGEST_FILE:
         raise InputError(f"{label} has more than {LARGEST_FILE} bytes: that is no configuration")
     layer = parse(text, lambda line: f"{label}, line {line + 1}")
