@@ -192,6 +192,19 @@ def test_every_tensor_that_is_trained_moves_as_far_as_its_learning_rate(runs, na
         assert furthest / 3 < moved < 1.01 * furthest, parameter
 
 
+@pytest.mark.slow
+def test_buckets_with_fewer_images_than_a_batch_are_named(runs):
+    sizes, counts = [(16, 16 * n) for n in range(1, 10)], [8, 7, 0, 1, 2, 3, 4, 5, 80]
+    data = SimpleNamespace(buckets=sizes, bucket=np.repeat(np.arange(9), counts))
+    (line,) = rare_buckets(data, 8)
+    assert "(16x32: 7, 16x64: 1, 16x80: 2, 16x96: 3, 16x112: 4 and 1 more)" in line
+    assert "max-aspect" in line
+    assert rare_buckets(data, 1) == []
+    said = [line for line in (runs / "said").read_text().splitlines() if "max-aspect" in line]
+    assert len(said) == 2  # by each start of the run "dropout", and no other
+    assert all("train.global_batch_size 20, so a step repeats them (32x64: 16)" in line for line in said)
+
+
 # ---- What comes out --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["alone", "full"])
 def test_the_exported_adapter_is_the_model_that_was_trained(runs, made, name, tmp_path):

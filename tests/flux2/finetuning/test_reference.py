@@ -1,7 +1,5 @@
 """The latent model that a finetuning is held against, and its batches."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.data.encoded import EncodedShards
 from asymflow.patches import patchify, unpatchify
 from asymflow.pixels import UnreadableError
-from asymflow.training.objectives.encoded_batches import EncodedBatches, rare_buckets
+from asymflow.training.objectives.encoded_batches import EncodedBatches
 from asymflow.training.objectives.finetuning import adapters_off, make_finetuned, trained
 from asymflow.training.objectives.latent_to_pixel import LatentToPixel
 from toy.asymflux2_tiny import gradient_moments
@@ -141,19 +139,6 @@ def test_latents_and_images_of_a_batch_belong_together(made):
             dropped.append(torch.equal(prompt, data.empty_prompt))
             assert torch.equal(prompt, data.empty_prompt if dropped[-1] else sample.prompt)
     assert np.mean(dropped) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(dropped)) ** 0.5)
-
-
-@pytest.mark.slow
-def test_buckets_with_fewer_images_than_a_batch_are_named(runs):
-    sizes, counts = [(16, 16 * n) for n in range(1, 10)], [8, 7, 0, 1, 2, 3, 4, 5, 80]
-    data = SimpleNamespace(buckets=sizes, bucket=np.repeat(np.arange(9), counts))
-    (line,) = rare_buckets(data, 8)
-    assert "(16x32: 7, 16x64: 1, 16x80: 2, 16x96: 3, 16x112: 4 and 1 more)" in line
-    assert "max-aspect" in line
-    assert rare_buckets(data, 1) == []
-    said = [line for line in (runs / "said").read_text().splitlines() if "max-aspect" in line]
-    assert len(said) == 2  # by each start of the run "dropout", and no other
-    assert all("train.global_batch_size 20, so a step repeats them (32x64: 16)" in line for line in said)
 
 
 def test_a_damaged_sample_is_drawn_without_its_prompt(made, model):
