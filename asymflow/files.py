@@ -38,11 +38,22 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
         with beside.open("rb+") as file:  # not "rb": Windows can flush only what is open for writing
             os.fsync(file.fileno())
         if new:
-            os.link(beside, path)
+            claim(beside, path)
         else:
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def claim(beside: Path, path: Path) -> None:
+    """Give a file the name `path`. FileExistsError if another has it: of several processes one wins."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and many network drives have no hard links: there `path` is empty for a moment
+        path.open("x").close()
+        beside.replace(path)
 
 
 def write_tensors(

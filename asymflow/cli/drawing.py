@@ -19,8 +19,7 @@ from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import image_grid
 from asymflow.pixels import tensor_to_pil, to_tensor
 
-RECORD = "samples.json"
-
+RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
 
 GRID_AT_MOST = 64
 
@@ -36,7 +35,7 @@ def own_device(args: argparse.Namespace) -> torch.device:
 def draw_missing(
     args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
 ) -> None:
-    """Draw and save those images of the plan that do not exist yet, then the grid.
+    """Draw and save those images of the plan that do not exist yet, then the grid. After `open_record`.
 
     plan: (index, class or prompt) of each image. draw: a function of indices, classes or prompts, and whether to show
     progress; it returns images (3, H, W) in [-1, 1].
@@ -44,7 +43,7 @@ def draw_missing(
     # Each process takes its share of the plan, and not of what is missing, which changes while the others work.
     rank, world = this_process()
     share = plan[rank::world]
-    todo = [(i, what) for i, what in share if not (args.out / name(i)).exists()]
+    todo = [(i, what) for i, what in share if not (args.images / name(i)).exists()]
     if rank == 0 and len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
     with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
@@ -55,7 +54,7 @@ def draw_missing(
             for i, asked, image in zip(indices, what, images, strict=True):
                 if not image.isfinite().all():
                     raise InputError(f"image {i}, of {asked!r:.80}, has numbers that are NaN or infinite")
-                with files.replacing(args.out / name(i)) as beside:
+                with files.replacing(args.images / name(i)) as beside:
                     tensor_to_pil(image).save(beside)
             bar.update(len(indices))
     finish(args, plan)
@@ -88,17 +87,21 @@ def open_record(
 ) -> None:
     """Write samples.json, or add the plan to an existing one. InputError if that has other settings than `now`.
 
+    Sets args.images, the folder of the images: nothing else is in it, so that it can be given to what scores images.
+    (Earlier versions had them beside samples.json, and such a folder stays as it is.)
+
     plan: (index, class) of each image, or (index, prompt); `kind` says which. again: how to make an image again.
 
     Every process calls this before its first image. All write the same content, so it does not matter who is first.
     """
-    path = args.out / RECORD
-    images = {}
+    path, images, args.images = args.out / RECORD, {}, args.out / IMAGES
     if path.exists():
         try:
             record = json.loads(path.read_text())
             before = with_precision(record["settings"])
             images = {entry["index"]: entry[kind] for entry in record["images"]}
+            if any("/" not in entry["file"] for entry in record["images"]):
+                args.images = args.out
             differing = [
                 f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
             ]
@@ -111,11 +114,12 @@ def open_record(
             )
         if differing:
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
-    elif taken := [name(i) for i, _ in plan if (args.out / name(i)).exists()]:
+    elif taken := [name(i) for i, _ in plan if (args.images / name(i)).exists() or (args.out / name(i)).exists()]:
         raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
     known = bool(images)
     images |= dict(plan)
-    entries = [{"file": name(i), "index": i, kind: images[i]} for i in sorted(images)]
+    place = lambda i: str((args.images / name(i)).relative_to(args.out))
+    entries = [{"file": place(i), "index": i, kind: images[i]} for i in sorted(images)]
     record = {**again, "settings": now, "images": entries}
     try:
         with files.replacing(path, new=not known) as beside:
@@ -135,12 +139,12 @@ def with_precision(settings: dict) -> dict:
 
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
     """Draw the grid, if no image of the plan is missing. Of several processes, the last one to finish does it."""
-    if all((args.out / name(i)).exists() for i, _ in plan):
+    if all((args.images / name(i)).exists() for i, _ in plan):
         entries = json.loads((args.out / RECORD).read_text())["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
             image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
-        print(f"{len(plan)} images, grid.png and {RECORD} are in {args.out}")
+        print(f"{len(plan)} images are in {args.images}, grid.png and {RECORD} in {args.out}")
 
 
 def read_png(path: Path) -> Tensor:

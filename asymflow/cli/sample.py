@@ -57,7 +57,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description="Draw images of classes or of prompts: PNG files, a grid of the first ones, a JSON record.",
         epilog=EXAMPLES,
     )
-    p.add_argument("--out", type=Path, required=True, help=f"folder for 000000.png, ..., grid.png and {RECORD}")
+    p.add_argument("--out", type=Path, required=True, help=f"folder for images/000000.png, ..., grid.png and {RECORD}")
     p.add_argument("--num", type=int, help="how many images (default: 16, or one for each prompt)")
     p.add_argument("--first", type=int, default=0, help="index of the first image")
     p.add_argument("--seed", type=int, default=0, help="with its index, fixes the noise of an image")

@@ -1,10 +1,12 @@
 """`asymflow sample`: what it leaves, that it resumes, and that no two runs ever mix in one folder."""
 
+import errno
 import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,16 +46,16 @@ def pixels(path):
 
 
 def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
 
 
-NAMES = [f"{i:06d}.png" for i in range(6)]
+NAMES = [f"images/{i:06d}.png" for i in range(6)]
 
 
 def test_it_leaves_images_a_grid_and_a_record(model, tmp_path):
     out = tmp_path / "new" / "out"
     assert run(model, out) == 0
-    assert files_in(out) == [*NAMES, "grid.png", "samples.json"]
+    assert files_in(out) == ["grid.png", *NAMES, "samples.json"]
     record = json.loads((out / "samples.json").read_text())
     assert [entry["class"] for entry in record["images"]] == [1, 5, 1, 5, 1, 5]
     assert [entry["file"] for entry in record["images"]] == NAMES
@@ -75,7 +77,7 @@ def test_every_option_reaches_the_library(model, tmp_path):
     told = dict(seed=7, steps=3, guidance=3.0, method="euler", shift=2.0, orthogonal=0.5)
     given = dict(interval="0.1,0.8", size="8x24", precision="bf16", classes="5", first=2, num=1)
     assert run(model, tmp_path / "out", "--clamp", **told, **given) == 0
-    found = pixels(tmp_path / "out" / "000002.png")
+    found = pixels(tmp_path / "out" / "images/000002.png")
     told |= dict(interval=(0.1, 0.8), size=(8, 24), denoised_hook=lambda x0, sigma: x0.clamp(-1, 1))
 
     def made(precision, **options):
@@ -121,8 +123,8 @@ def test_the_record_says_how_to_make_an_image_again(model, tmp_path):
     words = shlex.split(command.replace("INDEX", "3").replace("FOLDER", str(tmp_path / "b")))
     assert words[0] == "asymflow"
     assert main(words[1:]) == 0
-    assert "000003.png" in files_in(tmp_path / "b")
-    assert np.abs(pixels(tmp_path / "a" / "000003.png") - pixels(tmp_path / "b" / "000003.png")).max() <= 1
+    assert NAMES[3] in files_in(tmp_path / "b")
+    assert np.abs(pixels(tmp_path / "a" / "images/000003.png") - pixels(tmp_path / "b" / "images/000003.png")).max() <= 1
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -185,13 +187,13 @@ def test_a_complete_run_is_left_as_it_is(model, tmp_path):
 def test_another_run_is_refused_and_harms_nothing(model, tmp_path, capsys, changed):
     out = tmp_path / "out"
     assert run(model, out, num=2) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {name: (out / name).read_bytes() for name in files_in(out)}
     capsys.readouterr()
     assert run(model, out, **changed) == 2
     error = capsys.readouterr().err
     assert f"{next(iter(changed))} " in error
     assert error.count("\n") == 1
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before == {name: (out / name).read_bytes() for name in files_in(out)}
 
 
 def test_another_model_is_refused_though_its_path_is_the_same(model, tmp_path, capsys):
@@ -203,9 +205,10 @@ def test_another_model_is_refused_though_its_path_is_the_same(model, tmp_path, c
 
 
 def test_images_of_unknown_origin_are_not_taken_for_its_own(model, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     (tmp_path / NAMES[2]).write_bytes(b"mine")
     assert run(model, tmp_path) == 2
-    assert f"holds {NAMES[2]}, but no samples.json" in capsys.readouterr().err
+    assert f"holds {Path(NAMES[2]).name}, but no samples.json" in capsys.readouterr().err
     assert files_in(tmp_path) == [NAMES[2]]
 
 
@@ -278,7 +281,7 @@ def test_an_interruption_keeps_what_is_finished(model, tmp_path, capsys, monkeyp
     assert files_in(tmp_path / "out") == [*NAMES[:4], "samples.json"]
     monkeypatch.undo()
     assert run(model, tmp_path / "out") == 0
-    assert files_in(tmp_path / "out") == [*NAMES, "grid.png", "samples.json"]
+    assert files_in(tmp_path / "out") == ["grid.png", *NAMES, "samples.json"]
 
 
 def test_a_model_in_oklab_gives_pictures_in_rgb(tmp_path):
@@ -300,7 +303,7 @@ def test_two_processes_share_the_work(model, tmp_path):
     ]
     errors = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
-    assert files_in(tmp_path / "out") == [*NAMES, "grid.png", "samples.json"]
+    assert files_in(tmp_path / "out") == ["grid.png", *NAMES, "samples.json"]
     assert run(model, tmp_path / "alone") == 0
     for name in NAMES:
         assert np.abs(pixels(tmp_path / "out" / name) - pixels(tmp_path / "alone" / name)).max() <= 1
@@ -375,4 +378,35 @@ def test_torchrun_starts_it_as_the_help_says(model, tmp_path):
         str(tmp_path / "out"),
     ]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
-    assert files_in(tmp_path / "out") == [*NAMES[:3], "grid.png", "samples.json"]
+    assert files_in(tmp_path / "out") == ["grid.png", *NAMES[:3], "samples.json"]
+
+
+def test_a_folder_of_an_earlier_version_goes_on_as_it_was(model, tmp_path):
+    """With the images beside samples.json."""
+    out = tmp_path / "out"
+    assert run(model, out, num=4) == 0
+    whole = {name: pixels(out / name) for name in NAMES[:4]}
+    for name in NAMES[:4]:
+        (out / name).rename(out / Path(name).name)
+    (out / "images").rmdir()
+    record = json.loads((out / "samples.json").read_text())
+    for entry in record["images"]:
+        entry["file"] = Path(entry["file"]).name
+    (out / "samples.json").write_text(json.dumps(record))
+    (out / "images/000001.png").unlink()
+    assert run(model, out) == 0
+    assert files_in(out) == [*(Path(name).name for name in NAMES), "grid.png", "samples.json"]
+    assert all(np.array_equal(pixels(out / Path(name).name), image) for name, image in whole.items())
+
+
+def test_where_there_are_no_hard_links_too(model, tmp_path, monkeypatch):
+    """On exFAT, network and cloud drives."""
+
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    assert run(model, tmp_path / "out", num=2) == 0
+    with pytest.raises(FileExistsError), files.replacing(tmp_path / "out/samples.json", new=True) as beside:
+        beside.write_text("other")
+    assert json.loads((tmp_path / "out/samples.json").read_text())["images"]

@@ -208,13 +208,13 @@ def test_samples_of_a_run_are_those_of_its_exported_model(run, tmp_path, capsys,
     assert line == f"{run} is a training run: step {step}, average {average}"
     assert main(["export", "--run", str(run), "--out", str(tmp_path / "model"), *options]) == 0
     assert sample(tmp_path / "model", tmp_path / "b") == 0
-    for name in ("000000.png", "000001.png"):
+    for name in ("images/000000.png", "images/000001.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     found = record(tmp_path / "a")
     assert (found["run"], found["settings"]["step"], found["settings"]["average"]) == (str(run), step, average)
     again = found["make_again"].replace("INDEX", "1").replace("FOLDER", str(tmp_path / "c"))
     assert main(shlex.split(again)[1:]) == 0
-    assert (tmp_path / "a/000001.png").read_bytes() == (tmp_path / "c/000001.png").read_bytes()
+    assert (tmp_path / "a/images/000001.png").read_bytes() == (tmp_path / "c/images/000001.png").read_bytes()
 
 
 def test_images_of_two_checkpoints_of_a_run_do_not_mix(run, tmp_path, capsys):
@@ -222,14 +222,14 @@ def test_images_of_two_checkpoints_of_a_run_do_not_mix(run, tmp_path, capsys):
     (growing / "checkpoints/00000012").rename(tmp_path / "later")
     assert sample(growing, tmp_path / "out") == 0
     (tmp_path / "later").rename(growing / "checkpoints/00000012")
-    (tmp_path / "out/000001.png").unlink()
+    (tmp_path / "out/images/000001.png").unlink()
     capsys.readouterr()
     assert sample(growing, tmp_path / "out") == 2
     said = f"{tmp_path}/out holds images of step 6 of a run, but this is step 12: go on with --step 6"
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out/000001.png").exists()
+    assert not (tmp_path / "out/images/000001.png").exists()
     assert sample(growing, tmp_path / "out", "--step", "6") == 0
-    assert (tmp_path / "out/000001.png").exists()
+    assert (tmp_path / "out/images/000001.png").exists()
 
 
 def test_info_of_a_run_is_that_of_its_exported_model(run, tmp_path, capsys):

@@ -205,7 +205,7 @@ def test_it_is_exported_loaded_and_sampled(own, run, importable, tmp_path, capsy
         method = ["--method", "stranger_net:midpoint"]
         options = ["--num", "2", "--steps", "2", "--device", "cpu", "--out", str(out), *method, *code]
         assert asymflow(["sample", "--model", str(model), *options]) == 0
-        drawn[model] = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
+        drawn[model] = [np.asarray(Image.open(path)) for path in sorted((out / "images").iterdir())]
         assert "stranger_net:midpoint" in (out / "samples.json").read_text()
     assert all(np.array_equal(a, b) for a, b in zip(*drawn.values(), strict=True))
     import stranger_net
@@ -291,7 +291,7 @@ def test_null_removes_the_options_of_a_base(own):
 def test_what_a_sampler_makes_of_nothing_is_said(tmp_path, monkeypatch, capsys):
     """Not a black picture without a word."""
     nothing = lambda *_: torch.full((2, 3, 4, 4), torch.nan)
-    args = SimpleNamespace(out=tmp_path, batch=2, base=None, device="cpu")
+    args = SimpleNamespace(out=tmp_path, images=tmp_path, batch=2, base=None, device="cpu")
     with pytest.raises(InputError, match="image 5, of 1, has numbers that are NaN"):
         draw_missing(args, [(5, 1), (6, 2)], nothing)
     monkeypatch.setattr(loop, "all_gather_rows", lambda rows: rows)
@@ -339,4 +339,4 @@ def test_the_page_on_backbones_does_what_it_shows(tmp_path):
         ["bash", "-ec", commands], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "runs/dit_samples").glob("0*.png"))) == 4
+    assert len(list((tmp_path / "runs/dit_samples/images").iterdir())) == 4

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -15,6 +17,7 @@ from asymflow.backbones.flux2.adapter import FULL, load_adapter
 from asymflow.cli import main as asymflow
 from asymflow.data.encoded import EncodedShards
 from asymflow.training.config.reading import load_config
+from asymflow.training.objectives.encoded_batches import rare_buckets
 from asymflow.training.objectives.finetuning import load_transformer, make_finetuned
 from asymflow.training.start import other_encoders
 from toy.tiny_flux2 import make_base

@@ -40,8 +40,9 @@ def test_the_command_draws_each_prompt_and_goes_on_where_it_stopped(base, adapte
         "\n".join([*PROMPTS, "", "a green disc"]), encoding="utf-8-sig"
     )  # as Notepad does
     assert run(base, adapter, tmp_path / "a", prompts=tmp_path / "prompts.txt") == 0
-    names = [f"{i:06d}.png" for i in range(3)]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*names, "grid.png", "samples.json"]
+    names = [f"images/{i:06d}.png" for i in range(3)]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "images", "samples.json"]
+    assert sorted(f"images/{p.name}" for p in (tmp_path / "a/images").iterdir()) == names
     record = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert [entry["prompt"] for entry in record["images"]] == [*PROMPTS, "a green disc"]
     noise = image_noise(3, [1], (3, 32, 48))
@@ -72,11 +73,11 @@ def test_the_record_makes_an_image_again(base, adapter, tmp_path):
     command = json.loads((tmp_path / "a" / "samples.json").read_text())["make_again"]
     words = shlex.split(command.replace("INDEX", "2").replace("FOLDER", str(tmp_path / "b")))
     assert main([*words[1:], "--device", "cpu"]) == 0
-    again, first = (pixels(tmp_path / folder / "000002.png") for folder in "ba")
+    again, first = (pixels(tmp_path / folder / "images/000002.png") for folder in "ba")
     assert first.shape == (80, 64, 3)
     assert np.abs(again - first).max() <= 1
     assert run(base, adapter, tmp_path / "c", *options[:-2], num=4, **drawn) == 0
-    assert np.abs(pixels(tmp_path / "c" / "000002.png") - first).max() > 1
+    assert np.abs(pixels(tmp_path / "c" / "images/000002.png") - first).max() > 1
 
 
 def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert run(base, adapter, tmp_path / "two", *PROMPT, num=3) == 0
         assert (tmp_path / "two" / "grid.png").exists() == (rank == "0")
-    for name in ("000000.png", "000001.png", "000002.png"):
+    for name in ("images/000000.png", "images/000001.png", "images/000002.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -139,7 +140,7 @@ def test_photographs_enter_upright_and_on_white(base, adapter, tmp_path, capsys)
     exif[0x0112] = 6  # to be turned by a quarter
     picture(1, 96, 64).save(tmp_path / "phone.jpg", exif=exif)
     assert run(base, adapter, tmp_path / "out", *PROMPT, image=tmp_path / "phone.jpg", width=None, height=None) == 0
-    assert Image.open(tmp_path / "out" / "000000.png").size == (64, 96)
+    assert Image.open(tmp_path / "out" / "images/000000.png").size == (64, 96)
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("RGB", (10, 10)).save(tmp_path / "tiny.png")
