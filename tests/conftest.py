@@ -13,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; wit
 import pytest
 from hypothesis import HealthCheck, settings
 
+# What these assert is shown as in a test.
+HELPERS = "processes ways_to_end checkpoint_pieces config_words encoding_runs model_backbones published_files"
+pytest.register_assert_rewrite(*HELPERS.split())
 settings.register_profile(
     "reproducible",
     deadline=None,

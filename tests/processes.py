@@ -143,10 +143,13 @@ class Launched:
         return [process.exitcode for process in self.ranks]
 
     def said(self, stream="err"):
-        """What all ranks wrote to stderr, or stdout ("out"), without progress and warnings of libraries."""
+        """What all ranks wrote to stderr, or stdout ("out"), without progress, how much data there is, and warnings of
+        libraries."""
         text = "\n".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.ranks)))
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-        lines = [line for line in lines if not re.match(r"step \d+ of \d+: |.*: +\d+%\|", line)]
+        lines = [
+            line for line in lines if not re.match(r"step \d+ of \d+: |.*: +\d+%\||[\d,]+ images of \d+ classes", line)
+        ]
         return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
 
 

@@ -7,6 +7,9 @@ A kind is a class with random access by index:
                           InputError, if that image is damaged
     dataset.label(i)      its class, without reading the image
     num_classes           0 to num_classes - 1
+    classes               optional: their names, a list
+    digest                optional: a text that another data set of the same size has not. A training goes on only with
+                          the data that it was begun with
     check()               optional. Another process, perhaps on another machine, made the object and sent it by pickle;
                           raises InputError if this machine does not have the same files
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from asymflow import files
 from asymflow.data.folder import to_uint8
-from asymflow.data.shards import Kind, check_finished, check_shards, load_index, read_meta, shard_path
+from asymflow.data.shards import Kind, check_finished, check_shards, load_index, read_meta, shard_path, shards_digest
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError
 
@@ -77,6 +77,10 @@ class EncodedShards:
 
     def __len__(self) -> int:
         return len(self.bucket)
+
+    @property
+    def digest(self) -> str:
+        return shards_digest(self.shards, self.fingerprints)
 
     def check(self) -> None:
         """Raises InputError if this machine has not the same shards as the one where this object was made."""

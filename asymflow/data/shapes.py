@@ -57,6 +57,14 @@ class Shapes:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def classes(self) -> list[str]:
+        return [f"{color} {shape}" for shape in SHAPES for color in COLORS]
+
+    @property
+    def digest(self) -> str:
+        return f"shapes {self.count} {self.seed}"
+
     def check(self) -> None:
         """Does nothing: the pictures are the same on every machine."""
 

@@ -65,9 +65,14 @@ class TarShards:
             np.concatenate([index[column] for index in indices]) for column in ("name", "label", "image", "caption")
         )
         self.num_classes = int(self.labels.max()) + 1
+        self.classes = read_meta(Path(path), PACKED).get("classes") or []
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        return shards_digest(self.shards, self.fingerprints, self.name, self.labels)
 
     def check(self) -> None:
         """Raises InputError if this machine has not the same shards as the one where this object was made."""
@@ -233,6 +238,14 @@ def fingerprint(shard: str | Path, end: int = 1 << 16) -> str:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - end))
         return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def shards_digest(shards: Sequence[str], *columns: np.ndarray) -> str:
+    """Of the names of shards, without their folder, and of arrays that say what is in them."""
+    found = hashlib.sha256("\0".join(os.path.basename(shard) for shard in shards).encode())  # noqa: PTH119
+    for column in columns:
+        found.update(np.ascontiguousarray(column).tobytes())
+    return found.hexdigest()
 
 
 def check_shards(shards: Sequence[str], fingerprints: Iterable[str]) -> None:

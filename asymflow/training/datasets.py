@@ -1,7 +1,7 @@
 """Making the data set that a configuration names."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,12 +29,48 @@ def make_dataset(config: Config):
     dataset = called(kind, "data.options", c.options, **accepted(kind, given))
     if is_own(c.kind):
         check_own(dataset, c.kind, config.model.image_size)
-    if config.model and dataset.num_classes > config.model.num_classes:
-        raise InputError(
-            f"{c.path or c.kind} has {dataset.num_classes} classes, but model.num_classes is "
-            f"{config.model.num_classes}: add --set model.num_classes={dataset.num_classes}"
-        )
+    if config.model and dataset.num_classes != config.model.num_classes:
+        check_classes(dataset, config)
     return dataset
+
+
+def check_classes(dataset, config: Config) -> None:
+    """InputError, unless there are fewer classes than the model has, and data.fewer_classes allows it."""
+    found, expected = dataset.num_classes, config.model.num_classes
+    names = class_names(dataset)
+    some = f" ({listed(names)})" if names else ""
+    where = f"{config.data.path or config.data.kind} has {found} classes{some}, but model.num_classes is {expected}"
+    if found > expected:
+        raise InputError(f"{where}: add --set model.num_classes={found}")
+    if not config.data.fewer_classes:
+        raise InputError(
+            f"{where}: give the right folder, or add --set model.num_classes={found}; or --set data.fewer_classes=true "
+            "if the others are to stay untrained"
+        )
+
+
+def class_names(dataset) -> list[str]:
+    """The names of the classes, by number; empty if the data set has none."""
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "...", names[-1]] if len(names) > 4 else names)
+
+
+def said(dataset, config: Config) -> list[str]:
+    """What there is to say of a data set at the start of a training."""
+    if not config.model:
+        return []
+    names = class_names(dataset)
+    remarks = [f"{len(dataset):,} images of {dataset.num_classes} classes{': ' if names else ''}{listed(names)}"]
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        remarks.append(
+            f"the classes are numbered in the order of their names as text, not as numbers: {names[1]} is class 1, and "
+            f"{names[-1]} class {len(names) - 1}"
+        )
+    return remarks
 
 
 def check_arguments(kind: Callable, c: Data) -> None:

@@ -49,7 +49,8 @@ class Evaluation:
         self.reference = all_or_raise(self.given_reference, "evaluate.reference") if c.reference else None
         weights = rank0_broadcast(lambda: files.sha256(c.weights)[:16] if c.weights else "downloaded")
         self.about = (
-            f"{min(len(dataset), MOST)} training images, {config.model.image_size} px, {c.extractor}, {weights}"
+            f"{min(len(dataset), MOST)} training images ({getattr(dataset, 'digest', 'unknown')[:16]}), "
+            f"{config.model.image_size} px, {c.extractor}, {weights}"
         )
 
     def given_reference(self) -> Statistics:

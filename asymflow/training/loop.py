@@ -214,6 +214,7 @@ class Training:
             "subspace": checkpoint.fingerprint(self.engine.module.subspace),
             "base": getattr(self.engine.module, "base", None),
             "images": len(self.dataset),
+            "data": getattr(self.dataset, "digest", None),
             "averages": {profile.name: profile.sigma_rel for profile in self.averages.values},
         }
         rank0_broadcast(lambda: [journal.sync() for journal in self.journals] and None, f"before {folder} was written")
@@ -259,9 +260,12 @@ class Training:
         if reader.state.get("base") != getattr(self.engine.module, "base", None):
             raise AgreedError(f"{folder} goes on from another latent model than {self.config.finetune.base}")
         images, branch = reader.state["images"], folder.parent != self.out / run.CHECKPOINTS
-        if images != len(self.dataset) and not branch:
+        others = reader.state.get("data") not in (None, getattr(self.dataset, "digest", None))
+        if (images != len(self.dataset) or others) and not branch:
+            count = len(self.dataset)
+            now = f"there are {count}, in another order" if count != images else "they are others, by name or class"
             raise AgreedError(
-                f"{folder} was trained on {images} images, and now there are {len(self.dataset)}, in another order: "
+                f"{folder} was trained on {images} images, and now {now}: "
                 f"restore the data, or begin another run from there with --out and --resume"
             )
         self.step, self.skipped = reader.state["step"], reader.state["skipped"]

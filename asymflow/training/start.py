@@ -28,7 +28,7 @@ from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
 from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.reading import Config, load_config
-from asymflow.training.datasets import make_dataset
+from asymflow.training.datasets import make_dataset, said
 from asymflow.training.loop import Training
 from asymflow.training.objectives import Objective
 from asymflow.training.objectives.encoded_batches import rare_buckets
@@ -139,7 +139,8 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     all_or_raise(lambda: config.model and patch_size(config.model))  # whether there is such a backbone
     dataset = rank0_broadcast(lambda: make_dataset(config))
     # The other ranks got rank 0's list of files, and their machines may have copies of their own.
-    all_or_raise(lambda: rank and hasattr(dataset, "check") and dataset.check())
+    first = rank > 0 and os.environ["LOCAL_RANK"] == "0"
+    all_or_raise(lambda: first and hasattr(dataset, "check") and dataset.check())
     if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of each machine downloads it
         all_or_raise(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = all_or_raise(lambda: make_objective(config, dataset, device))
@@ -149,6 +150,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     # The folder is made only after the checks above, so that a training that cannot begin leaves none behind.
     lock = rank0_only(lambda: run.open_run(args.out, config))
     folder, remarks = run.checkpoint_to_resume(args.out, args.resume)
+    remarks += said(dataset, config)
     if device.type == "cpu" and config.train.precision == "bf16":
         remarks.append("train.precision is bf16: many CPUs are ten times slower with it than with fp32")
     subspace = get_subspace(config, dataset, args.out, folder, initial, device)

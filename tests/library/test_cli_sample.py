@@ -124,7 +124,9 @@ def test_the_record_says_how_to_make_an_image_again(model, tmp_path):
     assert words[0] == "asymflow"
     assert main(words[1:]) == 0
     assert NAMES[3] in files_in(tmp_path / "b")
-    assert np.abs(pixels(tmp_path / "a" / "images/000003.png") - pixels(tmp_path / "b" / "images/000003.png")).max() <= 1
+    assert (
+        np.abs(pixels(tmp_path / "a" / "images/000003.png") - pixels(tmp_path / "b" / "images/000003.png")).max() <= 1
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -22,7 +22,7 @@ from asymflow.data.shards import TarShards, fingerprint, index_path, read_index,
 from asymflow.errors import InputError
 from asymflow.pixels import UnreadableError, adm_crop
 from asymflow.training.config.reading import load_config
-from asymflow.training.datasets import make_dataset
+from asymflow.training.datasets import make_dataset, said
 
 
 # ---- Shapes ----------------------------------------------------------------------------------------------------------
@@ -256,18 +256,39 @@ def test_an_index_that_cannot_be_of_its_shard_is_made_anew(shards, lie, unread):
     check_shards(TarShards(shards, 8))
 
 
+def rename(folder):
+    """As many images, and as many classes: but one of them has another number."""
+    first = sorted(folder.iterdir())[0]
+    first.rename(folder / "zzz")
+
+
 @pytest.mark.parametrize("make", [TarShards, ImageFolder])
 def test_a_machine_with_other_files_is_found(make, folder, shards):
     made = pickle.loads(pickle.dumps(make({TarShards: shards, ImageFolder: folder}[make], 8)))
     made.check()
     changes = {
         TarShards: [lambda: write_tar(shards / "01.tar", [("5.png", png(pixels(5)))]), (shards / "01.tar").unlink],
-        ImageFolder: [(folder / "d").mkdir, lambda: shutil.rmtree(folder)],
+        ImageFolder: [lambda: rename(folder), (folder / "d").mkdir, lambda: shutil.rmtree(folder)],
     }
     for change in changes[make]:
         change()
-        with pytest.raises(InputError, match=r"01\.tar is (another|missing)|has other classes here|is not a folder"):
+        with pytest.raises(
+            InputError, match=r"01\.tar is (another|missing)|has other images here|d has no images|is not a folder"
+        ):
             made.check()
+
+
+def test_the_digest_is_of_names_and_classes_wherever_they_lie(folder, shards, tmp_path):
+    first, packed = ImageFolder(folder, 8).digest, TarShards(shards, 8).digest
+    shutil.copytree(folder, tmp_path / "moved/a")
+    shutil.copytree(shards, tmp_path / "moved/b")
+    assert ImageFolder(tmp_path / "moved/a", 8).digest == first
+    assert TarShards(tmp_path / "moved/b", 8).digest == packed
+    rename(folder)
+    assert len(ImageFolder(folder, 8)) == len(ImageFolder(tmp_path / "moved/a", 8))
+    assert ImageFolder(folder, 8).digest != first
+    (shards / "00.tar").rename(shards / "99.tar")
+    assert TarShards(shards, 8).digest != packed
 
 
 def test_only_images_of_another_size_are_cropped(tmp_path):
@@ -327,11 +348,26 @@ def test_the_data_set_of_a_configuration(folder, shards):
     assert len(make("shapes", "data.size=77")) == 77
     assert make("shapes")[0].image.shape == (3, 32, 32)
     for kind, path, classes in [("image_folder", folder, 3), ("webdataset", shards, 5)]:
-        data = make(kind, f"data.path={path}")  # the model may have more classes
+        data = make(kind, f"data.path={path}", "data.fewer_classes=true")
         assert data[0].image.shape == (3, 32, 32)
         make(kind, f"data.path={path}", f"model.num_classes={classes}")
-        with pytest.raises(InputError, match=f"{path} has {classes} classes, but model.num_classes is {classes - 1}"):
-            make(kind, f"data.path={path}", f"model.num_classes={classes - 1}")
+        for other in (classes - 1, classes + 1):
+            wrong = rf"{path} has {classes} classes.*, but model.num_classes is {other}: .*model.num_classes={classes}"
+            with pytest.raises(InputError, match=wrong):
+                make(kind, f"data.path={path}", f"model.num_classes={other}")
+
+
+def test_the_start_says_what_there_is(folder):
+    config = load_config("shapes_tiny", ["data.size=1234"])
+    (line,) = said(make_dataset(config), config)
+    assert line == "1,234 images of 16 classes: red circle, green circle, blue circle, ..., orange cross"
+    for old, new in zip(sorted(folder.iterdir()), ("10", "2", "b"), strict=True):
+        old.rename(folder / new)
+    config = load_config("shapes_tiny", ["data.kind=image_folder", f"data.path={folder}", "model.num_classes=3"])
+    assert said(make_dataset(config), config) == [f"{len(ImageFolder(folder, 8))} images of 3 classes: 10, 2, b"]
+    (folder / "b").rename(folder / "30")
+    _, order = said(make_dataset(config), config)
+    assert order.endswith("not as numbers: 2 is class 1, and 30 class 2")
 
 
 def test_a_pipe_or_a_device_is_not_waited_for(folder, tmp_path):

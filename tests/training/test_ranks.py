@@ -184,6 +184,7 @@ def own_folders(folders):
     from asymflow.data import shards
 
     os.chdir(folders / str(this_rank()))
+    os.environ["LOCAL_RANK"] = "0"
     if this_rank() > 0:
         shards.tar_entries = None
 
@@ -192,7 +193,7 @@ def test_one_rank_reads_the_headers_and_none_begins_with_other_shards(tmp_path):
     for rank in range(2):
         write_tar(tmp_path / f"{rank}/0.tar", [("0.png", png(pixels(0))), ("0.cls", b"0")])
         write_tar(tmp_path / f"{rank}/1.tar", [("1.png", png(pixels(rank))), ("1.cls", b"1")])
-    settings = ("data.kind=webdataset", "data.path=.", "train.global_batch_size=2")
+    settings = ("data.kind=webdataset", "data.path=.", "train.global_batch_size=2", "model.num_classes=2")
     launched = Launched(2, tmp_path / "run", *settings, patch=partial(own_folders, tmp_path))
     one_line(launched, "error: rank 1: 1.tar is another file here than where the data was listed: give all machines")
     assert [path.name for path in sorted(tmp_path.rglob("*.npz"))] == ["0.index.npz", "1.index.npz"]

@@ -207,6 +207,13 @@ def more_images():
     Shapes.__len__ = lambda self: count(self) + 1
 
 
+def other_images():
+    """As many of them."""
+    from asymflow.data.shapes import Shapes
+
+    Shapes.digest = "others"
+
+
 def elsewhere(folder):
     """A working folder of its own for each rank, as if on machines without a common disk."""
     (folder / os.environ["RANK"]).mkdir()
@@ -219,6 +226,8 @@ def test_what_a_checkpoint_was_trained_with_has_to_be_there(tmp_path):
     there = everything(out)
     more = Launched(2, out, *settings, "train.steps=4", patch=more_images)
     one_line(more, "checkpoints/00000002 was trained on 256 images, and now there are 257, in another order")
+    others = Launched(2, out, *settings, "train.steps=4", patch=other_images)
+    one_line(others, "was trained on 256 images, and now they are others, by name or class: restore the data")
     other_subspace(out)
     one_line(Launched(2, out, *settings), f"was trained with another subspace than {out}/subspace.safetensors")
     assert everything(out) == there

@@ -16,6 +16,7 @@ MAY_CHANGE = (  # without making another training of it
     "model.checkpoint_every",  # of memory and time only
     "data.path",  # data is moved between machines
     "data.workers",
+    "data.fewer_classes",  # what is allowed, not what there is
     "loss.repa.model",  # and so is DINOv2
     "loss.perceptual.vgg",
     "finetune.base",  # that it is the same model is seen in its weights

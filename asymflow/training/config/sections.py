@@ -120,6 +120,7 @@ class Data(Section):
     size: Count | None = Field(None, description="how many images, for shapes")
     options: OwnOptions = Field({}, description="more arguments of your own class")
     flip: bool = Field(False, description="mirror every other image at random")
+    fewer_classes: bool = Field(False, description="allow fewer classes in the data than model.num_classes")
     workers: WholeNumber = Field(4, description="processes that read images, for each rank; 0: the rank itself")
 
 
