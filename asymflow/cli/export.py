@@ -1,6 +1,7 @@
 """`asymflow export` and `asymflow ema`: a model of a training run, as a folder for `from_pretrained`."""
 
 import argparse
+import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +10,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
-from asymflow.cli.models import about, add_backbone, add_choice, check_run, choose, make_model, verified_reader
+from asymflow.cli.models import (
+    CLASSES,
+    about,
+    add_backbone,
+    add_choice,
+    check_run,
+    choose,
+    make_model,
+    verified_reader,
+)
 from asymflow.errors import InputError
 
 EXAMPLES = {
@@ -124,6 +134,8 @@ def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> 
             save_adapter(args, beside, weights, config, subspace, state["base"])
         else:
             make_model(config, subspace, weights, args.backbone).save_pretrained(beside)
+            if (args.folder / CLASSES).is_file():
+                shutil.copyfile(args.folder / CLASSES, beside / CLASSES)
 
 
 def save_adapter(

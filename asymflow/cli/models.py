@@ -1,5 +1,6 @@
 """Finding the model of a command: a folder, a file, a training run, or a name on the Hugging Face Hub."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -47,6 +48,22 @@ class Choice(NamedTuple):
 
         reader = verified_reader(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
+
+
+CLASSES = "classes.json"  # in the folder of a run, or of a model that was exported from it
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the classes of a run or model, by number; empty if they are not known. InputError if damaged."""
+    if not (folder / CLASSES).is_file():
+        return []
+    try:
+        names = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise InputError(f"{folder / CLASSES} must be a list of names in JSON: remove it to do without names") from None
+    return names
 
 
 def is_run(folder: Path) -> bool:

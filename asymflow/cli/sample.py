@@ -2,7 +2,10 @@
 
 import argparse
 import math
+import re
 import shlex
+import sys
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -14,7 +17,7 @@ from asymflow import files, packages
 from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import default_device, image_size
 from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record, own_device
-from asymflow.cli.models import MODEL, Choice, add_choice, find_model, model_of_run, own_backbone
+from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, model_of_run, own_backbone
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.extensions import check_name, find, is_own
@@ -85,7 +88,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     classes = p.add_argument_group("images of classes")
     classes.add_argument("--model", type=Path, help=MODEL)
     add_choice(classes)
-    classes.add_argument("--classes", help='class numbers such as 207,360, or "all" (default: all)')
+    classes.add_argument("--classes", help='numbers or names, such as 207,otter, or "all" (default: all)')
     methods = f"{', '.join(METHODS)}, or package.module:function of your own; heun evaluates the model twice a step"
     classes.add_argument("--method", help=f"{methods} (default: heun)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
@@ -144,7 +147,8 @@ def run_classes(args: argparse.Namespace) -> None:
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
-    classes = class_list(args.classes, flow.backbone.num_classes)
+    names = class_names(found.run if isinstance(found, Choice) else found)
+    classes = class_list(args.classes, flow.backbone.num_classes, names)
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # checks the size
     plan = [(i, classes[i % len(classes)]) for i in range(args.first, args.first + args.num)]
@@ -246,16 +250,32 @@ def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]
 
 
 # ---- Values of options -----------------------------------------------------------------------------------------------
-def class_list(text: str, num_classes: int) -> list[int]:
+def class_list(text: str, num_classes: int, names: list[str]) -> list[int]:
+    """The classes that --classes means. names: of the classes, by number; empty if they are not known.
+
+    A number is the number of a class, also where classes have numbers for names.
+    """
     if text == "all":
         return list(range(num_classes))
-    try:
-        classes = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f'--classes must be numbers such as 207,360, or "all", but it is {text!r}') from None
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise InputError(f"--classes {label} is not a class of this model: they run from 0 to {num_classes - 1}")
+    number = {name.casefold(): i for i, name in enumerate(names)}
+    if text.casefold() in number and not text.isdecimal():  # it may have a comma in it
+        return [number[text.casefold()]]
+    classes = []
+    for word in map(str.strip, text.split(",")):
+        if re.fullmatch("-?[0-9]+", word):
+            if not 0 <= int(word) < num_classes:
+                last = num_classes - 1
+                raise InputError(f"--classes {word} is not a class of this model: they run from 0 to {last}")
+            if number.get(word, int(word)) != int(word):
+                print(f"--classes {word} is class number {word}: that named {word} is {number[word]}", file=sys.stderr)
+            classes.append(int(word))
+        elif word.casefold() in number:
+            classes.append(number[word.casefold()])
+        else:
+            near = get_close_matches(word, names, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "numbers, such as 207,360, names, or all"
+            known = "" if names else ", and this model has no names of classes"
+            raise InputError(f"--classes {word!r:.60} is no class{known}: {hint}")
     return classes
 
 

@@ -28,7 +28,7 @@ from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
 from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.reading import Config, load_config
-from asymflow.training.datasets import make_dataset, said
+from asymflow.training.datasets import class_names, make_dataset, said
 from asymflow.training.loop import Training
 from asymflow.training.objectives import Objective
 from asymflow.training.objectives.encoded_batches import rare_buckets
@@ -156,6 +156,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     subspace = get_subspace(config, dataset, args.out, folder, initial, device)
     torch.manual_seed(config.train.seed)
     flow = all_or_raise(lambda: make_flow(config, subspace))
+    rank0_only(lambda: run.write_classes(args.out, class_names(dataset)))
     training = Training(config, args.out, flow, dataset, device, objective_for(flow))
     training.held = lock  # the folder stays locked as long as this object exists
     if folder is not None:

@@ -1,6 +1,5 @@
 """`asymflow sample`: what it leaves, that it resumes, and that no two runs ever mix in one folder."""
 
-import errno
 import json
 import os
 import shlex
@@ -229,7 +228,7 @@ def test_a_damaged_record_is_refused(model, tmp_path, capsys, content):
     [
         (dict(classes="1,10"), "--classes 10 is not a class"),
         (dict(classes="-1"), "--classes -1 is not a class"),
-        (dict(classes="cat"), "--classes must be numbers"),
+        (dict(classes="cat"), "--classes 'cat' is no class, and this model has no names of classes: numbers"),
         (dict(num=0), "--num must be at least 1"),
         (dict(first=-1), "--first must be at least 0"),
         (dict(batch=0), "--batch must be at least 1"),
@@ -395,20 +394,7 @@ def test_a_folder_of_an_earlier_version_goes_on_as_it_was(model, tmp_path):
     for entry in record["images"]:
         entry["file"] = Path(entry["file"]).name
     (out / "samples.json").write_text(json.dumps(record))
-    (out / "images/000001.png").unlink()
+    (out / Path(NAMES[1]).name).unlink()
     assert run(model, out) == 0
     assert files_in(out) == [*(Path(name).name for name in NAMES), "grid.png", "samples.json"]
-    assert all(np.array_equal(pixels(out / Path(name).name), image) for name, image in whole.items())
-
-
-def test_where_there_are_no_hard_links_too(model, tmp_path, monkeypatch):
-    """On exFAT, network and cloud drives."""
-
-    def link(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    assert run(model, tmp_path / "out", num=2) == 0
-    with pytest.raises(FileExistsError), files.replacing(tmp_path / "out/samples.json", new=True) as beside:
-        beside.write_text("other")
-    assert json.loads((tmp_path / "out/samples.json").read_text())["images"]
+    assert all(np.abs(pixels(out / Path(name).name) - image).max() <= 1 for name, image in whole.items())

@@ -363,3 +363,17 @@ def test_a_state_dict_of_another_subspace_is_refused_by_name():
             subspace.load_state_dict(other)
     found = subspace.load_state_dict({}, strict=False)
     assert (sorted(found.missing_keys), found.unexpected_keys) == (["basis", "scale"], [])
+
+
+def test_a_name_is_claimed_without_hard_links_too(tmp_path, monkeypatch):
+    """On exFAT, network and cloud drives."""
+
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with files.replacing(tmp_path / "file", new=True) as beside:
+        beside.write_text("first")
+    with pytest.raises(FileExistsError), files.replacing(tmp_path / "file", new=True) as beside:
+        beside.write_text("second")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]

@@ -14,6 +14,8 @@ from processes import train, words
 
 from asymflow import AsymFlow
 from asymflow.cli import main
+from asymflow.cli.models import class_names
+from asymflow.data.shapes import Shapes
 from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
@@ -63,6 +65,14 @@ def test_an_exported_model_is_what_the_checkpoint_holds(run, tmp_path, options, 
     assert exported.keys() == reader.shapes.keys()
     for name, expected in reader.full(kind).items():
         assert torch.equal(exported[name], expected), name
+
+
+def test_the_names_of_the_classes_are_kept(run, model, tmp_path):
+    assert class_names(run) == class_names(model) == Shapes(1, 8).classes
+    words = ["--classes", "blue circle", "--num", "1", "--steps", "1", "--device", "cpu"]
+    assert main(["sample", "--model", str(model), "--out", str(tmp_path / "out"), *words]) == 0
+    (drawn,) = json.loads((tmp_path / "out/samples.json").read_text())["images"]
+    assert drawn["class"] == Shapes(1, 8).classes.index("blue circle")
 
 
 def test_an_exported_model_can_be_asked_what_it_is(model, capsys):

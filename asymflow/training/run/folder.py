@@ -2,6 +2,7 @@
 
 RUN/config.yaml             the resolved configuration
 RUN/subspace.safetensors    the subspace that the model uses
+RUN/classes.json            the names of the classes, by number, if the data has names
 RUN/metrics.jsonl           one object a step
 RUN/evaluations.jsonl       one object an evaluation
 RUN/checkpoints/00001000/   see checkpoint.py; a damaged one is renamed to 00001000.damaged
@@ -29,7 +30,7 @@ from asymflow.training.config.reading import Config, dump, load_config
 from asymflow.training.run import checkpoint
 from asymflow.training.run.ranks import AgreedError, gather, rank0_broadcast
 
-CONFIG, SUBSPACE = "config.yaml", "subspace.safetensors"
+CONFIG, SUBSPACE, CLASSES = "config.yaml", "subspace.safetensors", "classes.json"
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
 LOCK, ABANDONED = ".lock", "abandoned"
@@ -56,6 +57,12 @@ def open_run(out: Path, config: Config) -> TextIO:
     with files.replacing(path) as beside:
         beside.write_text(dump(config))
     return lock
+
+
+def write_classes(out: Path, names: list[str]) -> None:
+    if names:
+        with files.replacing(out / CLASSES) as beside:
+            beside.write_text(json.dumps(names, indent=1) + "\n")
 
 
 def clear_leftovers(out: Path) -> None:
