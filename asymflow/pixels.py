@@ -8,6 +8,7 @@ one, and `in_order` reads many in several threads.
 
 import io
 import os
+import posixpath
 import random
 import stat
 import tarfile
@@ -26,6 +27,7 @@ from asymflow.errors import InputError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 LATENTS = "latent.npy"
+MOST_LINKS = 40  # one after the other, as in Linux
 T, Result = TypeVar("T"), TypeVar("Result")
 
 
@@ -112,11 +114,15 @@ def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
 
 
 def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
-    """Entries by sample and kind of file, such as `samples(...)["shard.tar: 0001"]["png"]`."""
+    """Entries by sample and kind of file, such as `samples(...)["shard.tar: 0001"]["png"]`.
+
+    Raises InputError if a sample has two files of a kind: `1.png` and `1.PNG`, or one name twice in a tar file.
+    """
     found: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         key, kind = entry.parts
-        found.setdefault(key, {})[kind] = entry
+        if (other := found.setdefault(key, {}).setdefault(kind, entry)) is not entry:
+            raise InputError(f"{other} and {entry} are of the same sample and kind: remove one of them")
     return found
 
 
@@ -150,23 +156,49 @@ def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
 
 
 def tar_entries(path: str) -> Iterator[Entry]:
-    """The files in a tar file. InputError unless it is whole and not compressed."""
+    """The files in a tar file; a link to another file in it is that file. InputError unless it is whole, one archive,
+    and not compressed.
+
+    What cannot be read, such as a link to nothing, is an entry without content, so that it is named where it is used.
+    """
     if not os.path.isfile(path):  # noqa: PTH113 (opening a pipe would wait for a writer)
         raise InputError(f"{path} is not a file")
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and member.sparse is None and not member.name.rpartition("/")[2].startswith("."):
-                    yield Entry(path, member.name, member.offset_data, member.size)
+            members = list(tar)
             # If a file is cut off between two members, or has garbage there, tarfile takes that for its end.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("there is no end-of-archive mark")
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("it goes on behind its end, as archives put together by cat do")
     except (tarfile.TarError, ValueError) as e:
         raise InputError(
             f"{path} is not a whole, uncompressed tar file ({e}). If it was downloaded or copied, do that again; if it "
             "is compressed, decompress it"
         ) from None
+    named = {posixpath.normpath(member.name): member for member in members}
+    for member in members:
+        if not member.isdir() and not posixpath.basename(member.name).startswith("."):
+            target = followed(member, named)
+            place = (target.offset_data, target.size) if target else (0, 0)
+            yield Entry(path, member.name, *place)
+
+
+def followed(member: tarfile.TarInfo, named: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file that a member is, or to which it is a link within the archive. None if there is none."""
+    for _ in range(MOST_LINKS):
+        if member.islnk():
+            name = member.linkname
+        elif member.issym():
+            name = posixpath.join(posixpath.dirname(member.name), member.linkname)
+        else:
+            return member if member.isreg() and member.sparse is None else None
+        member = named.get(posixpath.normpath(name))
+        if member is None:
+            break
+    return None
 
 
 def listing(paths: list[str | Path], shown: int = 2) -> str:

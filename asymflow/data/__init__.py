@@ -10,6 +10,7 @@ A kind is a class with random access by index:
     classes               optional: their names, a list
     digest                optional: a text that another data set of the same size has not. A training goes on only with
                           the data that it was begun with
+    remarks               optional: what a user should know of it at the start of a training, a list of texts
     check()               optional. Another process, perhaps on another machine, made the object and sent it by pickle;
                           raises InputError if this machine does not have the same files
 

@@ -106,9 +106,9 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
             found += with_captions(tars_opened(folder_entries(path)))
         elif not Path(path).exists():
             raise InputError(f"{path} does not exist")
-        elif path.endswith(".tar"):
+        elif path.lower().endswith(".tar"):
             found += with_captions(tar_entries(path))
-        elif path.endswith(".jsonl"):
+        elif path.lower().endswith(".jsonl"):
             found += json_lines(Path(path))
         else:
             raise InputError(f"{path} is neither a folder, nor a .tar or .jsonl file, nor shapes:COUNT")
@@ -120,7 +120,7 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
 def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
     """The entries, with each .tar file replaced by the files in it."""
     for entry in entries:
-        if entry.path.endswith(".tar"):
+        if entry.path.lower().endswith(".tar"):
             yield from tar_entries(entry.path)
         else:
             yield entry

@@ -1,9 +1,12 @@
 """Tar shards in the convention of WebDataset: KEY.png (or jpg, ...), its class KEY.cls and its caption KEY.txt."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +59,10 @@ class TarShards:
         indices = find_indices(self.shards)
         self.fingerprints = np.array([index["fingerprint"] for index in indices])
         counts = [len(index["label"]) for index in indices]
+        self.passed_over = [os.fsdecode(name) for index in indices for name in index.get("passed", [])]
         if not sum(counts):
-            raise InputError(f"{path} has no images: no file in it ends with {', '.join(IMAGES)}")
+            why = f"no file in it ends with {', '.join(IMAGES)}" if not self.passed_over else dotted(self.passed_over)
+            raise InputError(f"{path} has no images: {why}")
         self.shard = np.repeat(np.arange(len(counts)), counts)
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
@@ -69,6 +74,18 @@ class TarShards:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know: what is passed over, and that the shards are of several sets."""
+        found = []
+        if self.passed_over:
+            found.append(f"of {len(self) + len(self.passed_over)} images {dotted(self.passed_over)}")
+        sets = Counter(re.sub(r"[0-9]+", "#", os.path.basename(shard)) for shard in self.shards)  # noqa: PTH119
+        if len(sets) > 1 and len(sets) < len(self.shards):
+            names = ", ".join(f"{count} of {name}" for name, count in sorted(sets.items()))
+            found.append(f"all shards are used: {names}. To use some, give a pattern, such as {self.path}/train-*.tar")
+        return found
 
     @property
     def digest(self) -> str:
@@ -90,10 +107,22 @@ class TarShards:
         return Sample(to_uint8(image), self.label(index), str(entry), text)
 
 
+def dotted(names: Sequence[str]) -> str:
+    """Why these images of a tar file are not used."""
+    return (
+        f"{len(names)} are passed over, such as {names[0]}: WebDataset takes a name up to its first dot for the key of "
+        "the sample, so that what follows is no kind of image: rename them"
+    )
+
+
 def shard_paths(path: Path, size: int) -> list[str]:
+    """The tar files that `data.path` means: one, all of a folder, or those of a pattern as {0000..0099} or *."""
     if not path.is_dir():
-        return [str(files.existing_file(path))]
-    shards = sorted(str(shard) for shard in path.glob("*.tar") if not shard.name.startswith("."))
+        return expanded(str(path)) if re.search(r"[*?\[{]", str(path)) and not path.exists() else [existing_tar(path)]
+    files_in = sorted(str(file) for file in path.iterdir() if not file.name.startswith("."))
+    shards = [file for file in files_in if file.lower().endswith(".tar")]
+    if packed := [file for file in files_in if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.lower())]:
+        raise InputError(f"{packed[0]} is compressed, and shards are read at any place: decompress it, or move it away")
     if meta := read_meta(path, PACKED):
         check_finished(path, PACKED, meta, shards)
         if meta["size"] < size:
@@ -101,6 +130,28 @@ def shard_paths(path: Path, size: int) -> list[str]:
     if not shards:
         raise InputError(f"{path} has no tar files (a folder with one folder for each class is data.kind image_folder)")
     return shards
+
+
+def existing_tar(path: Path) -> str:
+    return str(files.existing_file(path))
+
+
+def expanded(pattern: str) -> list[str]:
+    """The files of a pattern: "train-{0000..0099}.tar" means all of these, "train-*.tar" those that are there."""
+    if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = numbers.groups()
+        if not 0 <= int(last) - int(first) < 10**6:
+            raise InputError(f"{pattern}: {numbers[0]} must go up, by less than a million")
+        start, end = pattern[: numbers.start()], pattern[numbers.end() :]
+        names = (f"{start}{n:0{len(first)}}{end}" for n in range(int(first), int(last) + 1))
+    elif words := re.search(r"\{([^{}]*,[^{}]*)\}", pattern):
+        names = (f"{pattern[: words.start()]}{word}{pattern[words.end() :]}" for word in words[1].split(","))
+    else:
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [existing_tar(Path(pattern))]  # noqa: PTH207
+        if not found:
+            raise InputError(f"{pattern}: there is no such file")
+        return found
+    return [file for name in names for file in expanded(name)]
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -129,11 +180,12 @@ def check_finished(folder: Path, kind: Kind, meta: dict, whole: Collection[str])
 
 def read_index(shard: str) -> Index:
     """Make the index of a tar file from its headers. InputError if the file is damaged, or a sample incomplete."""
-    rows, found = [], samples(tar_entries(shard))
+    rows, passed, found = [], [], samples(tar_entries(shard))
     with open(shard, "rb") as file:  # noqa: PTH123
         for key, kinds in found.items():
             images = [kinds[kind] for kind in IMAGES if kind in kinds]
             if not images:
+                passed += [os.fsencode(entry.member) for entry in kinds.values() if entry.is_image]
                 continue
             if len(images) > 1:
                 raise InputError(f"{key} has more than one image: {images[0].member} and {images[1].member}")
@@ -145,7 +197,7 @@ def read_index(shard: str) -> Index:
                 raise InputError(f"{kinds['cls']} must be a class, a whole number from 0, but it is {label[:20]!r}")
             caption = kinds.get("txt", Entry(shard, size=-1))
             rows.append((images[0].member, int(label), images[0].offset, images[0].size, caption.offset, caption.size))
-    return make_index(rows)
+    return {**make_index(rows), "passed": np.array(passed, np.bytes_)}
 
 
 def make_index(rows: list[tuple[str, int, int, int, int, int]]) -> Index:
@@ -162,7 +214,9 @@ def find_indices(shards: Sequence[str]) -> list[Index]:
     Prints one line to stderr if some cannot be saved. Raises InputError as `read_index`.
     """
     kept = lambda shard: (load_index(shard, COLUMNS, path) for path in places(shard))
-    indices = [next(filter(None, kept(shard)), None) for shard in shards]
+    # Earlier versions did not note, in an index that was made by reading a shard, what they passed over.
+    usable = lambda index: index is not None and ("modified" not in index or "passed" in index)
+    indices = [next(filter(usable, kept(shard)), None) for shard in shards]
     missing, unkept = [number for number, index in enumerate(indices) if index is None], []
     made = in_order(index_anew, [shards[number] for number in missing], THREADS)
     bar = tqdm(made, "reading the headers of shards", len(missing), unit="shard", delay=2, leave=False)
@@ -196,7 +250,7 @@ def keep_index(shard: str, index: Index) -> str | None:
 
 
 def index_path(shard: str | Path) -> Path:
-    return Path(str(shard).removesuffix(".tar") + INDEX)
+    return Path(re.sub(r"\.tar$", "", str(shard), flags=re.IGNORECASE) + INDEX)
 
 
 def places(shard: str) -> list[Path]:

@@ -64,7 +64,8 @@ def said(dataset, config: Config) -> list[str]:
     if not config.model:
         return []
     names = class_names(dataset)
-    remarks = [f"{len(dataset):,} images of {dataset.num_classes} classes{': ' if names else ''}{listed(names)}"]
+    remarks = list(getattr(dataset, "remarks", []))
+    remarks += [f"{len(dataset):,} images of {dataset.num_classes} classes{': ' if names else ''}{listed(names)}"]
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         remarks.append(
             f"the classes are numbered in the order of their names as text, not as numbers: {names[1]} is class 1, and "
