@@ -1,6 +1,8 @@
 """Parsing of a command's options, with errors of one line."""
 
 import argparse
+import os
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -8,6 +10,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """With ~ for the home folder in every path: shells do not replace it in `--out=~/runs`."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            if isinstance(value, Path):
+                setattr(namespace, name, Path(os.path.expanduser(value)))  # noqa: PTH111 (leaves what is no user)
+            elif isinstance(value, list):
+                home = lambda item: Path(os.path.expanduser(item)) if isinstance(item, Path) else item  # noqa: PTH111
+                setattr(namespace, name, list(map(home, value)))
+        return namespace, rest
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -54,7 +55,7 @@ LABEL = 15  # characters of the first column
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("info", description=TEXT, epilog=EXAMPLES)
-    p.add_argument("model", metavar="MODEL", help=f"{MODEL}; a name; or config")
+    p.add_argument("model", type=os.path.expanduser, metavar="MODEL", help=f"{MODEL}; a name; or config")
     add_choice(p)
     p.add_argument("--image-size", type=image_size, metavar="N|HxW", help="in pixels, if not as trained")
     p.add_argument(

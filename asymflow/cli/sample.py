@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -105,7 +106,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     prompts.add_argument("--width", type=int, help="pixels (default: of the first --image, or 1024)")
     prompts.add_argument("--height", type=int, help="pixels (default: of the first --image, or 1024)")
     prompts.add_argument("--image", type=Path, action="append", help="reference image; may be given several times")
-    prompts.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="a further LoRA, for style")
+    prompts.add_argument(
+        "--lora", type=os.path.expanduser, action="append", metavar="FILE[:WEIGHT]", help="a further LoRA, for style"
+    )
     prompts.add_argument("--max-length", type=int, help="tokens of a prompt (default: 512)")
     prompts.add_argument("--no-clamp", action="store_true", help="leave the denoised image as it is on the way")
     prompts.add_argument("--offload", action="store_true", help="keep only what runs on the device, to save memory")

@@ -41,6 +41,7 @@ class Evaluation:
         """Raises AgreedError if the extractor or the reference cannot be used."""
         self.config, self.dataset, self.path, self.device = config, dataset, out / REFERENCE, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.few = False  # whether there are fewer images than features, as far as is known
         c = config.evaluate
         load = lambda: load_extractor(c.extractor, c.weights, device)
         # Rank 0 loads first, and may download the weights; then the others find the file.
@@ -84,6 +85,7 @@ class Evaluation:
             return None
         if features.isnan().any():
             return math.nan
+        self.few = features.shape[1] > min(c.evaluate.num, MOST if c.evaluate.reference else len(self.dataset))
         return rank0_broadcast(lambda: frechet_distance(statistics_of(features), self.reference))
 
     def label(self, index: int) -> int:

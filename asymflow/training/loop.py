@@ -371,6 +371,7 @@ class Training:
             shown = (
                 f"{found:.4g}" if found is not None else "not measured: samples have numbers that are NaN or infinite"
             )
+            words += "; of fewer images than features: compare it with nothing" if self.evaluation.few else ""
             tqdm.write(f"step {self.step}: Fréchet distance {shown} ({words})", file=sys.stderr)
             if found is not None:
                 self.engine.monitor.write_events([("evaluation/frechet_distance", found, self.step)])

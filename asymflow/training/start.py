@@ -51,11 +51,11 @@ from asymflow.training.zero.settings import deepspeed_config
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(prog="train_ddp.py", description="Train a pixel transformer as an asymmetric flow, with DeepSpeed.")
-    p.add_argument("--config", default="shapes_tiny", help="name of a shipped configuration, or a YAML file")
+    config = "name of a shipped configuration, or a YAML file"
+    p.add_argument("--config", type=os.path.expanduser, default="shapes_tiny", help=config)
     p.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/NAME)")
-    p.add_argument(
-        "--resume", default="auto", help="auto: from the newest whole checkpoint; never; or a checkpoint folder"
-    )
+    resume = "auto: from the newest whole checkpoint; never; or a checkpoint folder"
+    p.add_argument("--resume", type=os.path.expanduser, default="auto", help=resume)
     p.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override a key: see `asymflow info config`"
     )

@@ -255,7 +255,13 @@ def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
     evaluation.config = load_config("shapes_tiny", ["evaluate.num=12", "evaluate.batch_size=4"])
     evaluation.features = lambda pixels: pixels.double().flatten(2).mean(2)
     evaluation.reference, evaluation.rank, evaluation.world = statistics(torch.rand(9, 3)), 0, 1
+    evaluation.dataset = range(9)
     assert math.isfinite(evaluation.distance(None, lambda: False)) == (not broken)
+    if not broken:
+        assert not evaluation.few
+        evaluation.dataset = range(2)  # images, for three features
+        evaluation.distance(None, lambda: False)
+        assert evaluation.few
 
 
 def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):

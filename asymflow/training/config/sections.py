@@ -4,9 +4,19 @@ A class is a section of the YAML file, a field is a key. Keys without a default 
 """
 
 import math
+import os
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from asymflow.precision import Precision
@@ -48,6 +58,7 @@ class Described(NamedTuple):
     section: type[BaseModel]
 
 
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # a path: shells do not replace ~ in --set data.path=~/x
 # The arguments of a class or function of one's own. null, over those of a base: none.
 OwnOptions = Annotated[dict[Text, JsonValue], BeforeValidator(lambda options: {} if options is None else options)]
 
@@ -83,7 +94,7 @@ class SubspaceSection(Section):
     """Where the noise is predicted. Rank 0 is x0-prediction, the full rank u-prediction."""
 
     rank: WholeNumber | Literal["full", "auto"] = Field(description="dimensions; auto: as many as pay off")
-    file: Text | None = Field(None, description="of `asymflow subspace`; null: fitted on first start")
+    file: Place | None = Field(None, description="of `asymflow subspace`; null: fitted on first start")
     images: Count = Field(10_000, description="images to fit it on")
 
 
@@ -103,8 +114,8 @@ class Finetune(Section):
     Beside the LoRAs, x_embedder, proj_out and norm_out are trained in full.
     """
 
-    base: Text | None = Field(None, description="required: its folder, as diffusers saves it; the transformer is read")
-    subspace: Text | None = Field(None, description="required: file of `asymflow subspace procrustes`")
+    base: Place | None = Field(None, description="required: its folder, as diffusers saves it; the transformer is read")
+    subspace: Place | None = Field(None, description="required: file of `asymflow subspace procrustes`")
     lora: Lora | None = Field(Lora(), description="null: all weights are trained")
     checkpointing: bool = Field(True, description="recompute every block in the backward pass")
 
@@ -116,7 +127,7 @@ class Data(Section):
         description="what `path` is: image_folder, webdataset, or encoded, by `asymflow data encode`, for finetune; "
         "shapes are generated; or package.module:Class of your own"
     )
-    path: Text | None = Field(None, description="folder of images, or tar shards")
+    path: Place | None = Field(None, description="folder of images, or tar shards")
     size: Count | None = Field(None, description="how many images, for shapes")
     options: OwnOptions = Field({}, description="more arguments of your own class")
     flip: bool = Field(False, description="mirror every other image at random")
@@ -127,7 +138,7 @@ class Data(Section):
 class Repa(Section):
     """Alignment of the tokens after one block with the features of DINOv2."""
 
-    model: Text = Field(description="folder of a DINOv2 of the package transformers")
+    model: Place = Field(description="folder of a DINOv2 of the package transformers")
     weight: Positive = Field(0.5, description="of the alignment in the loss")
     after: Count = Field(8, description="blocks that the tokens have passed")
     hidden: Count = Field(2048, description="width of the projection")
@@ -137,7 +148,7 @@ class PerceptualSection(Section):
     """LPIPS between decoded images, for finetune."""
 
     weight: Positive = Field(1.0, description="in the loss")
-    vgg: Text | None = Field(
+    vgg: Place | None = Field(
         None, description="file of torchvision's weights of VGG16; null: torchvision finds or downloads it; or random"
     )
 
@@ -237,9 +248,11 @@ class Evaluate(Section):
     num: Annotated[int, Field(ge=2)] = Field(10_000, description="samples to draw; distances of other numbers differ")
     batch_size: Count = Field(64, description="samples at a time on a rank")
     extractor: Text = Field("inception-v3-compat", description="torch-fidelity's name, or classifier: of this package")
-    weights: Text | None = Field(None, description="file of the weights of the extractor; null: downloaded")
+    weights: Place | None = Field(None, description="file of the weights of the extractor; null: downloaded")
     labels: Literal["balanced", "data"] = Field("balanced", description="classes to draw: all alike, or as in the data")
-    reference: Text | None = Field(None, description="npz file with mu and sigma; null: taken from the training images")
+    reference: Place | None = Field(
+        None, description="npz file with mu and sigma; null: taken from the training images"
+    )
 
 
 class Sections(Section):
