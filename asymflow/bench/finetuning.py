@@ -137,7 +137,7 @@ def write_data(folder: Path, latent: Flux2Transformer2DModel, size: tuple[int, i
         content = {"png": as_png(Image.fromarray(pixels)), "json": json.dumps(facts).encode()}
         return number, {**content, "safetensors": save(tensors)}
 
-    Writer(shards, ENCODED, IMAGES).write(0, map(sample, range(IMAGES)), partial(index_of, 0))
+    Writer(shards, ENCODED, IMAGES).write(0, map(sample, range(IMAGES)), partial(index_of, 0, []))
     save_file({"prompt": noise(text_length, c.joint_attention_dim, dtype=torch.bfloat16)}, shards / EMPTY_PROMPT)
     shape = {"rank": c.in_channels, "patch_size": patch, "prompt_shape": (text_length, c.joint_attention_dim)}
     (shards / META).write_text(json.dumps({"format": ENCODED.format, "shards": 1, "buckets": [size], **shape}))

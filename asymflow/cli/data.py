@@ -12,7 +12,7 @@ import torch
 
 from asymflow.cli.common import at_least, default_device
 from asymflow.cli.subspace import own_device, processes
-from asymflow.data.encode import LOSSLESS, encode
+from asymflow.data.encode import CUT, LOSSLESS, encode
 from asymflow.data.pack import pack
 from asymflow.data.writing import FORMATS, PROBLEMS
 from asymflow.errors import InputError
@@ -143,6 +143,8 @@ def run_encode(args: argparse.Namespace) -> None:
         return
     if meta["left_out"]:
         print(f"{meta['left_out']} are left out: see {args.out / PROBLEMS} for the reasons", file=sys.stderr)
+    if cut := meta.get("cut_captions"):
+        print(f"{cut} captions are longer than --max-length, and were cut: see {args.out / CUT}", file=sys.stderr)
     filled = sum(count > 0 for count in meta["images_in_bucket"])
     sizes = "one size" if filled == 1 else f"{filled} sizes"
     print(f"{meta['images']:,} images of {sizes} are in {args.out}, in shards: {meta['shards']:,}")

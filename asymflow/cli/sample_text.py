@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from asymflow import files
 from asymflow.backbones.flux2.adapter import find
 from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
+from asymflow.cli.common import this_process
 from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, open_record, own_device
 from asymflow.color import oklab_to_rgb
 from asymflow.data.captioned import upright
+from asymflow.data.encoders import prompt_tokens
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
 from asymflow.pixels import to_rgb
@@ -33,6 +36,10 @@ def run_prompts(args: argparse.Namespace) -> None:
     loras = [lora(text) for text in args.lora or ()]
     images = [read_image(path) for path in args.image or ()]
     pipeline = load(args, loras)
+    for prompt in dict.fromkeys(prompts):
+        if (tokens := prompt_tokens(pipeline, prompt)) > args.max_length and this_process()[0] == 0:
+            used = f"has {tokens} tokens, of which {args.max_length} are used (--max-length)"
+            print(f"the prompt {prompt!r:.60} {used}", file=sys.stderr)
     patch_size = pipeline.flow.patch_size
     sizes = [pipeline.reference(image, patch_size).shape[-2:] for image in images]  # also checks the images
     like = sizes[0] if sizes else (SIZE, SIZE)

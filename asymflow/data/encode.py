@@ -28,11 +28,20 @@ from asymflow.data import writing
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import Drawing, Photo, find_captioned
 from asymflow.data.encoded import EMPTY_PROMPT, ENCODED
-from asymflow.data.encoders import PARTS, encode_image, encode_prompts, folder_digest, load_encoders, read_base
+from asymflow.data.encoders import (
+    PARTS,
+    encode_image,
+    encode_prompts,
+    folder_digest,
+    load_encoders,
+    prompt_tokens,
+    read_base,
+)
 from asymflow.data.shards import Index, read_meta
 from asymflow.errors import InputError
 from asymflow.pixels import UnreadableError, in_order, to_tensor
 
+CUT = "cut_captions.log"  # "name: tokens" of each caption that is longer than --max-length, sorted
 LOSSLESS = ("png", "webp")  # formats of images: the image is to be what the latent was made of
 SAME = {  # what must stay the same when the command goes on, and what a user knows it as
     **writing.SAME,
@@ -122,10 +131,10 @@ def encode(
         if not (out / EMPTY_PROMPT).exists():
             files.write_tensors(out / EMPTY_PROMPT, {"prompt": encode_prompts(encoders(), [""], max_length)[0]})
         for number in todo:
-            bucket = facts[plan[number][0]].bucket
+            bucket, cut = facts[plan[number][0]].bucket, []
             pictures = in_order(partial(read, items, facts, sizes[bucket], image_format), plan[number], threads)
-            samples = encoded(encoders(), shards.readable(pictures), facts, batch, max_length)
-            shards.write(number, samples, partial(index_of, bucket))
+            samples = encoded(encoders(), shards.readable(pictures), facts, batch, max_length, cut)
+            shards.write(number, samples, partial(index_of, bucket, cut))
         return shards.finish(len(plan), partial(summary, shards))
 
 
@@ -157,10 +166,15 @@ def read(items: list, facts: list, size: tuple[int, int], image_format: str, num
     return image, number, {image_format: writing.image_bytes(image, image_format), "json": text}
 
 
-def encoded(pipeline, pictures: Iterator, facts: list, batch: int, max_length: int) -> Iterator[writing.Sample]:
-    """What was `read` as samples with their tensors."""
+def encoded(
+    pipeline, pictures: Iterator, facts: list, batch: int, max_length: int, cut: list[str]
+) -> Iterator[writing.Sample]:
+    """What was `read` as samples with their tensors. cut: gets a line for each caption that is too long."""
     while some := list(islice(pictures, batch)):
         images, numbers, contents = zip(*some, strict=True)
+        for number, content in zip(numbers, contents, strict=True):
+            if (tokens := prompt_tokens(pipeline, facts[number].caption)) > max_length:
+                cut.append(f"{json.loads(content['json'])['name']}: {tokens} tokens, of which {max_length} are used")
         latents = encode_image(pipeline.vae, torch.stack([*map(to_tensor, images)])).float().cpu()
         prompts = encode_prompts(pipeline, [facts[number].caption for number in numbers], max_length).cpu()
         for number, content, latent, prompt in zip(numbers, contents, latents, prompts, strict=True):
@@ -168,16 +182,21 @@ def encoded(pipeline, pictures: Iterator, facts: list, batch: int, max_length: i
             yield number, {**content, "safetensors": safetensors.torch.save(tensors)}
 
 
-def index_of(bucket: int, numbers: list[int], spans: list[writing.Spans]) -> Index:
-    """number (n,), span (n, 3, 2), offset and size of each file, and bucket."""
+def index_of(bucket: int, cut: list[str], numbers: list[int], spans: list[writing.Spans]) -> Index:
+    """number (n,), span (n, 3, 2), offset and size of each file, bucket, and cut, a line for each caption too long."""
     span = np.array(spans, np.int64).reshape(-1, 3, 2)
-    return {"number": np.array(numbers, np.int64), "span": span, "bucket": np.array(bucket)}
+    index = {"number": np.array(numbers, np.int64), "span": span, "bucket": np.array(bucket)}
+    return index | {"cut": np.array(cut, np.str_)}
 
 
 def summary(shards: writing.Writer, indices: list[Index]) -> dict:
     counts, in_bucket = [len(index["number"]) for index in indices], [int(index["bucket"]) for index in indices]
     images = np.bincount(in_bucket, counts, len(shards.meta["buckets"])).astype(int).tolist()
-    return {"images": sum(counts), "left_out": len(shards.problems), "images_in_bucket": images}
+    cut = sorted(line for index in indices for line in index.get("cut", np.array([], np.str_)).tolist())
+    if cut:
+        writing.write_text(shards.out / CUT, "".join(f"{line}\n" for line in cut))
+    left_out = len(shards.problems)
+    return {"images": sum(counts), "left_out": left_out, "cut_captions": len(cut), "images_in_bucket": images}
 
 
 def as_begun(shards: writing.Writer, facts: list[Facts | str]) -> list[Facts | str]:

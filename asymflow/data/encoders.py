@@ -46,10 +46,17 @@ def statistics(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
 def encode_prompts(pipeline, captions: list[str], max_length: int) -> Tensor:
     """Embeddings (B, L, C) by the stock `Flux2KleinPipeline`, L = max_length, in the dtype of its text encoder.
 
-    A caption that is too long is cut off there.
+    A caption that is too long is cut off there: see `prompt_tokens`.
     """
     device = pipeline.text_encoder.device
     return pipeline.encode_prompt(captions, device=device, max_sequence_length=max_length)[0]
+
+
+def prompt_tokens(pipeline, caption: str) -> int:
+    """How many tokens a caption has in the chat template, where nothing cuts it off."""
+    chat = [{"role": "user", "content": caption}]
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return len(pipeline.tokenizer(pipeline.tokenizer.apply_chat_template(chat, **options))["input_ids"])
 
 
 def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):

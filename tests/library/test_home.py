@@ -1,4 +1,4 @@
-"""~ is the home folder in every path that a user gives: shells do not replace it in --out=~/x or --set data.path=~/x."""
+"""~ is the home folder in every path of a user: shells do not replace it in --out=~/x or --set data.path=~/x."""
 
 from pathlib import Path
 

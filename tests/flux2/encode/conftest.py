@@ -56,4 +56,5 @@ def without_models(monkeypatch):
     monkeypatch.setattr(encoding, "load_encoders", lambda *_: type("P", (), {"vae": None}))
     zeros = lambda vae, images: torch.zeros(len(images), 16, *(n // 16 for n in images.shape[2:]))
     monkeypatch.setattr(encoding, "encode_image", zeros)
+    monkeypatch.setattr(encoding, "prompt_tokens", lambda *_: 1)
     monkeypatch.setattr(encoding, "encode_prompts", lambda pipeline, texts, n: torch.zeros(len(texts), n, 96))

@@ -3,6 +3,8 @@
 import itertools
 import multiprocessing
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,3 +215,23 @@ def test_who_is_done_first_leaves_the_end_to_the_others(base, photos, tmp_path, 
     with pytest.raises(InputError, match="not finished"):
         EncodedShards(out)
     assert encode([photos], base, out, rank=0, world=2, **SETTINGS)["images"] == len(EncodedShards(out)) == 12
+
+
+def test_captions_that_are_cut_are_counted_and_listed(base, photos, tmp_path, capsys):
+    """Also those of a shard that was there already. Two that differ only behind the cut have one embedding."""
+    data, long = shutil.copytree(photos, tmp_path / "data"), "very " * LENGTH
+    first, second, *_ = sorted(data.glob("set0/*.txt"))
+    first.write_text(f"{long} good")
+    second.write_text(f"{long} bad")
+    assert encode([data], base, tmp_path / "s", **SETTINGS)["cut_captions"] == 2
+    listed = (tmp_path / "s/cut_captions.log").read_text().splitlines()
+    assert [Path(line.rpartition(": ")[0]).stem for line in listed] == [first.stem, second.stem]
+    assert all(re.fullmatch(rf"\d+ tokens, of which {LENGTH} are used", line.rpartition(": ")[2]) for line in listed)
+    embedded = [sample.prompt for sample in EncodedShards(tmp_path / "s") if sample.caption.startswith("very")]
+    assert torch.equal(*embedded)
+    sorted((tmp_path / "s").glob("*.tar"))[-1].unlink()
+    words = ["data", "encode", "--base", base, "--data", data, "--out", tmp_path / "s", "--dtype", "float32"]
+    words += ["--size", 64, "--per-shard", 4, "--batch", 3, "--max-length", LENGTH, "--workers", 2]
+    assert main(list(map(str, words))) == 0
+    assert "2 captions are longer than --max-length, and were cut: see" in capsys.readouterr().err
+    assert (tmp_path / "s/cut_captions.log").read_text().splitlines() == listed

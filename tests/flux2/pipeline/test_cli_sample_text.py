@@ -161,3 +161,10 @@ def test_too_little_memory_is_one_line(base, adapter, tmp_path, capsys, monkeypa
 def test_the_command_line_starts_without_diffusers():
     code = "import sys, asymflow.cli.sample; assert not {'diffusers', 'transformers', 'peft'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_prompt_that_is_cut_is_said(base, adapter, tmp_path, capsys):
+    assert run(base, adapter, tmp_path / "a", "--prompt", "very " * 24, **{"max-length": 24}) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+    assert line.startswith("the prompt 'very very ")
+    assert line.endswith("tokens, of which 24 are used (--max-length)")
