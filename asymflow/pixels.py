@@ -20,13 +20,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from asymflow.errors import InputError
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
+IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
 LATENTS = "latent.npy"
+LONGEST = 16  # times the shorter side
 MOST_LINKS = 40  # one after the other, as in Linux
 T, Result = TypeVar("T"), TypeVar("Result")
 
@@ -252,10 +253,26 @@ def decoded(entry: Entry, look: Callable[[Image.Image], Result]) -> Result:
     """Return `look(image)`. Raises UnreadableError, naming the file, if the image cannot be decoded."""
     content = entry.read()
     try:
-        return look(Image.open(io.BytesIO(content)))
+        return look(opened(io.BytesIO(content)))
     except Exception as e:  # a damaged image can raise many types of errors
         reason = "no image format that is known" if isinstance(e, Image.UnidentifiedImageError) else e
         raise UnreadableError(f"{entry} is not a whole image ({reason})") from None
+
+
+def opened(file: str | Path | io.BytesIO) -> Image.Image:
+    """`Image.open`, with the value that is transparent in 8 bits, like the pixels.
+
+    Pillow leaves it as it is in the file: of 2 or 4 bits, or of 16 bits a colour.
+    """
+    image = Image.open(file)
+    value = image.info.get("transparency")
+    if image.format == "PNG" and value is not None and image.tile:
+        decoder = str(image.tile[0][3])
+        if decoder in ("L;2", "L;4"):
+            image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[decoder]
+        elif decoder.startswith("RGB;16"):
+            image.info["transparency"] = tuple(number >> 8 for number in value)
+    return image
 
 
 def read_latents(entry: Entry) -> Tensor:
@@ -305,16 +322,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB.
 
     Grey, palette and CMYK images are converted by Pillow, without colour profiles, and the orientation of EXIF is not
-    applied, all as ADM does it. Two kinds, which ADM would ruin, are treated differently: transparent images are
-    composited on white, since the colours below full transparency were never meant to be seen, and 16-bit grey is
-    scaled to 8 bits instead of clipped at 255.
+    applied (see `upright`), all as ADM does it. Two kinds, which ADM would ruin, are treated differently: what is
+    transparent is white, since colours below full transparency were never meant to be seen, and 16-bit grey is scaled
+    to 8 bits instead of clipped at 255. Raises ValueError for floating point numbers, whose range nobody knows.
     """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point numbers")
+    transparent = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        values = np.asarray(image)
+        grey = (values.clip(0, 65535) / 257).round().astype(np.uint8)
+        image, transparent = Image.fromarray(np.where(values == transparent, np.uint8(255), grey)), None
+    if image.mode in ("RGBA", "LA", "PA") or transparent is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as EXIF says, as viewers show it and its caption describes it."""
+    image.load()  # a PNG may have its EXIF behind the pixels
+    return ImageOps.exif_transpose(image)
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -323,7 +351,14 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     The reference images of ADM's evaluation are cropped like this, so its details matter to FID. The image is halved by
     averaging while its shorter side is at least 2 size, because one large bicubic step would alias. Then it is resized
     so that the shorter side is `size`, and the middle of the longer side is kept.
+
+    Of an image that is longer than `LONGEST` times its shorter side the middle alone is resized, else 172 bytes of a
+    PNG could take gigabytes.
     """
+    short = min(image.size)
+    if max(image.size) > LONGEST * short:
+        left, top = ((side - min(side, LONGEST * short)) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

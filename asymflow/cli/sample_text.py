@@ -18,11 +18,10 @@ from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, chec
 from asymflow.cli.common import this_process
 from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, open_record, own_device
 from asymflow.color import oklab_to_rgb
-from asymflow.data.captioned import upright
 from asymflow.data.encoders import prompt_tokens
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
-from asymflow.pixels import to_rgb
+from asymflow.pixels import opened, to_rgb, upright
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 from asymflow.text import decode, is_blank
 
@@ -103,9 +102,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def read_image(path: Path) -> Image.Image:
     try:
-        with Image.open(files.existing_file(path)) as image:
-            return to_rgb(upright(image))
-    except (OSError, Image.DecompressionBombError) as e:
+        return to_rgb(upright(opened(files.existing_file(path))))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # a damaged PNG is a SyntaxError
+        if isinstance(e, InputError):
+            raise
         raise InputError(f"--image {path} cannot be read as an image: {e}") from None
 
 

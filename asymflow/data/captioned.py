@@ -7,16 +7,17 @@ import io
 import json
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from asymflow.data.folder import caption_path
 from asymflow.data.shapes import make_scene, render
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb
+from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb, upright
 from asymflow.text import decode, encoding_of, is_blank
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
@@ -36,11 +37,13 @@ class Photo(NamedTuple):
 
     def size(self) -> tuple[int, int]:
         """(width, height) of the upright image, from the header alone. UnreadableError if it is no image."""
+        look = lambda image: (upright_size(image), image.format == "PNG")
         try:
             short = self.file.size if 0 <= self.file.size < HEAD else HEAD
-            return decoded(self.file._replace(size=short), upright_size)
+            size, png = decoded(self.file._replace(size=short), look)
         except UnreadableError:  # some headers are longer, and Pillow opens a WebP only if all of it is there
-            return decoded(self.file, upright_size)
+            size, png = decoded(self.file, look)
+        return size[::-1] if png and png_orientation(self.file) in TURNED else size
 
     def caption(self) -> str:
         """The caption, without white space around it. UnreadableError if there is none, or it is empty."""
@@ -93,7 +96,7 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
     """All images in `data`, in an order that is always the same. No image is opened.
 
     Each entry of `data` is one of these. A folder, with the folders and .tar files in it, or a .tar file: the caption
-    of IMAGE.jpg (png, webp, bmp) is IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file:
+    of IMAGE.jpg (png, webp, ...) is IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file:
     each line is an object with the path of an image, relative to the file, as "image", "file_name" or "path", and its
     caption as "caption", "text" or "prompt". "shapes:COUNT": that many generated pictures of side x side pixels.
     Raises InputError if there is no image, or an entry is something else.
@@ -190,11 +193,23 @@ def is_json(entry: Entry) -> bool:
     return (entry.member or entry.path).endswith(".json")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as EXIF says, as viewers show it and its caption describes it. A PNG has no EXIF in its header."""
-    return image if image.format == "PNG" else ImageOps.exif_transpose(image)
-
-
 def upright_size(image: Image.Image) -> tuple[int, int]:
+    # A PNG has no EXIF in its header: see `png_orientation`.
     turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
     return image.size[::-1] if turned else image.size
+
+
+def png_orientation(entry: Entry) -> int | None:
+    """The orientation in the EXIF of a PNG, which may lie behind its pixels: these are not read."""
+    with open(entry.path, "rb") as file:  # noqa: PTH123
+        end = entry.offset + entry.size if entry.size >= 0 else file.seek(0, os.SEEK_END)
+        place = entry.offset + 8
+        while place + 8 <= end:
+            file.seek(place)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if kind == b"eXIf" and length < HEAD:
+                exif = Image.Exif()
+                exif.load(file.read(length))
+                return exif.get(ORIENTATION)
+            place += 12 + length
+    return None

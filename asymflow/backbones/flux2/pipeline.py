@@ -32,6 +32,7 @@ from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.patches import token_grid
+from asymflow.pixels import to_rgb, upright
 from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
 
 SIZE = 1024  # pixels along each side, by default
@@ -239,6 +240,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             self.image_processor.check_image_input(image)
         except ValueError as e:
             raise InputError(f"a reference image cannot be used: {e}") from None
+        image = to_rgb(upright(image))
         image = self.image_processor._resize_if_exceeds_area(image)
         width, height = (length // patch_size * patch_size for length in image.size)
         return rgb_to_oklab(self.image_processor.preprocess(image, height, width, resize_mode="crop"))

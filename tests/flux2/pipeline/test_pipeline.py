@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, Flux2KleinPipeline
+from PIL import Image
 from tiny_pipelines import PROMPTS, SCALE, SMALL, draw, load, picture, save_adapter
 
 from asymflow import InputError, calibration, patchify
@@ -321,3 +322,17 @@ def test_what_does_not_fit_is_one_line(base, adapter, pipeline, noise, tmp_path)
             draw(pipeline, noise, **options)
     with pytest.raises(InputError, match="keep these two"):
         pipeline.save_pretrained(tmp_path / "saved")
+
+
+def test_reference_images_are_what_the_command_line_makes_of_them(pipeline, tmp_path):
+    """Turned as EXIF says, white where they are transparent, and of 8 bits."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    pixels[:32, :, 3] = 0
+    clear, turned = Image.fromarray(pixels), Image.fromarray(pixels[..., :3])
+    turned.getexif()[0x0112] = 6
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    white = np.where(pixels[..., 3:] == 0, 255, pixels[..., :3] * (pixels[..., 3:] / 255) + 255 - pixels[..., 3:])
+    grey = np.repeat(pixels[..., :1], 3, 2)
+    for image, expected in ((clear, white.round()), (turned, np.rot90(pixels[..., :3], -1)), (deep, grey)):
+        found = oklab_to_rgb(pipeline.reference(image, 16))[0].permute(1, 2, 0)
+        assert np.abs((found.numpy() + 1) * 127.5 - expected).max() < 1.5

@@ -1,0 +1,136 @@
+"""Images as people have them: of any kind, depth and orientation, with hidden colours, of extreme shapes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from asymflow.data.captioned import find_captioned
+from asymflow.pixels import IMAGES, Entry, UnreadableError, adm_crop, read_image
+
+TURNS = {  # the orientation in EXIF, and what makes the image upright
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.rot90(np.fliplr(a)),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.fliplr(a), -1),
+    8: np.rot90,
+}
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def as_png(rows, depth, color, *between, behind=()):
+    """A PNG of rows of bytes, with chunks before and behind the pixels. color: 0 grey, 2 RGB."""
+    height, width = len(rows), 8 * len(rows[0]) // depth // (3 if color == 2 else 1)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(between) + body + b"".join(behind) + chunk(b"IEND", b"")
+
+
+def exif(orientation):
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found.tobytes().removeprefix(b"Exif\0\0")
+
+
+def write(path, content, caption=True):
+    path.write_bytes(content)
+    if caption:
+        path.with_suffix(".txt").write_text("a caption")
+    return path
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_png_is_turned_as_its_exif_says(tmp_path, orientation, where):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
+    turn = chunk(b"eXIf", exif(orientation))
+    content = as_png(
+        [row.tobytes() for row in pixels], 8, 2, *[turn][where != "before" :], behind=[turn][where != "behind" :]
+    )
+    write(tmp_path / "a.png", content)
+    (photo,) = find_captioned([tmp_path], 8)
+    expected = TURNS[orientation](pixels)
+    assert np.array_equal(np.asarray(photo.pixels()), expected)
+    assert photo.size() == expected.shape[1::-1]
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_every_kind_is_read_and_has_its_caption(tmp_path, kind):
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow cannot write AVIF")
+    name = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff"}.get(kind, kind)
+    out = io.BytesIO()
+    Image.new("RGB", (9, 5), (200, 30, 60)).save(out, name)
+    write(tmp_path / f"a.{kind}", out.getvalue())
+    (photo,) = find_captioned([tmp_path], 8)
+    assert (photo.caption(), photo.size()) == ("a caption", (9, 5))
+    assert np.abs(np.asarray(photo.pixels()).astype(int) - (200, 30, 60)).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("depth", "rows", "transparent", "expected"),
+    [
+        (2, [0b00011011], 1, [0, 255, 170, 255]),
+        (4, [0x0F, 0x81], 8, [0, 255, 255, 17]),
+        (8, [0, 7, 8, 255], 7, [0, 255, 8, 255]),
+        (16, [0, 0, 1, 44, 1, 45, 255, 255], 300, [0, 255, 1, 255]),
+    ],
+)
+def test_grey_of_any_depth_is_white_where_it_is_transparent(tmp_path, depth, rows, transparent, expected):
+    content = as_png([bytes(rows)], depth, 0, chunk(b"tRNS", struct.pack(">H", transparent)))
+    image = np.asarray(read_image(Entry(str(write(tmp_path / "a.png", content, caption=False)))))
+    assert image[0, :, 0].tolist() == expected
+    assert (image == image[..., :1]).all()
+
+
+def test_colours_of_16_bits_are_white_where_they_are_transparent(tmp_path):
+    rows = [struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1000, 0x2000, 0x3000)]
+    content = as_png(rows, 16, 2, chunk(b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)))
+    image = np.asarray(read_image(Entry(str(write(tmp_path / "a.png", content, caption=False)))))
+    assert image.tolist() == [[[255, 255, 255], [0x10, 0x20, 0x30]]]
+
+
+def test_floating_point_numbers_are_refused_by_name(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableError, match=r"a\.tif is not a whole image \(its pixels are floating point numbers\)"):
+        read_image(Entry(str(tmp_path / "a.tif")))
+
+
+@pytest.mark.parametrize("shape", [(30000, 1), (1, 30000), (2, 9000)])
+def test_of_an_extreme_shape_the_middle_alone_is_enlarged(monkeypatch, shape):
+    image = Image.new("RGB", shape, "red")
+    image.paste("blue", tuple(max(side // 2 - 8, 0) for side in shape) + tuple(side // 2 + 8 for side in shape))
+    areas, really = [], Image.Image.resize
+
+    def resize(self, size, *more):
+        areas.append(size[0] * size[1])
+        return really(self, size, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    square = adm_crop(image, 64)
+    assert square.size == (64, 64)
+    assert max(areas) <= 16 * 64 * 64
+    assert square.getpixel((32, 32)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("shape", [(160, 10), (33, 57), (256, 256), (10, 155)])
+def test_other_shapes_are_cropped_as_by_adm_to_the_bit(shape):
+    """As the code of guided-diffusion does it."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), np.uint8))
+    expected = image
+    while min(expected.size) >= 2 * 16:
+        expected = expected.resize(tuple(side // 2 for side in expected.size), resample=Image.Resampling.BOX)
+    scale = 16 / min(expected.size)
+    expected = expected.resize(tuple(round(side * scale) for side in expected.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(expected)
+    top, left = (array.shape[0] - 16) // 2, (array.shape[1] - 16) // 2
+    assert np.array_equal(np.array(adm_crop(image, 16)), array[top : top + 16, left : left + 16])
