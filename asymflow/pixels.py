@@ -26,6 +26,8 @@ from torch import Tensor
 from asymflow.errors import InputError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
+OTHERS = ("heic", "heif", "jxl", "jp2", "psd", "svg", "tga", "ico", "exr", "hdr", "dng", "cr2", "nef", "arw", "raw")
+NOT_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 LATENTS = "latent.npy"
 LONGEST = 16  # times the shorter side
 MOST_LINKS = 40  # one after the other, as in Linux
@@ -60,6 +62,11 @@ class Entry(NamedTuple):
     @property
     def is_image(self) -> bool:
         return (self.member or self.path).lower().endswith(tuple(f".{kind}" for kind in IMAGES))
+
+    @property
+    def is_other_image(self) -> bool:
+        """Whether it is an image by its name, of a kind that is not read, or by some versions of Pillow only."""
+        return (self.member or self.path).lower().endswith(tuple(f".{kind}" for kind in OTHERS))
 
     def read(self) -> bytes:
         try:
@@ -142,13 +149,16 @@ def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
 
 
 def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
-    """The files in a folder and in all folders below. Links are followed, unless they lead back to a folder above."""
+    """The files in a folder and in all folders below. Links are followed, unless they lead back to a folder above.
+
+    Hidden files are left out, and what systems put beside: see `NOT_DATA`.
+    """
     here = os.path.realpath(folder)
     if here in above:
         return
     with os.scandir(folder) as items:
         for item in sorted(items, key=lambda item: item.name):
-            if item.name.startswith("."):
+            if item.name.startswith(".") or item.name in NOT_DATA:
                 continue
             if item.is_dir():
                 yield from folder_entries(item.path, (*above, here))

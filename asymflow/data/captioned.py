@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from asymflow.data.folder import caption_path
 from asymflow.data.shapes import make_scene, render
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb, upright
 from asymflow.text import decode, encoding_of, is_blank
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
+TEXTS = ("txt", "caption", "json")  # kinds of files that hold the caption of an image, the first before the others
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HEAD = 1 << 16  # bytes: nearly every image file has its header in them
 TURNED = (5, 6, 7, 8)  # orientations of EXIF in which a photograph lies on its side
 ORIENTATION = 0x0112  # the tag of EXIF
@@ -96,9 +97,10 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
     """All images in `data`, in an order that is always the same. No image is opened.
 
     Each entry of `data` is one of these. A folder, with the folders and .tar files in it, or a .tar file: the caption
-    of IMAGE.jpg (png, webp, ...) is IMAGE.txt beside it, or "caption", "text" or "prompt" in IMAGE.json. A .jsonl file:
-    each line is an object with the path of an image, relative to the file, as "image", "file_name" or "path", and its
-    caption as "caption", "text" or "prompt". "shapes:COUNT": that many generated pictures of side x side pixels.
+    of IMAGE.jpg (png, webp, ...) is IMAGE.txt or IMAGE.caption beside it, or "caption", "text" or "prompt" in
+    IMAGE.json. A .jsonl file: each line is an object with the path of an image, relative to the file, as "image",
+    "file_name" or "path", and its caption as "caption", "text" or "prompt". "shapes:COUNT": that many generated
+    pictures of side x side pixels.
     Raises InputError if there is no image, or an entry is something else.
     """
     data, found = [str(path) for path in data], []
@@ -106,7 +108,9 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
         if drawn := re.fullmatch("shapes:([0-9]+)", path):
             found += (Drawing(index, side) for index in range(int(drawn[1])))
         elif Path(path).is_dir():
-            found += with_captions(tars_opened(folder_entries(path)))
+            photos = list(with_captions(tars_opened(folder_entries(path))))
+            check_tables(path, photos)
+            found += photos
         elif not Path(path).exists():
             raise InputError(f"{path} does not exist")
         elif path.lower().endswith(".tar"):
@@ -130,14 +134,30 @@ def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
-    """The images, each with its caption. Names are compared up to the last dot: `1.v2.txt` belongs to `1.v2.jpg`."""
-    entries = list(entries)
-    texts = {(e.path, e.member): e for e in entries if (e.member or e.path).endswith((".txt", ".json"))}
+    """The images, each with its caption. Names are compared up to the last dot: `1.v2.txt` belongs to `1.v2.jpg`.
+
+    Images of kinds that are not read are among them, so that they are counted and listed.
+    """
+    entries, texts = list(entries), {}
     for entry in entries:
-        if entry.is_image:
-            text = caption_path(entry.member or entry.path)
-            names = [(entry.path, name) if entry.member else (name, None) for name in (text, text[:-4] + ".json")]
-            yield Photo(entry, next((texts[name] for name in names if name in texts), None))
+        stem, dot, kind = (entry.member or entry.path).rpartition(".")
+        if dot and kind.lower() in TEXTS:
+            texts.setdefault((entry.path if entry.member else None, stem), {})[kind.lower()] = entry
+    for entry in entries:
+        if entry.is_image or entry.is_other_image:
+            stem = (entry.member or entry.path).rpartition(".")[0]
+            beside = texts.get((entry.path if entry.member else None, stem), {})
+            yield Photo(entry, next((beside[kind] for kind in TEXTS if kind in beside), None))
+
+
+def check_tables(folder: str, photos: list[Photo]) -> None:
+    """InputError if no image of a folder has a caption, but a table in it has them, as in folders for Hugging Face."""
+    line = '{"file_name": "a.jpg", "text": "a cat"}'
+    for name in TABLES:
+        if Path(folder, name).is_file() and not any(photo.text for photo in photos):
+            write = f"write them to a .jsonl file, with lines such as {line}, and give that"
+            what = "give that file instead of the folder" if name.endswith(".jsonl") else write
+            raise InputError(f"{folder} has its captions in {name}: {what}")
 
 
 def json_lines(path: Path) -> Iterator[Photo]:
@@ -190,7 +210,7 @@ def caption_in(row: dict) -> object:
 
 
 def is_json(entry: Entry) -> bool:
-    return (entry.member or entry.path).endswith(".json")
+    return (entry.member or entry.path).lower().endswith(".json")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, UnreadableError, adm_crop, folder_entries, read_image
+from asymflow.pixels import NOT_DATA, Entry, UnreadableError, adm_crop, folder_entries, read_image
 from asymflow.text import decode
 
 CAPTION = ".txt"
@@ -28,19 +28,21 @@ class ImageFolder:
 
     def __init__(self, path: str | Path, size: int):
         self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
-        names, labels, captioned = [], [], []
+        names, labels, captioned, others = [], [], [], []
         self.classes = class_names(path)
         for label, folder in enumerate(self.classes):
             entries = list(folder_entries(self.path + folder))
             images = [entry.path for entry in entries if entry.is_image]
             if not images:
                 raise InputError(f"{path}/{folder} has no images, but each folder in {path} is a class: remove it")
+            others += [entry.path for entry in entries if entry.is_other_image]
             captions = {entry.path for entry in entries if entry.path.endswith(CAPTION)}
             names += [os.fsencode(image.removeprefix(self.path)) for image in images]
             labels += [label] * len(images)
             captioned += [caption_path(image) in captions for image in images]
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
+        self.remarks = [f"{len(others)} files are passed over, such as {others[0]}: convert them"] if others else []
         self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
 
     @property
@@ -85,7 +87,7 @@ def class_names(path: str | Path) -> list[str]:
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder: a folder is expected that has one folder of images for each class")
     with os.scandir(path) as items:
-        items = [item for item in items if not item.name.startswith(".")]
+        items = [item for item in items if not item.name.startswith(".") and item.name not in NOT_DATA]
     classes = sorted(item.name for item in items if item.is_dir())
     if outside := sorted(item.name for item in items if Entry(item.name).is_image and not item.is_dir()):
         raise InputError(f"{path}/{outside[0]} is in no class: each image must be in a folder that is its class")

@@ -1,6 +1,7 @@
 """Images as people have them: of any kind, depth and orientation, with hidden colours, of extreme shapes."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from asymflow import InputError
 from asymflow.data.captioned import find_captioned
+from asymflow.data.folder import ImageFolder
 from asymflow.pixels import IMAGES, Entry, UnreadableError, adm_crop, read_image
 
 TURNS = {  # the orientation in EXIF, and what makes the image upright
@@ -74,6 +77,41 @@ def test_every_kind_is_read_and_has_its_caption(tmp_path, kind):
     (photo,) = find_captioned([tmp_path], 8)
     assert (photo.caption(), photo.size()) == ("a caption", (9, 5))
     assert np.abs(np.asarray(photo.pixels()).astype(int) - (200, 30, 60)).max() < 12
+
+
+def test_what_is_not_read_is_named_and_what_systems_put_beside_is_none(tmp_path):
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, "png")
+    for name in ("c/a.png", "c/b.heic", "c/@eaDir/a.png/SYNOPHOTO_THUMB_XL.jpg", "__MACOSX/x.png", "@eaDir/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, out.getvalue() if name.endswith("g") else b"heic")
+    good, other = find_captioned([tmp_path], 8)
+    assert good.size() == (9, 9)
+    with pytest.raises(UnreadableError, match=r"b\.heic is not a whole image"):
+        other.size()
+    data = ImageFolder(tmp_path, 8)
+    assert (len(data), data.classes) == (1, ["c"])
+    assert data.remarks == [f"1 files are passed over, such as {tmp_path}/c/b.heic: convert them"]
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "a.caption", "a.Caption", "a.JSON"])
+def test_captions_lie_beside_in_any_case(tmp_path, name):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    text = json.dumps({"caption": "a caption"}) if name.lower().endswith("json") else "a caption"
+    (tmp_path / name).write_text(text)
+    assert find_captioned([tmp_path], 8)[0].caption() == "a caption"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_table_of_captions_is_not_passed_over(tmp_path, name):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    (tmp_path / name).write_text('{"file_name": "a.jpg", "text": "a cat"}')
+    with pytest.raises(InputError, match=rf"has its captions in {name}: "):
+        find_captioned([tmp_path], 8)
+    if name.endswith("jsonl"):
+        assert find_captioned([tmp_path / name], 8)[0].caption() == "a cat"
+    (tmp_path / "a.txt").write_text("a dog")
+    assert find_captioned([tmp_path], 8)[0].caption() == "a dog"
 
 
 @pytest.mark.parametrize(
