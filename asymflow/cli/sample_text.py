@@ -134,8 +134,6 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
         try:
             files.read_tensors(path)
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
-            if f"lora{number}" not in pipeline.get_list_adapters().get("transformer", []):
-                raise ValueError("it has no LoRA for a layer of this transformer")  # diffusers would only log this
         except (ValueError, TypeError, RuntimeError, KeyError) as e:
             raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None
     if loras:

@@ -70,6 +70,7 @@ def test_parameters_of_the_published_sizes(name, billions, layers):
     assert found["reference"] == 2 * 128 * d + 2 * d * d
 
 
+@pytest.mark.slow
 def test_operations_of_a_forward_pass_of_the_9b():
     d, m, text, double, single = sizes_of("FLUX.2-klein-9B")
     n, length = 64 * 64, 512

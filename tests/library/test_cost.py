@@ -190,6 +190,7 @@ def test_grows_with_the_batch_but_for_the_copies_of_weights():
     assert fixed["autocast"] - fixed["float32"] == 2 * copied
 
 
+@pytest.mark.slow
 def test_grows_with_the_tokens_and_not_with_their_square():
     n16, n32, n48 = (kept(tokens=n) for n in (16, 32, 48))
     assert n48 - n32 == n32 - n16

@@ -275,6 +275,7 @@ def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(under_way, tmp_pa
     assert matplotlib.image.imread(tmp_path / "swissroll.png").std() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_the_foreground")
 def test_two_ctrl_c_end_everything_at_once(under_way, tmp_path):
     training = under_way(width=2048)  # the evaluation after the first would take minutes

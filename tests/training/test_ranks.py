@@ -113,6 +113,7 @@ def by_srun_with_patience(minutes):
     Training.fit = replaced
 
 
+@pytest.mark.slow
 def test_srun_trains_one_model_and_all_groups_are_as_patient(tmp_path):
     launched = Launched(2, tmp_path / "run", "train.steps=1", patch=partial(by_srun_with_patience, 17))
     assert launched.wait() == [0, 0], launched.said()

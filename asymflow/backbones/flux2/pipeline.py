@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from asymflow.backbones.flux2 import Flux2
-from asymflow.backbones.flux2.adapter import ADAPTER, fingerprint, load_adapter
+from asymflow.backbones.flux2.adapter import fingerprint, load_adapter, make_permanent
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -80,48 +80,36 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
     def save_pretrained(self, *args, **options):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
 
-    def load_lora_weights(self, *args, **options) -> None:
-        """Load a further LoRA, as diffusers does. It replaces other LoRAs, but the adapter's stay active."""
-        super().load_lora_weights(*args, **options)
-        if ADAPTER in self.get_list_adapters().get("transformer", []):
-            self.transformer.set_adapter([ADAPTER, *self.get_active_adapters()])
-
-    def unload_lora_weights(self, *args, **options) -> None:
-        """Remove the further LoRAs. Those of the adapter stay: without them it would be no model of pixels."""
-        names = self.get_list_adapters().get("transformer", [])
-        if ADAPTER not in names:
-            super().unload_lora_weights(*args, **options)
-        elif others := [name for name in names if name != ADAPTER]:
-            self.delete_adapters(others)
-            self.set_adapters([ADAPTER])
-
-    def set_adapters(self, adapter_names: str | list[str], adapter_weights=None) -> None:
-        """Activate the further LoRAs of these names, with these weights. The adapter's stay active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        if ADAPTER in self.get_list_adapters().get("transformer", []) and ADAPTER not in names:
-            names, weights = [ADAPTER, *names], [1.0, *weights]
-        super().set_adapters(names, weights)
-
-    def disable_lora(self) -> None:
-        """Switch the further LoRAs off."""
-        if ADAPTER in self.get_list_adapters().get("transformer", []):
-            self.set_adapters([])
-        else:
-            super().disable_lora()
+    def load_lora_weights(self, *args, adapter_name: str | None = None, hotswap: bool = False, **options) -> None:
+        """Load a LoRA, as diffusers does. Raises InputError if it has nothing for a layer of this transformer."""
+        before = self.get_list_adapters().get("transformer", [])
+        try:
+            super().load_lora_weights(*args, adapter_name=adapter_name, hotswap=hotswap, **options)
+        except ValueError as e:
+            raise InputError(f"the LoRA cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+        if not hotswap and len(self.get_list_adapters().get("transformer", [])) == len(before):
+            raise InputError("the LoRA cannot be loaded: it has nothing for a layer of this transformer")
 
     def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
-        """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline."""
-        self.register_modules(transformer=flow.backbone.transformer)
-        self._subspace, self._sigma_min = flow.subspace, flow.sigma_min
+        """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline.
+
+        Its LoRA layers become a part of it: methods for LoRAs are for further ones, and cannot change the pixel model.
+        """
+        transformer = flow.backbone.transformer
+        make_permanent(transformer)
+        transformer.pixel_model = (flow.subspace, flow.sigma_min)  # here, so that it goes wherever `components` go
+        self.register_modules(transformer=transformer)
         return self
 
     @property
     def flow(self) -> AsymFlow:
         """The pixel model. It is made anew each time, because users may have wrapped or compiled `transformer`."""
-        subspace = self._subspace.to(self._execution_device)
+        if not hasattr(self.transformer, "pixel_model"):
+            raise InputError("the transformer is a model of latents: make the pipeline with from_pretrained, or use()")
+        subspace, sigma_min = self.transformer.pixel_model
+        subspace = subspace.to(self._execution_device)
         backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale)
-        return AsymFlow(backbone, subspace, sigma_min=self._sigma_min).eval()
+        return AsymFlow(backbone, subspace, sigma_min=sigma_min).eval()
 
     @torch.no_grad()
     def __call__(

@@ -132,7 +132,10 @@ def test_a_lora_that_does_not_fit_is_one_line(base, adapter, tmp_path, capsys):
     assert "does not fit the model" in capsys.readouterr().err.strip().splitlines()[-1]
     files.write_tensors(tmp_path / "unet.safetensors", {f"unet.a.lora_{x}.weight": torch.ones(2, 2) for x in "AB"})
     assert run(base, adapter, tmp_path / "out", *PROMPT, lora=tmp_path / "unet.safetensors") == 2
-    assert "does not fit the model: it has no LoRA for a layer" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "does not fit the model: the LoRA cannot be loaded: it has nothing for a layer"
+        in capsys.readouterr().err.strip().splitlines()[-1]
+    )
 
 
 def test_photographs_enter_upright_and_on_white(base, adapter, tmp_path, capsys):

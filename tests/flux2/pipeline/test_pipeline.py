@@ -11,11 +11,10 @@ from PIL import Image
 from tiny_pipelines import PROMPTS, SCALE, SMALL, draw, load, picture, save_adapter
 
 from asymflow import InputError, calibration, patchify
-from asymflow.backbones.flux2.adapter import lora_modules
 from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline, dynamic_shift, flow_unipc, set_levels
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.sampling import guided, sample, sigma_grid
-from toy.tiny_flux2 import TEXT_LENGTH, make_base
+from toy.tiny_flux2 import TEXT_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -211,36 +210,6 @@ def test_callbacks_see_and_change_what_goes_on(pipeline, noise):
     swapped = draw(pipeline, noise, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert differ(swapped, images) > 1e-3
     assert differ(draw(pipeline, noise, callback_on_step_end=stop), images) > 0.1
-
-
-def test_another_lora_on_top(base, adapter, noise, tmp_path):
-    pipeline = load(base, adapter)
-    images = draw(pipeline, noise)
-    names, modules = (
-        lora_modules(make_base(PROMPTS).transformer, ["attn.to_q"]),
-        dict(pipeline.transformer.named_modules()),
-    )
-    torch.manual_seed(4)
-    style = {f"{n}.lora_A.weight": torch.randn(2, modules[n].in_features) for n in names}
-    style |= {f"{n}.lora_B.weight": torch.randn(modules[n].out_features, 2) for n in names}
-    AsymFlux2KleinPipeline.save_lora_weights(tmp_path, transformer_lora_layers=style)
-    pipeline.load_lora_weights(tmp_path, adapter_name="style")
-    both = draw(pipeline, noise)  # unlike in other pipelines, the one before is still at work
-    drawn = {}
-    for weight in (0.0, 0.5, 1.0):
-        pipeline.set_adapters(["asymflow", "style"], [1.0, weight])
-        drawn[weight] = draw(pipeline, noise)
-    assert torch.equal(drawn[0.0], images)
-    assert differ(drawn[0.5], images) > 1e-4
-    assert differ(drawn[1.0], drawn[0.5]) > 1e-4
-    assert torch.equal(both, drawn[1.0])
-    for change in (lambda: pipeline.set_adapters("style"), lambda: pipeline.set_adapters(["style"], 1.0)):
-        pipeline.disable_lora()
-        assert torch.equal(draw(pipeline, noise), images)
-        change()
-        assert torch.equal(draw(pipeline, noise), both)
-    pipeline.unload_lora_weights()  # those of the style, not those that make it a model of pixels
-    assert torch.equal(draw(pipeline, noise), images)
 
 
 def test_offloading_goes_through_the_hooks(base, adapter, pipeline, noise):

@@ -107,7 +107,7 @@ def test_a_repository_of_the_hub_is_the_folder_that_is_here(run, hub):
     assert remote == here
     for out, source in (("a", name), ("b", hub / name)):
         run("sample", "--model", source, "--num", "1", "--steps", "1", "--out", hub / out)
-    assert (hub / "a/000000.png").read_bytes() == (hub / "b/000000.png").read_bytes()
+    assert (hub / "a/images/000000.png").read_bytes() == (hub / "b/images/000000.png").read_bytes()
 
 
 def test_a_file_of_the_hub_is_the_file_that_is_here(run, hub):

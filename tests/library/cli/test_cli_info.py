@@ -125,6 +125,7 @@ def test_the_table_is_the_sum_of_states_and_activations():
     assert "fits" not in "".join(info_memory.as_text(unknown, "title"))
 
 
+@pytest.mark.slow
 def test_a_subspace_that_was_fitted_is_as_good_as_any(run, tmp_path):
     model = flow()
     for name, subspace in (("random", model.subspace), ("fitted", fit_pca([torch.randn(99, 48)], 5))):
