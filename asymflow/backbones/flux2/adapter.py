@@ -23,9 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import Flux2Transformer2DModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from asymflow import files, hub
@@ -250,34 +248,6 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
         pixel.load_lora_adapter(lora, prefix=None, adapter_name=name, metadata=config)
     pixel.requires_grad_(False)
     return AsymFlow(Flux2(pixel, patch_size, subspace.scale), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
-
-
-class LowRankLinear(nn.Linear):
-    """A linear layer with a low-rank update that is a part of it: x W^T + bias + (x A^T) B^T.
-
-    Unlike peft's layers it cannot be switched off, scaled, merged twice or removed, and peft puts further LoRAs around
-    it as around any linear layer. The products are those of peft, in their order, so the same bits.
-    """
-
-    def __init__(self, layer: BaseTunerLayer):
-        base, (name,) = layer.get_base_layer(), layer.lora_A
-        with torch.device("meta"):
-            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        self.weight, self.bias = base.weight, base.bias
-        self.down, self.up, self.scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        result = super().forward(x)
-        update = F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
-        return (result + update * self.scaling).to(result.dtype)
-
-
-def make_permanent(transformer: Flux2Transformer2DModel) -> None:
-    """Make the adapter of `load_adapter` a part of the transformer: diffusers and peft then know of no LoRA."""
-    for path, layer in list(transformer.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            transformer.set_submodule(path, LowRankLinear(layer))
-    transformer.unload_lora()
 
 
 def is_lora(name: str) -> bool:

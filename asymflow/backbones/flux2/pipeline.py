@@ -10,7 +10,7 @@ further LoRAs,
     pipeline.load_lora_weights("style.safetensors", adapter_name="style")
     pipeline.set_adapters("style", 0.8)
 
-The adapter's own LoRAs, which make it a model of pixels, always stay active.
+The adapter, which makes it a model of pixels, is a part of the transformer, and no such method changes it.
 """
 
 import json
@@ -19,15 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline, SchedulerMixin, UniPCMultistepScheduler
+import torch.nn.functional as F
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, SchedulerMixin, UniPCMultistepScheduler
 from diffusers.pipelines.flux2 import Flux2PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymflow.backbones.flux2 import Flux2
-from asymflow.backbones.flux2.adapter import fingerprint, load_adapter, make_permanent
+from asymflow.backbones.flux2.adapter import fingerprint, load_adapter
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -241,6 +243,35 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32)
+
+
+# ---- The adapter -----------------------------------------------------------------------------------------------------
+class LowRankLinear(nn.Linear):
+    """A linear layer with a low-rank update that is a part of it: x W^T + bias + (x A^T) B^T.
+
+    Unlike peft's layers it cannot be switched off, scaled, merged twice or removed, and peft puts further LoRAs around
+    it as around any linear layer. The products are those of peft, in their order, so the same bits.
+    """
+
+    def __init__(self, layer: BaseTunerLayer):
+        base, (name,) = layer.get_base_layer(), layer.lora_A
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.weight, self.bias = base.weight, base.bias
+        self.down, self.up, self.scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        update = F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
+        return (result + update * self.scaling).to(result.dtype)
+
+
+def make_permanent(transformer: Flux2Transformer2DModel) -> None:
+    """Make the adapter of `load_adapter` a part of the transformer: diffusers and peft then know of no LoRA."""
+    for path, layer in list(transformer.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            transformer.set_submodule(path, LowRankLinear(layer))
+    transformer.unload_lora()
 
 
 # ---- Noise levels ----------------------------------------------------------------------------------------------------

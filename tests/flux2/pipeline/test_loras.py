@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS, draw, load
 
 from asymflow import InputError
-from asymflow.backbones.flux2.adapter import LowRankLinear, load_adapter, lora_modules
-from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline
+from asymflow.backbones.flux2.adapter import load_adapter, lora_modules
+from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline, LowRankLinear
 from toy.tiny_flux2 import make_base
 
 STYLES = {"a": ["attn.to_q"], "b": ["attn.to_q", "ff.linear_in"]}  # b has layers of a, and one of the pixel adapter
