@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, device: torch.device, checks: list[kit.Check])
 
 
 def chosen(only: str | None) -> list[kit.Check]:
-    words = only.lower().split(",") if only else [""]
+    words = [word.strip() for word in only.lower().split(",") if word.strip()] if only else [""]
     for word in words:
         if not any(word in check.name.lower() for check in CHECKS):
             names = ", ".join(check.name for check in CHECKS)

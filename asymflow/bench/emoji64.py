@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from asymflow.bench.kit import Kit, NotRunError
+from asymflow.bench.kit import PACKAGES, Kit, NotRunError
 from asymflow.bench.trainings import FailedError, images_per_second, metrics
 
 RANKS = {8: "asymmetric, rank 8", 0: "x0-prediction, rank 0"}
@@ -33,7 +33,7 @@ TINY = {
 def emoji64(kit: Kit) -> tuple[str, dict]:
     if not kit.args.data:
         raise NotRunError("give --data emoji64.tar: see the README")
-    kit.need("matplotlib")
+    kit.need("matplotlib", *PACKAGES)
     batch, workers = (128, max((os.cpu_count() or 4) - 2, 2)) if kit.cuda else (32, 2)
     settings = {"data.path": kit.args.data, "train.global_batch_size": batch, "data.workers": workers}
     settings |= {"ema.snapshot_every": None, "checkpoint.every": 10**6}
@@ -53,7 +53,8 @@ def emoji64(kit: Kit) -> tuple[str, dict]:
     for number, rank in enumerate(RANKS):
         print(f"             {RANKS[rank]}: {steps} steps", flush=True)
         try:
-            train(rank, steps, time.monotonic() + kit.left / (len(RANKS) - number) + RESERVE)
+            until = time.monotonic() + kit.left / (len(RANKS) - number) + RESERVE
+            train(rank, steps, min(until, kit.deadline))
         except FailedError as e:
             print(f"             it did not get there: {e}", flush=True)
     return report(runs, kit.args.out)

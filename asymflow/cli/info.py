@@ -16,6 +16,7 @@ from asymflow.cli import info_flux2, info_memory
 from asymflow.cli.common import at_least, image_size
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, own_backbone, refuse_choice
 from asymflow.cli.models import about as about_run
+from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
@@ -37,9 +38,9 @@ examples:
   asymflow info config                                      all keys of the configuration of a training
 
 The names are JiT-SIZE/PATCH, with SIZE in {", ".join(SIZES)}. A multiply-add is two operations. Memory is that of AdamW
-with an EMA, under DeepSpeed ZeRO; stage 0 is plain data parallelism. Activations are those of the CPU's kernels: with
-the fused kernels of GPUs they are smaller, under autocast by about a sixth. Buffers for communication, workspaces and
-gaps of the allocator come on top.
+with the averages of the configuration imagenet (three), under DeepSpeed ZeRO; stage 0 is plain data parallelism.
+"gradients" has DeepSpeed's bucket for them. Activations are those of the CPU's kernels: with the fused kernels of GPUs
+they are smaller, under autocast by about a sixth. Workspaces and gaps of the allocator come on top.
 
 A FLUX.2 klein is finetuned with LoRA, in bfloat16 with float32 originals of what is trained, a pass of the frozen
 latent model for each step, and LPIPS, as the configuration asymflux2_klein_9b has it. "optimizer" is Adam's two
@@ -47,7 +48,7 @@ moments and the originals, "gradients" with DeepSpeed's bucket for them. "traine
 are trained in full."""
 
 STEPS, INTERVAL = 50, (0.0, 0.88)  # the defaults of `asymflow sample`
-RANK, BATCH, PRECISION = 8, 32, "autocast"
+RANK, BATCH, PRECISION, AVERAGES = 8, 32, "autocast", 3  # the averages are those of the configuration imagenet
 # Copied from asymflow.backbones.flux2.adapter, whose import needs diffusers.
 ADAPTER_CLASS, ADAPTER_WEIGHTS = "AsymFlux2Transformer2DModel", "diffusion_pytorch_model.safetensors"
 LABEL = 15  # characters of the first column
@@ -115,7 +116,10 @@ def describe(args: argparse.Namespace) -> dict:
     image = (model.channels, *(args.image_size or [n * model.patch_size for n in model.backbone.grid]))
     grid = token_grid(torch.empty(1, *image, device="meta"), model.patch_size)
     forward = cost.forward_flops(model, image)
-    training, memory = training_step(model, image, args)
+    if "labels" in forward_parameters(model.backbone):
+        training, memory = training_step(model, image, args)
+    else:  # train_ddp.py trains none of these
+        training, memory = None, memory_of_weights(args, *cost.parameters(model))
     work = {"forward": forward, "training_step": training, "sampling": sampling(forward)}
     return found | about(model) | {"image": image, "grid": grid, "flops": work, "training_memory": memory}
 
@@ -259,7 +263,8 @@ def memory_of_weights(args: argparse.Namespace, total: int, trainable: int) -> d
     """The memory of a training without activations."""
 
     def memory(gpus: int, stage: int) -> dict[str, int]:
-        return cost.training_memory(trainable, total - trainable, gpus=gpus, stage=stage, precision=args.precision)
+        options = dict(precision=args.precision, averages=AVERAGES)
+        return cost.training_memory(trainable, total - trainable, gpus=gpus, stage=stage, **options)
 
     return {"precision": args.precision, "batch_on_each_gpu": args.batch, **info_memory.describe(memory, args.gpus, {})}
 
@@ -320,7 +325,9 @@ def work(flops: dict) -> dict[str, str]:
     passes = sampling["passes"]
     return {
         "forward pass": f"{forward / 1e9:,.1f} GFLOPs an image ({forward / 2e9:,.1f} billion multiply-adds)",
-        "training step": f"{flops['training_step'] / 1e9:,.1f} GFLOPs an image",
+        "training step": f"{flops['training_step'] / 1e9:,.1f} GFLOPs an image"
+        if flops["training_step"]
+        else "not counted",
         "sampling": f"{plain}: {sampling['steps']} Heun steps, {passes['unguided']} passes",
         "guided": f"{guided}: {passes['guided']} passes, two where sigma is in [{low:g}, {high:g}]",
     }

@@ -13,6 +13,7 @@ from asymflow.errors import InputError
 CLASS = "Flux2Transformer2DModel"
 SIZE = (1024, 1024)
 STEPS = 38  # of UniPC, each with two passes: with and without the prompt
+STAGES = (1, 2, 3)  # DeepSpeed cannot add up gradients of bfloat16 weights in float32 at stage 0
 PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and the share of them that a training may reach
 OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
 OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
@@ -63,7 +64,9 @@ def describe(args: argparse.Namespace) -> dict:
     for name, blocks in (("recomputed", True), ("kept", False)):
         cost.recompute(step.model, blocks)
         counted[name] = cost.count(step, lambda step: step(klein.noise_batch(step, size, batch, length)))
-    memory = info_memory.describe(lambda gpus, stage: step.memory(gpus, stage, args.offload), args.gpus, counted)
+    memory = info_memory.describe(
+        lambda gpus, stage: step.memory(gpus, stage, args.offload), args.gpus, counted, STAGES
+    )
     return {
         "model": args.model,
         "kind": "a FLUX.2 klein, to become a pixel model",

@@ -1,6 +1,6 @@
 """The memory of a training in `asymflow info`: a row for each number of GPUs and ZeRO stage, a column for each kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from asymflow.cost import Cost
 
@@ -18,7 +18,12 @@ COLUMNS = {  # the columns of the table, and the kinds of memory that each adds 
 }
 
 
-def describe(memory: Callable[[int, int], dict[str, int]], gpus: int | None, steps: dict[str, Cost]) -> dict:
+def describe(
+    memory: Callable[[int, int], dict[str, int]],
+    gpus: int | None,
+    steps: dict[str, Cost],
+    stages: Sequence[int] = STAGES,
+) -> dict:
     """All numbers of the table. memory: of (GPUs, stage), as `asymflow.cost.training_memory` counts it.
 
     steps: the cost of a step for each way of keeping activations, the first as in the table. Empty: it is not known.
@@ -26,7 +31,7 @@ def describe(memory: Callable[[int, int], dict[str, int]], gpus: int | None, ste
     activations = {way: {"kept": step.kept, "peak": step.peak} for way, step in steps.items()}
     peak, states = next(iter(activations.values()), {"peak": 0})["peak"], []
     for n in [gpus] if gpus else GPUS:
-        for stage in STAGES:
+        for stage in stages:
             kinds = memory(n, stage)
             total = sum(kinds.values()) - kinds["host"] + peak
             states.append({"gpus": n, "stage": stage, **kinds, "activations": peak, "total": total})
@@ -67,7 +72,7 @@ def verdicts(fits: list[dict]) -> list[str]:
     for one in fits:
         where = f"{one['gpus']} GPU{'s' * (one['gpus'] > 1)} of 80 GB ({gib(CARD)})"
         if one["fits"]:
-            return [*lines, f"A step fits {where} from ZeRO {one['stage']} on, with {gib(one['to_spare'])} to spare."]
+            return [*lines, f"A step fits {where} at ZeRO {one['stage']}, with {gib(one['to_spare'])} to spare."]
         lines.append(f"A step does not fit {where}: ZeRO {one['stage']} takes {gib(-one['to_spare'])} too much.")
     return lines
 

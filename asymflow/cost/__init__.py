@@ -208,13 +208,19 @@ def recompute(model: nn.Module, blocks: bool) -> bool:
             module.checkpoint_every, found = int(blocks), True
         elif hasattr(module, "gradient_checkpointing"):  # of diffusers
             module.gradient_checkpointing, found = blocks, True
+        elif hasattr(module, "recomputed") and not blocks:  # a block of one's own, see make_backbone
+            vars(module).pop("forward", None)
+            found = True
     return found
 
 
 # ---- Memory for everything else --------------------------------------------------------------------------------------
-GRADIENTS = {  # bytes for each trained parameter at ZeRO stages 0 to 3: (on every GPU, divided among them)
+# Bytes for each trained parameter at ZeRO stages 0 to 3: (on every GPU, divided among them). Of bfloat16 weights there
+# are gradients of the backward pass in bfloat16, and others in float32 for the step. DeepSpeed cannot add up in float32
+# at stage 0.
+GRADIENTS = {
     "float32": ((4, 0), (4, 0), (0, 4), (0, 4)),
-    "bfloat16": ((6, 0), (2, 4), (0, 6), (0, 6)),  # 2 of the backward pass, and 4 for the step
+    "bfloat16": ((6, 0), (2, 4), (0, 6), (0, 6)),
     "bfloat16, added up in float32": ((6, 0), (6, 0), (0, 4), (0, 8)),
 }
 BUCKET = 500_000_000  # numbers: DeepSpeed's default of zero_optimization.reduce_bucket_size

@@ -325,7 +325,7 @@ class Training:
         if self.rank == 0:
             if broken := (~images[:count].flatten(1).isfinite().all(1)).sum().item():
                 said = f"{broken} of {count} samples at step {self.step} have numbers that are NaN or infinite"
-                tqdm.write(f"{said}: black in {self.picture()}", file=sys.stderr)
+                tqdm.write(f"{said}: black or white in {self.picture()}", file=sys.stderr)
             with files.replacing(self.picture()) as beside:
                 image_grid(images[:count].cpu()).save(beside)
 

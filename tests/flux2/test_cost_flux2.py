@@ -85,12 +85,13 @@ def test_operations_of_a_forward_pass_of_the_9b():
     assert klein.forward_flops(step, (1024, 1024)) == 2 * products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("full", "checkpointing", "lpips"),
     [
         (False, True, False),
-        pytest.param(False, False, True, marks=pytest.mark.slow),
-        pytest.param(True, True, False, marks=pytest.mark.slow),
+        (False, False, True),
+        (True, True, False),
     ],
 )
 def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lpips):
@@ -186,7 +187,8 @@ def test_activations_counted_without_numbers_as_with_them(full, checkpointing, l
     assert cost.Cost(counter.flops, kept, counter.peak) == expected
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_is_that_of_the_allocator(checkpointing):
     step = with_gradients(tiny_step(checkpointing=checkpointing))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -252,7 +254,7 @@ def test_the_folder_of_a_model_or_of_its_transformer(capsys, base):
     assert found["parameters"]["base"] == sum(p.numel() for p in empty_transformer(TINY).parameters())
     states = found["training_memory"]["on_each_gpu"]
     spare = 80 * 10**9 - states[0]["total"]
-    assert found["training_memory"]["fits_80_gb"][0] == {"gpus": 1, "stage": 0, "fits": True, "to_spare": spare}
+    assert found["training_memory"]["fits_80_gb"][0] == {"gpus": 1, "stage": 1, "fits": True, "to_spare": spare}
     for state in states:
         assert state["total"] == sum(n for kind, n in state.items() if kind not in ("gpus", "stage", "total", "host"))
         assert state["activations"] == peak
@@ -266,8 +268,8 @@ def test_text_for_people(capsys, base):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
     table = [line.split() for line in text.split("recomputed\n")[1].split("\n\n")[0].splitlines()]
-    assert [row[:2] for row in table[1:]] == [[gpus, stage] for gpus in ("1", "8", "64") for stage in "0123"]
-    assert re.search(r"A step fits 1 GPU of 80 GB \(74.5 GiB\) from ZeRO 0 on, with 7\d\.\d GiB to spare", text)
+    assert [row[:2] for row in table[1:]] == [[gpus, stage] for gpus in ("1", "8", "64") for stage in "123"]
+    assert re.search(r"A step fits 1 GPU of 80 GB \(74.5 GiB\) at ZeRO 1, with 7\d\.\d GiB to spare", text)
 
 
 def test_the_verdict_names_the_first_stage_and_number_of_gpus_that_will_do():
@@ -279,7 +281,7 @@ def test_the_verdict_names_the_first_stage_and_number_of_gpus_that_will_do():
     lines = verdicts([no, yes, more])
     assert len(lines) == 2
     assert "ZeRO 3 takes 83.8 GiB too much" in lines[0]
-    assert "8 GPUs of 80 GB (74.5 GiB) from ZeRO 2 on, with 9.3 GiB to spare" in lines[1]
+    assert "8 GPUs of 80 GB (74.5 GiB) at ZeRO 2, with 9.3 GiB to spare" in lines[1]
 
 
 def test_mistakes_are_answered_in_one_line(capsys, base):

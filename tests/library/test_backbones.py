@@ -91,3 +91,26 @@ def test_info_says_of_its_folder_what_is_known(tmp_path, capsys, kind):
     assert "not counted: the backbone is not ours" in text
     assert main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] == cost.parameters(flow_of(kind))[0]
+
+
+class Unconditional(nn.Module):
+    """Needs no labels; nothing trains it, but it has a price."""
+
+    patch_size, num_classes, grid = 2, 0, (4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.config = nn.Linear(12, 12), {}
+
+    def forward(self, tokens, tau):
+        return self.layer(tokens)
+
+
+def test_info_of_a_backbone_without_labels(tmp_path, capsys, monkeypatch):
+    AsymFlow(Unconditional(), Subspace.random(12, 3)).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--backbone", f"{__name__}:Unconditional", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops"]["forward"] > 0
+    assert found["flops"]["training_step"] is None
+    assert main(["info", str(tmp_path), "--backbone", f"{__name__}:Unconditional"]) == 0
+    assert "training step  not counted" in capsys.readouterr().out

@@ -213,6 +213,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused(refused, monkeypatch):
     assert "orthonormal" in refused()
 
 
+@pytest.mark.slow
 def test_a_refusal_in_a_process_of_its_own(tmp_path):
     argv = [sys.executable, FILE, "--toy", "nonsense", "--out", tmp_path]
     end = subprocess.run(argv, capture_output=True, text=True, check=False)

@@ -93,6 +93,7 @@ def test_the_study_goes_from_the_shard_to_its_figure(shard, tmp_path, monkeypatc
         "data.workers=0",
         "sample.num=2",
         "ema.decays=[0]",
+        "data.fewer_classes=true",
     ]
     argv = ["--data", str(shard), "--out", str(tmp_path / "out"), "--ranks", "8", "--seeds", "0", "--steps", "2"]
     argv += ["--samples", "6", "--epochs", "2", *(f"--set={setting}" for setting in small)]

@@ -18,13 +18,16 @@ from PIL import Image
 from processes import ROOT, Launched, metrics, same_bits, tensors
 from ways_to_end import dies, everything
 
-from asymflow import AsymFlow, InputError
+from asymflow import AsymFlow, InputError, Subspace
 from asymflow.cli import main as asymflow
 from asymflow.cli.drawing import draw_missing
+from asymflow.cost import count
 from asymflow.training import loop
 from asymflow.training.config.derived import make_backbone
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
+from asymflow.training.objectives.class_conditional import ClassConditional
+from asymflow.training.objectives.cost import Step, images, needed_flops
 from asymflow.training.zero.engine import check_optimizer
 
 MODULE = '''
@@ -311,6 +314,16 @@ def test_recomputed_blocks_have_the_gradients_of_kept_ones(own, importable):
         net(tokens, torch.tensor([0.1, 0.9]), labels).square().sum().backward()
         gradients.append([p.grad for p in net.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+def test_what_ones_own_blocks_recompute_is_not_needed(own, importable):
+    needed = []
+    for every in (0, 1):
+        config = load_config(own / "own.yaml", [f"model.checkpoint_every={every}"])
+        flow = AsymFlow(make_backbone(config.model), Subspace.random(48, 4)).train()
+        step = Step(config, ClassConditional(config, flow), flow)
+        needed.append(needed_flops(step, images(2, (3, 16, 16))))
+    assert needed[0] == needed[1] < count(step, lambda step: step(images(1, (3, 16, 16)))).flops
 
 
 def test_a_module_that_breaks_when_it_is_imported_shows_where(own, importable, tmp_path, monkeypatch):

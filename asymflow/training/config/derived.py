@@ -70,6 +70,7 @@ def make_backbone(model: Model) -> nn.Module:
     if model.checkpoint_every and "checkpoint_every" not in given:
         for block in repeated_blocks(backbone, "model.checkpoint_every")[:: model.checkpoint_every]:
             block.forward = partial(recomputed, block.forward)
+            block.recomputed = True
     return backbone
 
 

@@ -24,7 +24,7 @@ PRECISIONS = {  # those of asymflow.cost, in the words of a configuration
 class Step(nn.Module):
     """A micro-batch of a training: `step(batch)` is the loss whose gradient its engine computes.
 
-    model: of `objective.model`. In float32, unless the engine gives its weights another dtype: it is not changed here.
+    model: of `objective.model`. Its weights are counted in the dtypes that they have.
     The networks that the objective holds beside it (DINOv2, LPIPS) are submodules, so that they are counted.
     """
 

@@ -84,7 +84,7 @@ CALLS = st.one_of(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(CALLS, max_size=7))
 def test_whatever_is_called_the_pixel_adapter_is_in_force_once(base, adapter, styles, by_hand, inputs, calls):
     pipeline, loaded, active, on = load(base, adapter), set(), {}, True

@@ -1,6 +1,7 @@
 """Configurations as files: YAML, files based on others, --set, writing, and a thousand broken files."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -347,7 +348,9 @@ def test_broken_files_are_valid_or_answered_in_one_line(folder, count):
         if c is None:
             assert len(message.splitlines()) == 1
             assert len(message.encode()) < 600  # and it can be printed
-            assert "broken.yaml" in message
+            assert "broken.yaml" in message or re.match(
+                r"asymflow/configs/\w+\.yaml, line \d+: .* is missing: give it", message
+            )
         else:
             assert all(math.isfinite(x) for x in (c.optimizer.lr, *c.ema.decays, c.loss.sigma_mean))
             assert load_text(folder, dump(c)) == c
