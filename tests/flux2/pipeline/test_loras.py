@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS, draw, load
@@ -84,7 +84,7 @@ CALLS = st.one_of(
 )
 
 
-@settings(max_examples=8)
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])  # to shrink a failure takes minutes
 @given(st.lists(CALLS, max_size=7))
 def test_whatever_is_called_the_pixel_adapter_is_in_force_once(base, adapter, styles, by_hand, inputs, calls):
     pipeline, loaded, active, on = load(base, adapter), set(), {}, True
@@ -118,8 +118,9 @@ def test_whatever_is_called_the_pixel_adapter_is_in_force_once(base, adapter, st
             pipeline.enable_lora()
             pipeline.set_adapters(list(loaded), [1.0])
             active, on = dict.fromkeys(loaded, 1.0), True
-        elif call == "hotswap":
+        elif call == "hotswap" and on and active.keys() == {what}:  # of others, diffusers changes what is in force
             pipeline.load_lora_weights(styles / what, adapter_name=what, hotswap=True)
+            pipeline.set_adapters(list(active), list(active.values()))  # diffusers makes the weight 1
         elif call == "fuse and unfuse" and on:
             pipeline.fuse_lora(adapter_names=list(active), lora_scale=0.5)
             pipeline.unfuse_lora()
