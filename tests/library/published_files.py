@@ -1,7 +1,9 @@
 """Published checkpoints in each of their layouts."""
 
+from functools import partial
 from pathlib import Path
 
+import random_jits
 import torch
 from safetensors.torch import save_file
 
@@ -14,13 +16,7 @@ D, IMAGES = 48, (4, 3, 12, 12)
 BETWEEN = dict(in_context_start=1)  # what the tensors do not show
 
 
-def random_jit(seed=0, dtype=torch.float64, **options) -> JiT:
-    torch.manual_seed(seed)
-    jit = JiT(**SIZES | options).to(dtype)
-    with torch.no_grad():
-        for name, weight in jit.named_parameters():
-            weight.normal_(std=0.2).add_(1 if "norm" in name else 0)
-    return jit
+random_jit = partial(random_jits.random_jit, **SIZES)
 
 
 def positions(grid, width, head_dim, in_context):
