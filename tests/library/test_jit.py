@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from random_jits import TINY, random_inputs, random_jit
 
 from asymflow import Subspace
-from asymflow.backbones.jit import SIZES, JiT, rope, rotate, sincos_positions
+from asymflow.backbones.jit import SIZES, JiT, filled_up, rope, rotate, sincos_positions
 
 
 # ---- By hand, one image at a time, with complex numbers for the rotations and a loop over everything -----------------
@@ -208,6 +209,23 @@ def test_rotated_products_depend_on_the_distance_only(rows, columns, quarter, se
     torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1])
     torch.testing.assert_close(products[0, 0, 0, 0], q @ k)
     torch.testing.assert_close(everywhere[0].norm(dim=-1), q.norm().expand(rows * columns))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 64]), st.integers(0, 99))
+def test_zeros_that_fill_up_a_layer_change_nothing(wide, high, to, seed):
+    """Values and gradients. A GPU gets the filled-up sizes: all of them are multiples of 8."""
+    torch.manual_seed(seed)
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, wide), (high, wide), (high,)))
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    seen = []
+    with mock.patch.object(F, "linear", lambda x, w, b, linear=F.linear: seen.append(w.shape) or linear(x, w, b)):
+        found = filled_up(*inputs, to=to)
+    expected = F.linear(*inputs)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    assert all(size % 8 == 0 for size in seen[0])
+    towards = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, inputs, towards) for y in (found, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
 def test_the_order_of_images_and_of_class_tokens_does_not_matter():

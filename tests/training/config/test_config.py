@@ -39,14 +39,14 @@ def test_shipped_files_load_have_the_promised_keys_and_say_what_they_are(name):
     assert min(c.train.steps, c.train.global_batch_size, c.checkpoint.every) >= 1
     assert c.train.seed >= 0
     assert c.subspace.rank == 8
-    assert c.deepspeed["zero_optimization"]["stage"] == 1
+    assert c.deepspeed["zero_optimization"]["stage"] == (0 if name == "emoji64" else 1)
     JiT(**network(c.model) | {"width": 16, "heads": 2, "depth": 16, "bottleneck": 2})  # the arguments are JiT's
     comment = (CONFIGS / f"{name}.yaml").read_text().split("\nmodel:")[0].split("\nbase:")[0]
     assert all(line.startswith("#") for line in comment.splitlines())
     assert "--config " in comment
     assert "--set subspace.rank=0" in comment
     assert "--set subspace.rank=full" in comment
-    for ranks in (1, 2, 4, 8, *([16, 32] if "8 to 32 GPUs" in comment else [])):
+    for ranks in (1, 2, 4, 8, *([16] if "8 or 16 GPUs" in comment else [])):
         micro, accumulation = batch_sizes(c, ranks)
         assert micro * accumulation * ranks == c.train.global_batch_size
 
