@@ -27,7 +27,7 @@ from asymflow.training.objectives.cost import class_conditional_step, images
 
 WARM_UP = 4  # steps of a training that are not timed
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
-WORKERS = {"B/16": 8, "L/16": 4, "H/16": 2}  # each loads two batches ahead; these are used up before timing begins
+WORKERS = {"B/16": 10, "L/16": 6, "H/16": 4}  # each loads two batches ahead; these are used up before timing begins
 ON_EACH = 128  # images in a step on each GPU, as in a batch of 1,024 on eight
 GUIDANCE = 2.3
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from processes import environment_of, metrics, same_bits, tensors, words
 from test_repa import save_dinov2
@@ -28,7 +29,7 @@ from asymflow.training import loop
 from asymflow.training.loader import Batches
 from asymflow.training.loop import Training
 from asymflow.training.objectives.class_conditional import ClassConditional
-from asymflow.training.run.ranks import join_group, open_store, resolve_rank
+from asymflow.training.run.ranks import AgreedError, join_group, open_store, resolve_rank
 from asymflow.training.start import build, parse
 from asymflow.training.zero.internals import held_part
 from asymflow.training.zero.shards import held_fragments
@@ -202,6 +203,20 @@ def test_compiled_blocks_may_read_16_bytes_at_a_time(training, monkeypatch, numb
     aligned = not any(held_part(p).data_ptr() % 16 for p in flow.parameters())
     assert seen == [None if aligned else {"triton.divisible_by_16": False}] * len(seen)
     assert aligned == (number < 3 and (number, kind) != (1, "float32 sums"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_linear_layers_are_those_of_torch(training, monkeypatch, compiled):
+    """At stage 3 DeepSpeed replaces them for the whole process; torch 2.11 would compile these to wrong gradients."""
+    monkeypatch.setattr(F, "linear", torch._C._nn.linear)  # an earlier test may have had them replaced
+    training(*stage(3), f"train.compile={compiled}")
+    assert (F.linear is torch._C._nn.linear) == compiled
+
+
+def test_linear_layers_of_deepspeed_are_not_compiled(training):
+    settings = "train.compile=true", "deepspeed.zero_optimization.memory_efficient_linear=true"
+    with pytest.raises(AgreedError, match=r"memory_efficient_linear cannot be true with train\.compile"):
+        training(*stage(3), *settings)
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

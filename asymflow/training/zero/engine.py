@@ -141,8 +141,9 @@ def prepare_compiling(flow: nn.Module, options: dict) -> None:
     """Set what DeepSpeed must know before it starts, if blocks are to be compiled.
 
     At stage 3 all weights of a block are gathered before it runs, because gathering inside, layer by layer, would break
-    its graph. At stages 1 and 2, where weights lie one after the other in memory, DeepSpeed is asked to let each begin
-    at a multiple of 16 bytes: see `compile_blocks`.
+    its graph. DeepSpeed must then leave linear layers as they are: its own are for gathering layer by layer, and torch
+    2.11 compiles them to wrong gradients. At stages 1 and 2, where weights lie one after the other in memory, DeepSpeed
+    is asked to let each begin at a multiple of 16 bytes: see `compile_blocks`.
     """
     import deepspeed
 
@@ -151,6 +152,11 @@ def prepare_compiling(flow: nn.Module, options: dict) -> None:
     zero = options.get("zero_optimization", {})
     if zero.get("stage") in (1, 2):
         zero.setdefault("parameter_alignment", True)
+    elif zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False):
+        raise InputError(
+            "deepspeed.zero_optimization.memory_efficient_linear cannot be true with train.compile, because torch 2.11 "
+            "compiles these layers to wrong gradients: leave it out"
+        )
 
 
 def compile_blocks(flow: nn.Module) -> None:
