@@ -1,16 +1,19 @@
 """Measurements of speed on this GPU. Each is compared with its limit, which is measured in the same run."""
 
 import io
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from asymflow import cost, streams
-from asymflow.backbones.jit import JiT
+from asymflow.backbones.jit import JiT, filled_up
 from asymflow.bench.kit import Check, Kit
 from asymflow.bench.right import image_shape, shapes, small, without_numbers
 from asymflow.bench.trainings import images_per_second, synchronize
@@ -27,7 +30,7 @@ from asymflow.training.objectives.cost import class_conditional_step, images
 
 WARM_UP = 4  # steps of a training that are not timed
 TIMED = {"B/16": 60, "L/16": 24, "H/16": 12}
-WORKERS = {"B/16": 10, "L/16": 6, "H/16": 4}  # each loads two batches ahead; these are used up before timing begins
+WORKERS = {"B/16": 14, "L/16": 8, "H/16": 6}  # each loads two batches ahead; these are used up before timing begins
 ON_EACH = 128  # images in a step on each GPU, as in a batch of 1,024 on eight
 GUIDANCE = 2.3
 
@@ -108,6 +111,22 @@ def wrapper(kit: Kit) -> tuple[str, dict]:
     found = medians(timed, kit.device, 3 if kit.tiny else 10)
     shown = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in found.items())
     return f"{count} images, JiT-{size} of rank 8, float32: {shown}", found
+
+
+def odd_sizes(kit: Kit) -> tuple[str, dict]:
+    """The two layers of JiT-H's SwiGLU in bfloat16: as they are, and filled up with zeros, as `jit.Linear` does it."""
+    tokens, width, hidden = (64, 16, 43) if kit.tiny else (9216, 1280, 3413)
+    sizes, timed = {"w12": (width, 2 * hidden), "w3": (hidden, width)}, {}
+    for name, (wide, high) in sizes.items():
+        x, weight, bias = (
+            torch.randn(size, device=kit.device).bfloat16() for size in ((tokens, wide), (high, wide), (high,))
+        )
+        timed[name] = partial(F.linear, x, weight, bias)
+        timed[f"{name} filled up"] = partial(filled_up, x, weight, bias)
+    seconds = medians(timed, kit.device)
+    rates = {name: 2 * tokens * math.prod(sizes[name.split()[0]]) / s for name, s in seconds.items()}
+    shown = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    return f"{tokens} tokens, {width} wide, {hidden} hidden, TFLOP/s: {shown}", rates
 
 
 def noise(kit: Kit) -> tuple[str, dict]:
@@ -261,6 +280,7 @@ CHECKS = [
     Check("training B/16", training("B/16"), 60, measures=True),
     Check("training L/16", training("L/16"), 70, measures=True),
     Check("wrapper", wrapper, 3, measures=True, anywhere=True),
+    Check("odd sizes", odd_sizes, 2, measures=True),
     Check("noise", noise, 8, measures=True, anywhere=True),
     Check("waiting for data", waiting_for_data, 45, measures=True),
 ]
