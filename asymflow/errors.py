@@ -6,6 +6,10 @@ import re
 class InputError(ValueError):
     """Something that a user gave cannot be used. Command lines print the message, one line, instead of a traceback."""
 
+    def __str__(self) -> str:
+        """The message, with escapes for what would break the line or move the cursor: it may quote a file's name."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether an error says that the machine or a GPU has too little memory. Torch has no one type for all of these."""

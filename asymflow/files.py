@@ -1,11 +1,10 @@
-"""Writing files whole or not at all, and reading tensors without ever running code from a file."""
+"""Writing files whole or not at all. Reading: see opening.py."""
 
 import hashlib
 import json
 import os
 import secrets
 import socket
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +13,6 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -105,58 +103,6 @@ def content(tensor: Tensor) -> np.ndarray:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that safetensors has for a dtype."""
     return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. InputError if it is damaged or something else."""
-    path = existing_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({e}). If it was downloaded or copied, do that again"
-        ) from None
-
-
-def read_pickle(path: str | Path) -> object:
-    """Read what `torch.save` wrote, if it is tensors in plain containers. Anything else is refused, and never run."""
-    path = existing_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # a damaged or hostile file can raise many types of errors
-        # Do not quote torch's message: it advises to load the file with weights_only=False.
-        raise InputError(
-            f"{path} cannot be read as plain tensors ({type(e).__name__}): it is damaged, or carries code, which is "
-            "never run. Download or copy it again, or ask whoever made it for safetensors"
-        ) from None
-
-
-def existing_file(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, where a file is expected")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    return path
-
-
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """InputError, naming the tensors, unless `found` has exactly the `expected` names, each with its shape."""
-    missing = [f"{name} {tuple(shape)}" for name, shape in expected.items() if name not in found]
-    extra = [f"{name} {tuple(tensor.shape)}" for name, tensor in found.items() if name not in expected]
-    misshaped = [
-        f"{name} has {tuple(found[name].shape)}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(shape)
-    ]
-    faults = [
-        f"{title}: {'; '.join(names[:5])}{f'; and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for title, names in [("missing tensors", missing), ("unexpected tensors", extra), ("wrong shapes", misshaped)]
-        if names
-    ]
-    if faults:
-        raise InputError(f"{source} does not fit: {'. '.join(faults)}")
 
 
 def hold(path: Path, use: str) -> TextIO:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from asymflow import backbones, files
+from asymflow import backbones, files, opening
 from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
 from asymflow.extensions import find
@@ -221,7 +221,7 @@ class AsymFlow(
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise InputError(f"{folder} is neither a folder here nor a model that the Hub gave: {reason}") from None
-        flow = build(read_config(paths[0]), files.read_tensors(paths[1])[0], backbone, source=str(paths[1]))
+        flow = build(read_config(paths[0]), opening.read_tensors(paths[1])[0], backbone, source=str(paths[1]))
         if dtype is not None:
             flow.backbone.to(dtype)
         return flow.to(device).eval()
@@ -231,14 +231,19 @@ def build(
     config: dict, tensors: dict[str, Tensor], backbone: nn.Module | Callable[..., nn.Module] | None, source: str
 ) -> AsymFlow:
     """Make the model that `config` describes, with exactly these tensors."""
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}  # of torch.compile
     try:
         options, tokens, network = config["flow"], config["tokens"], config["network"]
         if not isinstance(backbone, nn.Module):
-            backbone = make_backbone(network["class"], network["config"], backbone)
+            with opening.no_larger_than(len(tensors), source):
+                backbone = make_backbone(network["class"], network["config"], backbone)
         shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
         shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # any length is right
-        files.check_tensors(tensors, shapes, source)
+        opening.check_tensors(tensors, shapes, source)
+        floating = {f"backbone.{name}" for name, t in backbone.state_dict().items() if t.is_floating_point()}
+        numbers = {name: t for name, t in tensors.items() if name in floating or name.startswith("subspace.")}
+        opening.check_numbers(numbers, source, finite=False)
         subspace = Subspace(
             tensors["subspace.basis"],
             tensors["subspace.scale"],
@@ -279,11 +284,8 @@ def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None 
 
 
 def read_config(path: Path) -> dict:
-    try:
-        config = json.loads(files.existing_file(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise InputError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = opening.read_json(path)
+    if config.get("format") != FORMAT:
         raise InputError(f'{path} is not the configuration of an asymmetric flow: it has no "format": "{FORMAT}"')
     return config
 

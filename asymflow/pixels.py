@@ -10,7 +10,6 @@ import io
 import os
 import posixpath
 import random
-import stat
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +22,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from asymflow import opening
 from asymflow.errors import InputError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
 OTHERS = ("heic", "heif", "jxl", "jp2", "psd", "svg", "tga", "ico", "exr", "hdr", "dng", "cr2", "nef", "arw", "raw")
 NOT_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 LATENTS = "latent.npy"
+MOST_BYTES = 2**29  # of one file
 LONGEST = 16  # times the shorter side
 MOST_LINKS = 40  # one after the other, as in Linux
 T, Result = TypeVar("T"), TypeVar("Result")
@@ -70,18 +71,16 @@ class Entry(NamedTuple):
 
     def read(self) -> bytes:
         try:
-            with open(self.path, "rb", opener=nonblocking_opener) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise UnreadableError(f"{self} is not a file, but a pipe or a device")
+            with opening.opened(self.path) as file:
+                size = os.fstat(file.fileno()).st_size if self.size < 0 else self.size
+                if size > MOST_BYTES:
+                    raise UnreadableError(f"{self} has {size:,} bytes: more than {MOST_BYTES:,} are not read")
                 file.seek(self.offset)
                 return file.read(self.size)
         except OSError as e:
             raise UnreadableError(f"{self} cannot be read: {e.strerror}") from None
-
-
-def nonblocking_opener(path: str, flags: int) -> int:
-    """The `opener` of an `open` that does not block: a pipe is opened without waiting for a writer."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no O_NONBLOCK
+        except InputError as e:
+            raise UnreadableError(str(e)) from None
 
 
 # ---- Finding -------------------------------------------------------------------------------------------------------
@@ -148,20 +147,21 @@ def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
             raise InputError(f"{path} is neither a folder, nor a .tar file, nor an image ({', '.join(IMAGES)})")
 
 
-def folder_entries(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
-    """The files in a folder and in all folders below. Links are followed, unless they lead back to a folder above.
+def folder_entries(folder: str, seen: set[str] | None = None) -> Iterator[Entry]:
+    """The files in a folder and in all folders below. Links are followed, but to each folder only once.
 
     Hidden files are left out, and what systems put beside: see `NOT_DATA`.
     """
-    here = os.path.realpath(folder)
-    if here in above:
+    here, seen = os.path.realpath(folder), set() if seen is None else seen
+    if here in seen:
         return
+    seen.add(here)
     with os.scandir(folder) as items:
         for item in sorted(items, key=lambda item: item.name):
             if item.name.startswith(".") or item.name in NOT_DATA:
                 continue
             if item.is_dir():
-                yield from folder_entries(item.path, (*above, here))
+                yield from folder_entries(item.path, seen)
             else:
                 yield Entry(item.path)
 
@@ -172,8 +172,7 @@ def tar_entries(path: str) -> Iterator[Entry]:
 
     What cannot be read, such as a link to nothing, is an entry without content, so that it is named where it is used.
     """
-    if not os.path.isfile(path):  # noqa: PTH113 (opening a pipe would wait for a writer)
-        raise InputError(f"{path} is not a file")
+    opening.existing_file(path)
     try:
         with tarfile.open(path, "r:") as tar:
             members = list(tar)
@@ -184,7 +183,7 @@ def tar_entries(path: str) -> Iterator[Entry]:
             while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("it goes on behind its end, as archives put together by cat do")
-    except (tarfile.TarError, ValueError) as e:
+    except Exception as e:  # a damaged or hostile file can raise many types of errors
         raise InputError(
             f"{path} is not a whole, uncompressed tar file ({e}). If it was downloaded or copied, do that again; if it "
             "is compressed, decompress it"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 from asymflow.numerics import at_least_float32, float32_products_are_exact, has_float64, no_autocast
 from asymflow.patches import check_patch_size, check_token_order
@@ -93,7 +93,7 @@ class Subspace(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "Subspace":
         """Read what `save` wrote, bit for bit. Raises InputError, naming the file, if it is something else."""
-        tensors, metadata = files.read_tensors(path)
+        tensors, metadata = opening.read_tensors(path)
         if not {"basis", "scale"} <= tensors.keys() <= {"basis", "scale", "spectrum"}:
             names = ", ".join(sorted(tensors)[:4]) or "none"
             raise InputError(f"{path} is not a subspace file, with basis and scale: its tensors begin with {names}")

@@ -21,7 +21,7 @@ with importing(__name__):
     from PIL import Image
     from tqdm import tqdm
 
-    from asymflow import files
+    from asymflow import files, opening
     from asymflow.cli.common import new_file
     from asymflow.errors import InputError
 
@@ -50,7 +50,7 @@ def on_white(png: bytes) -> bytes:
 def make(package: Path, out: Path) -> int:
     """Write the shard, in the order of the code points, and return the number of images."""
     new_file(out)
-    with tarfile.open(files.existing_file(package)) as inside, files.replacing(out, new=True) as beside:
+    with tarfile.open(opening.existing_file(package)) as inside, files.replacing(out, new=True) as beside:
         read = lambda name: inside.extractfile(f"package/{name}").read()
         rows = list(captions(json.loads(read("emoji.json"))))
         categories = sorted({category for _, category, _ in rows})

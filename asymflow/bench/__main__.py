@@ -26,7 +26,7 @@ with importing(__name__):
     from asymflow.bench.trainings import Trainings
     from asymflow.cli.common import at_least, default_device, image_size, usable_device
     from asymflow.errors import InputError
-    from asymflow.files import existing_file
+    from asymflow.opening import existing_file
     from asymflow.parser import Parser
 
 CHECKS = [*COMPARISONS, *MEASUREMENTS, kit.Check("emoji64", emoji64, 60, measures=True, anywhere=True)]

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.cli.common import this_process, usable_device
 from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import image_grid
-from asymflow.pixels import tensor_to_pil, to_tensor
+from asymflow.pixels import Entry, UnreadableError, read_image, tensor_to_pil, to_tensor
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
 
@@ -95,17 +94,17 @@ def open_record(
     Every process calls this before its first image. All write the same content, so it does not matter who is first.
     """
     path, images, args.images = args.out / RECORD, {}, args.out / IMAGES
-    if path.exists():
+    if existed := path.exists():
         try:
-            record = json.loads(path.read_text())
+            record = opening.read_json(path)
             before = with_precision(record["settings"])
-            images = {entry["index"]: entry[kind] for entry in record["images"]}
+            images = {int(entry["index"]): entry[kind] for entry in record["images"]}
             if any("/" not in entry["file"] for entry in record["images"]):
                 args.images = args.out
             differing = [
                 f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None
         if "step" in before and "step" in now and before["step"] != now["step"]:
             raise InputError(
@@ -116,13 +115,12 @@ def open_record(
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
     elif taken := [name(i) for i, _ in plan if (args.images / name(i)).exists() or (args.out / name(i)).exists()]:
         raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
-    known = bool(images)
     images |= dict(plan)
     place = lambda i: str((args.images / name(i)).relative_to(args.out))
     entries = [{"file": place(i), "index": i, kind: images[i]} for i in sorted(images)]
     record = {**again, "settings": now, "images": entries}
     try:
-        with files.replacing(path, new=not known) as beside:
+        with files.replacing(path, new=not existed) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
     except FileExistsError:
         if not path.exists():  # the error is about the folder: --out is something else, such as a broken link
@@ -140,7 +138,7 @@ def with_precision(settings: dict) -> dict:
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
     """Draw the grid, if no image of the plan is missing. Of several processes, the last one to finish does it."""
     if all((args.images / name(i)).exists() for i, _ in plan):
-        entries = json.loads((args.out / RECORD).read_text())["images"]
+        entries = opening.read_json(args.out / RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
             image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
@@ -149,9 +147,9 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
 
 def read_png(path: Path) -> Tensor:
     try:
-        return to_tensor(Image.open(path))
-    except OSError as e:
-        raise InputError(f"{path} is damaged ({e}): remove it, and the same command draws it again") from None
+        return to_tensor(read_image(Entry(str(path))))
+    except UnreadableError as e:
+        raise InputError(f"{e}: remove it, and the same command draws it again") from None
 
 
 def name(index: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asymflow import backbones, cost, files, hub
+from asymflow import backbones, cost, hub, opening
 from asymflow.backbones.jit import SIZES, JiT, published
 from asymflow.cli import info_flux2, info_memory
 from asymflow.cli.common import at_least, image_size
@@ -154,12 +154,12 @@ def adapter(path: Path) -> dict | None:
     path = path.parent if path.name == ADAPTER_WEIGHTS and path.is_file() else path
     folder = hub.locate(path, CONFIG, what="a model")
     try:
-        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["_class_name"] != ADAPTER_CLASS:
+        if opening.read_json(folder / CONFIG)["_class_name"] != ADAPTER_CLASS:
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError):
         return None
     file = hub.locate(path, ADAPTER_WEIGHTS, what="an adapter") / ADAPTER_WEIGHTS
-    tensors, metadata = files.read_tensors(file)
+    tensors, metadata = opening.read_tensors(file)
     try:
         rank, scale = tensors["proj_buffer"].shape[1], float(metadata.get("scale") or tensors["scale_buffer"])
     except (KeyError, IndexError, ValueError, RuntimeError):
@@ -186,13 +186,13 @@ def from_folder(path: Path, backbone: str | None) -> tuple[str, AsymFlow | dict]
         raise InputError(f"{path / CONFIG}: in network, class must be text and config an object")
     if not whole or name in backbones.TABLE or backbone:  # safetensors are memory-mapped, so no weights are read
         return kind, AsymFlow.from_pretrained(path, backbone=own_backbone(backbone))
-    tensors = files.read_tensors(path / WEIGHTS)[0]
+    tensors = opening.read_tensors(path / WEIGHTS)[0]
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
     return kind, {"config": config, "parameters": {"total": count, "trainable": count}}
 
 
 def from_file(path: Path, in_context_start: int | None) -> tuple[str, AsymFlow | Subspace]:
-    if files.existing_file(path).suffix == ".safetensors":
+    if opening.existing_file(path).suffix == ".safetensors":
         content = published.read(path)
         if {"basis", "scale"} <= content.keys():
             return "a subspace", Subspace.load(path)

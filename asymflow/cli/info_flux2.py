@@ -1,10 +1,9 @@
 """`asymflow info` of a FLUX.2 klein: what it costs to make a pixel model of it."""
 
 import argparse
-import json
 from pathlib import Path
 
-from asymflow import cost
+from asymflow import cost, opening
 from asymflow.cli import info_memory
 from asymflow.cli.common import at_least
 from asymflow.cli.info_memory import many
@@ -39,9 +38,9 @@ def config_file(folder: Path) -> Path | None:
     """The config.json of a FLUX.2 transformer, in a diffusers folder or its subfolder "transformer", or None."""
     for file in (folder / "transformer" / "config.json", folder / "config.json"):
         try:
-            if json.loads(file.read_text(encoding="utf-8"))["_class_name"] == CLASS:
+            if opening.read_json(file)["_class_name"] == CLASS:
                 return file
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError):
             pass
     return None
 
@@ -85,7 +84,7 @@ def describe(args: argparse.Namespace) -> dict:
 
 def config_of(model: str, known: dict[str, dict]) -> dict:
     if Path(model).is_dir():
-        return json.loads(config_file(Path(model)).read_text(encoding="utf-8"))
+        return opening.read_json(config_file(Path(model)))
     name = Path(model).name.replace("-base", "")
     if name not in known:
         raise InputError(f"there is no {model} here, neither a folder nor a name: the names are {', '.join(known)}")

@@ -1,6 +1,5 @@
 """Finding the model of a command: a folder, a file, a training run, or a name on the Hugging Face Hub."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files, hub
+from asymflow import hub, opening
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
@@ -58,10 +57,10 @@ def class_names(folder: Path) -> list[str]:
     if not (folder / CLASSES).is_file():
         return []
     try:
-        names = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = opening.read_json(folder / CLASSES, list)
+        if not all(isinstance(name, str) for name in names):
             raise ValueError
-    except (ValueError, RecursionError):
+    except ValueError:
         raise InputError(f"{folder / CLASSES} must be a list of names in JSON: remove it to do without names") from None
     return names
 
@@ -194,6 +193,6 @@ def make_model(config, subspace, weights: dict[str, Tensor] | None, backbone: st
     if weights is not None:
         own = {name: value for name, value in weights.items() if not name.startswith(PROJECTOR)}
         shapes = {name: tuple(parameter.shape) for name, parameter in flow.named_parameters()}
-        files.check_tensors(own, shapes, "the checkpoint, with the config.yaml of its run,")
+        opening.check_tensors(own, shapes, "the checkpoint, with the config.yaml of its run,")
         flow.load_state_dict({**flow.state_dict(), **own})
     return flow.eval()

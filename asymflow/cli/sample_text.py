@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.backbones.flux2.adapter import find
 from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
 from asymflow.cli.common import this_process
@@ -21,9 +21,9 @@ from asymflow.color import oklab_to_rgb
 from asymflow.data.encoders import prompt_tokens
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
-from asymflow.pixels import opened, to_rgb, upright
+from asymflow.pixels import Entry, decoded, to_rgb, upright
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
-from asymflow.text import decode, is_blank
+from asymflow.text import is_blank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file of a LoRA in a folder
 
@@ -90,10 +90,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise InputError("give either --prompt, once or several times, or --prompts, a file with one on each line")
     if args.prompt is not None:
         return args.prompt
-    try:
-        lines = decode(files.existing_file(args.prompts).read_bytes()).splitlines()
-    except ValueError as e:
-        raise InputError(str(e) if isinstance(e, InputError) else f"--prompts {args.prompts} {e}") from None
+    lines = opening.read_text(args.prompts).splitlines()
     prompts = [line.strip() for line in lines if not is_blank(line)]
     if not prompts:
         raise InputError(f"--prompts {args.prompts} has no prompt in it")
@@ -101,12 +98,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_image(path: Path) -> Image.Image:
-    try:
-        return to_rgb(upright(opened(files.existing_file(path))))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # a damaged PNG is a SyntaxError
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"--image {path} cannot be read as an image: {e}") from None
+    return decoded(Entry(str(opening.existing_file(path))), lambda image: to_rgb(upright(image)))
 
 
 def lora(text: str) -> tuple[Path, float]:
@@ -121,7 +113,7 @@ def lora(text: str) -> tuple[Path, float]:
         raise InputError(
             f"--lora {text}: expected a safetensors file, or a folder with {LORA_FILE}, and :WEIGHT, a number"
         )
-    return files.existing_file(path), weight
+    return opening.existing_file(path), weight
 
 
 def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2KleinPipeline:
@@ -132,7 +124,7 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
     for number, (path, _) in enumerate(loras):
         try:
-            files.read_tensors(path)
+            opening.read_tensors(path)
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
         except (ValueError, TypeError, RuntimeError, KeyError) as e:
             raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
 from asymflow.cli.models import is_run
@@ -325,7 +325,7 @@ def load(path: Path) -> Subspace:
         return Subspace.load(path / "subspace.safetensors")
     if path.is_dir():
         return AsymFlow.from_pretrained(path).subspace
-    if path.suffix == ".safetensors" and "basis" in files.read_tensors(path)[0]:
+    if path.suffix == ".safetensors" and "basis" in opening.read_tensors(path)[0]:
         return Subspace.load(path)
     published = load_published(path)
     return published if isinstance(published, Subspace) else published.subspace

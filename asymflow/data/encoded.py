@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from asymflow import files
+from asymflow import opening
 from asymflow.data.folder import to_uint8
 from asymflow.data.shards import Kind, check_finished, check_shards, load_index, read_meta, shard_path, shards_digest
 from asymflow.errors import InputError
@@ -70,9 +70,9 @@ class EncodedShards:
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
         self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): (offset, size) of each of KINDS
-        tensors, _ = files.read_tensors(self.path / EMPTY_PROMPT)
+        tensors, _ = opening.read_tensors(self.path / EMPTY_PROMPT)
         form = {"prompt": tuple(self.meta["prompt_shape"])}
-        files.check_tensors(tensors, form, str(self.path / EMPTY_PROMPT))
+        opening.check_tensors(tensors, form, str(self.path / EMPTY_PROMPT))
         self.empty_prompt = tensors["prompt"]
 
     def __len__(self) -> int:

@@ -1,7 +1,6 @@
 """What a FLUX.2 klein sees of images and captions: its VAE and its text encoder, used as the stock pipeline does."""
 
 import hashlib
-import json
 import warnings
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -88,7 +87,8 @@ def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
 
 def load_whole(kind: type, folder: Path, options: dict) -> torch.nn.Module:
     """A model of diffusers or transformers, in eval mode. InputError if weights are missing, or of another shape."""
-    model, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    with opening.no_larger_than(opening.counted_tensors(folder), folder):
+        model, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if misfits := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
         more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise InputError(f"{folder.name} lacks weights, or has them in another shape: {', '.join(misfits[:5])}{more}")
@@ -98,8 +98,8 @@ def load_whole(kind: type, folder: Path, options: dict) -> torch.nn.Module:
 def read_base(base: Path) -> dict:
     """What is known of a base without loading it: rank r, patch_size, width C of its prompts."""
     try:
-        json.loads((base / "model_index.json").read_text("utf-8"))
-        vae, text = (json.loads((base / part / "config.json").read_text("utf-8")) for part in ("vae", "text_encoder"))
+        opening.read_json(base / "model_index.json")
+        vae, text = (opening.read_json(base / part / "config.json") for part in ("vae", "text_encoder"))
         kinds = vae["_class_name"], text["model_type"]
         if kinds == ("AutoencoderKLFlux2", "qwen3"):
             patch_size = 2 ** len(vae["block_out_channels"])  # all but one halve, and a token is 2 x 2

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import json
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
@@ -133,7 +132,7 @@ def shard_paths(path: Path, size: int) -> list[str]:
 
 
 def existing_tar(path: Path) -> str:
-    return str(files.existing_file(path))
+    return str(opening.existing_file(path))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -161,10 +160,10 @@ def shard_path(folder: Path, number: int) -> Path:
 def read_meta(folder: Path, kind: Kind) -> dict:
     """The meta.json that the command wrote to a folder of shards; empty if there is none in this format."""
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        meta = opening.read_json(folder / META)
+    except InputError:
         return {}
-    return meta if isinstance(meta, dict) and meta.get("format") == kind.format else {}
+    return meta if meta.get("format") == kind.format else {}
 
 
 def check_finished(folder: Path, kind: Kind, meta: dict, whole: Collection[str]) -> None:
@@ -173,8 +172,9 @@ def check_finished(folder: Path, kind: Kind, meta: dict, whole: Collection[str])
     if count is None:
         raise InputError(f"{folder} is not finished: {again}")
     if len(whole) != count:
-        gone = {str(shard_path(folder, number)) for number in range(count)} - {*whole}
-        what = f"{len(whole)} of {count} shards (damaged or gone, or its index is: {min(gone, default='none')})"
+        every = (str(shard_path(folder, number)) for number in range(count))  # the count may be anything: no list
+        gone = next((shard for shard in every if shard not in whole), "none")
+        what = f"{len(whole)} of {count} shards (damaged or gone, or its index is: {gone})"
         raise InputError(f"{folder} has {what}: {again}, or copy it again")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 
 FORMAT = "asymflow classifier 1"
@@ -62,10 +62,12 @@ class Classifier(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
         """Read what `save` wrote. Returns it in eval mode. Raises InputError if the file is damaged or another."""
-        tensors, about = files.read_tensors(path)
+        tensors, about = opening.read_tensors(path)
         if about.get("format_of") != FORMAT:
             raise InputError(f"{path} is not a classifier of this package: make one with Classifier.save")
-        classifier = cls(int(about["num_classes"]), int(about["width"]))
-        files.check_tensors(tensors, {k: v.shape for k, v in classifier.state_dict().items()}, str(path))
-        classifier.load_state_dict(tensors)
+        with opening.reading(path, "a whole classifier"), torch.device("meta"):
+            classifier = cls(int(about["num_classes"]), int(about["width"]))
+        opening.check_tensors(tensors, {k: v.shape for k, v in classifier.state_dict().items()}, str(path))
+        opening.check_numbers(tensors, path)
+        classifier.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return classifier.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asymflow import files
+from asymflow import opening
 from asymflow.errors import InputError
 from asymflow.evaluation.classifier import Classifier
 
@@ -37,7 +37,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     if name == CLASSIFIER:
         register_classifier()
     elif weights is not None:
-        files.read_pickle(weights)  # refuses code, which torch-fidelity would run when it loads the file
+        opening.read_pickle(weights)  # refuses code, which torch-fidelity would run when it loads the file
     layer = resolve_feature_layer_for_metric("fid", feature_extractor=name)
     options = {"feature_extractor_weights_path": None if weights is None else str(weights), "verbose": False}
     try:

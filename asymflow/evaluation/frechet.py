@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 
 Statistics = dict[str, np.ndarray]
@@ -36,14 +36,10 @@ def save_statistics(path: str | Path, of: Statistics, about: str) -> None:
 
 def load_statistics(path: str | Path) -> tuple[Statistics, str]:
     """Read (statistics, about) from an npz file, such as those of ADM and JiT for ImageNet, where `about` is empty."""
-    try:
-        with np.load(files.existing_file(path), allow_pickle=False) as arrays:
-            mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-            about = str(arrays["about"]) if "about" in arrays else ""
-    except InputError:
-        raise
-    except Exception as e:  # a damaged file, or another kind of file, can raise many types of errors
-        raise InputError(f"{path} is no npz file with mu and sigma ({type(e).__name__}: {e})") from None
+    arrays = opening.read_arrays(path, ("mu", "sigma", "about"))
+    with opening.reading(path, "an npz file with mu and sigma"):
+        mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    about = str(arrays.get("about", ""))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path} has mu {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F), all finite")
     return {"mu": mu, "sigma": sigma}, about

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from asymflow import InputError, Subspace, files
+from asymflow import InputError, Subspace, files, opening
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.backbones.flux2.adapter import (
     ADAPTER,
@@ -125,7 +125,7 @@ def test_a_trained_model_comes_back_to_the_last_bit(flow, adapter, latent, input
     assert (loaded.patch_size, loaded.token_order, loaded.subspace.color_space) == (16, "channel_first", "oklab")
     assert not loaded.training
     again = changed(loaded)
-    written = files.read_tensors(adapter / WEIGHTS)[0]
+    written = opening.read_tensors(adapter / WEIGHTS)[0]
     assert again.keys() | {"proj_buffer", "scale_buffer"} == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in again.items())
 
@@ -138,7 +138,7 @@ def test_alpha_is_the_rank(adapter, latent):
 
 
 def test_alpha_is_the_rank_when_ranks_differ(adapter, latent, flow, inputs, tmp_path):
-    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    tensors, _ = opening.read_tensors(adapter / WEIGHTS)
     key = "single_transformer_blocks.1.attn.to_out.lora_{}.weight"
     a, b = tensors[key.format("A")], tensors[key.format("B")]
     tensors[key.format("A")], tensors[key.format("B")] = torch.cat([a, a]), torch.cat([b / 2, b / 2], dim=1)
@@ -185,7 +185,7 @@ def test_a_config_that_holds_only_what_is_unusual_is_enough(adapter, flow, laten
 
 def test_rounded_as_the_published_file_is_it_fits_too(adapter, latent, flow, inputs, tmp_path):
     """Its buffers are in bfloat16, the rest in float16."""
-    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    tensors, _ = opening.read_tensors(adapter / WEIGHTS)
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(torch.bfloat16 if name in BUFFERS else torch.float16)
     files.write_tensors(tmp_path / WEIGHTS, tensors)
@@ -196,7 +196,7 @@ def test_rounded_as_the_published_file_is_it_fits_too(adapter, latent, flow, inp
 
 def test_it_reads_the_published_file(adapter, latent, flow, inputs, tmp_path):
     """A prefix, no metadata, no config.json, and the file by itself."""
-    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    tensors, _ = opening.read_tensors(adapter / WEIGHTS)
     named = {name if name in BUFFERS else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     files.write_tensors(tmp_path / "downloaded.safetensors", named)
     loaded = load_adapter(copy.deepcopy(latent), tmp_path / "downloaded.safetensors")
@@ -289,7 +289,7 @@ def of_rank(rank):
     ],
 )
 def test_what_does_not_fit_is_named(adapter, latent, tmp_path, damage, message):
-    tensors, metadata = files.read_tensors(adapter / WEIGHTS)
+    tensors, metadata = opening.read_tensors(adapter / WEIGHTS)
     damage(tensors)
     files.write_tensors(tmp_path / WEIGHTS, tensors, metadata)
     base = copy.deepcopy(latent)
@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_named(adapter, latent, tmp_path, damage, message):
 
 def test_blocks_that_a_file_of_others_leaves_out_are_named(adapter, latent, tmp_path):
     """Without our list of tensors: what one single block has, the other must have."""
-    tensors, _ = files.read_tensors(adapter / WEIGHTS)
+    tensors, _ = opening.read_tensors(adapter / WEIGHTS)
     gone = "single_transformer_blocks.1.attn.to_out.lora_"
     for half in "AB":
         del tensors[f"{gone}{half}.weight"]
@@ -322,7 +322,7 @@ def test_the_refusal_names_the_base_that_was_given_and_a_hint_is_nothing_but_tex
     given = type(latent).from_pretrained(tmp_path / "wrong-base")
     with pytest.raises(InputError, match=r"those of \S+wrong-base "):
         load_adapter(given, adapter)
-    tensors, metadata = files.read_tensors(adapter / WEIGHTS)
+    tensors, metadata = opening.read_tensors(adapter / WEIGHTS)
     files.write_tensors(tmp_path / "odd.safetensors", tensors, {**metadata, "base": "a\nb\x1b[2J" + 1000 * "c"})
     with pytest.raises(InputError, match=r"trained on ab\[2Jc+\)") as caught:
         load_adapter(given, tmp_path / "odd.safetensors")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from random_subspaces import DOUBLE, EYE, ONE_LINE, SEEDS, same, subspaces
 from safetensors.torch import save_file
 
-from asymflow import InputError, Subspace, files
+from asymflow import InputError, Subspace, files, opening
 from asymflow.subspace import TOLERANCE
 
 
@@ -223,13 +223,13 @@ def test_tensors_come_back_to_the_last_bit_with_their_metadata(seed, dtype, shap
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensors.safetensors"
         files.write_tensors(path, tensors, metadata)
-        found, record = files.read_tensors(path)
+        found, record = opening.read_tensors(path)
         assert found.keys() == tensors.keys()
         assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
         assert record == {"format": "pt", **metadata}
         for t in found.values():  # theirs to change: the file stays as it is
             t.zero_()
-        assert torch.equal(files.read_tensors(path)[0]["a"], tensor)
+        assert torch.equal(opening.read_tensors(path)[0]["a"], tensor)
 
 
 def test_equal_content_gives_equal_bytes_whose_size_and_checksum_are_returned(tmp_path):
@@ -250,7 +250,7 @@ def test_equal_content_gives_equal_bytes_whose_size_and_checksum_are_returned(tm
 def test_a_file_may_be_replaced_while_its_tensors_are_in_use(tmp_path):
     path = tmp_path / "tensors.safetensors"
     files.write_tensors(path, {"a": torch.ones(10_000)})
-    tensors, _ = files.read_tensors(path)
+    tensors, _ = opening.read_tensors(path)
     files.write_tensors(path, {"a": torch.zeros(10)})
     assert (tensors["a"] == 1).all()
 
@@ -267,12 +267,12 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
     path, target = tmp_path / "bomb.pt", tmp_path / "it ran"
     torch.save({"weight": torch.ones(2), "bomb": Bomb(str(target))}, path)
     with pytest.raises(InputError, match=ONE_LINE) as error:
-        files.read_pickle(path)
+        opening.read_pickle(path)
     assert str(path) in str(error.value)
     assert not target.exists()
     path.write_bytes(pickle.dumps(Bomb(str(target))))
     with pytest.raises(InputError, match=ONE_LINE):
-        files.read_pickle(path)
+        opening.read_pickle(path)
     assert not target.exists()
     pickle.loads(path.read_bytes())  # the control: the bomb is one
     assert target.exists()
@@ -282,14 +282,14 @@ def test_the_refusal_of_a_pickle_does_not_advise_to_run_it(tmp_path):
     path = tmp_path / "bomb.pt"
     torch.save({"bomb": Bomb(str(tmp_path / "it ran"))}, path)
     with pytest.raises(InputError) as error:
-        files.read_pickle(path)
+        opening.read_pickle(path)
     assert "weights_only" not in str(error.value)
 
 
 def test_plain_tensors_in_a_pickle_are_read(tmp_path):
     path = tmp_path / "plain.pt"
     torch.save({"proj_mat_p16": EYE, "scale": 0.5, "list": [1, "two"]}, path)
-    content = files.read_pickle(path)
+    content = opening.read_pickle(path)
     assert torch.equal(content.pop("proj_mat_p16"), EYE)
     assert content == {"scale": 0.5, "list": [1, "two"]}
 
@@ -301,18 +301,18 @@ def test_a_pickle_that_is_cut_anywhere_is_refused_by_name(tmp_path):
     for length in (0, 1, 3, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=ONE_LINE) as error:
-            files.read_pickle(path)
+            opening.read_pickle(path)
         assert str(path) in str(error.value)
     for other in (tmp_path, tmp_path / "missing.pt"):
         with pytest.raises(InputError, match=ONE_LINE) as error:
-            files.read_pickle(other)
+            opening.read_pickle(other)
         assert str(other) in str(error.value)
 
 
 def test_tensors_are_checked_by_name_and_shape():
     tensors = {"a": torch.ones(2, 3), "b": torch.ones(())}
-    files.check_tensors(tensors, {"a": (2, 3), "b": ()}, "there")
-    files.check_tensors({}, {}, "there")
+    opening.check_tensors(tensors, {"a": (2, 3), "b": ()}, "there")
+    opening.check_tensors({}, {}, "there")
     for expected, message in [
         ({"a": (2, 3)}, "there does not fit: unexpected tensors: b ()"),
         ({"a": (2, 3), "b": (), "c": (1,)}, "there does not fit: missing tensors: c (1,)"),
@@ -324,10 +324,10 @@ def test_tensors_are_checked_by_name_and_shape():
         ),
     ]:
         with pytest.raises(InputError) as error:
-            files.check_tensors(tensors, expected, "there")
+            opening.check_tensors(tensors, expected, "there")
         assert str(error.value) == message
     with pytest.raises(InputError, match=r"x4 \(\); and 2 more\Z"):
-        files.check_tensors({}, {f"x{i}": () for i in range(7)}, "there")
+        opening.check_tensors({}, {f"x{i}": () for i in range(7)}, "there")
 
 
 def test_the_same_subspace_makes_the_same_bytes(tmp_path):

@@ -15,7 +15,7 @@ from image_data import pixels, png, write_tar
 from processes import Launched, metrics, same_bits, words
 from ways_to_end import one_line, this_rank
 
-from asymflow import files
+from asymflow import opening
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training import start
@@ -271,7 +271,7 @@ def test_a_subspace_that_the_configuration_does_not_speak_of(tmp_path):
     one_line(begin("new", "subspace.rank=0", whole), "forty/subspace.safetensors has the rank 40")
     assert not (tmp_path / "new").exists()
     one_line(begin("new", "subspace.rank=40", whole, checkpoint=whole), "that far")
-    assert same_bits(*(files.read_tensors(tmp_path / name / "subspace.safetensors")[0] for name in ("forty", "new")))
+    assert same_bits(*(opening.read_tensors(tmp_path / name / "subspace.safetensors")[0] for name in ("forty", "new")))
     file.unlink()  # the run has its own
     one_line(begin("forty", f"subspace={{rank: auto, file: {file}}}"), "that far")
     (tmp_path / "forty" / "subspace.safetensors").unlink()

@@ -26,7 +26,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from asymflow import files, hub
+from asymflow import files, hub, opening
 from asymflow.backbones.flux2 import SIGMA_MIN, Flux2, check_transformer, with_projections
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -216,7 +216,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     """
     check_transformer(transformer)
     path = find(path)
-    tensors, metadata = files.read_tensors(path)
+    tensors, metadata = opening.read_tensors(path)
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     check_values(tensors, (*ALWAYS, *BUFFERS), path)
     if any(".lora_A." in key for key, _ in transformer.named_parameters()):
@@ -232,7 +232,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     pixel.norm_out = copy.deepcopy(transformer.norm_out)
     # Apart from the projections, whose shapes were checked above, all parameters must have the shapes of the base's.
     shapes = {key: tuple(weight.shape) for key, weight in pixel.named_parameters() if key in full}
-    files.check_tensors(full, shapes, str(path))
+    opening.check_tensors(full, shapes, str(path))
     check_lora(pixel, lora, path)
     check_whole(pixel, tensors, metadata, path)
     for key, tensor in full.items():
@@ -344,7 +344,7 @@ def check_whole(transformer: nn.Module, tensors: Mapping[str, Tensor], metadata:
             listed = {name: tuple(shape) for name, shape in json.loads(metadata["tensors"]).items()}
         except (ValueError, TypeError, AttributeError):
             raise InputError(f"{path} does not fit: its list of tensors cannot be read") from None
-        files.check_tensors(tensors, listed, str(path))
+        opening.check_tensors(tensors, listed, str(path))
         return
     kind = lambda name: re.sub(r"\d+", "*", name)
     changed = {key.removesuffix(LORA_A) for key in tensors if key.endswith(LORA_A)}

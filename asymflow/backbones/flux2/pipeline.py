@@ -13,8 +13,8 @@ further LoRAs,
 The adapter, which makes it a model of pixels, is a part of the transformer, and no such method changes it.
 """
 
-import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from asymflow import opening
 from asymflow.backbones.flux2 import Flux2
 from asymflow.backbones.flux2.adapter import fingerprint, load_adapter
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
@@ -66,10 +67,13 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
                 "the base alone is a model of latents, see diffusers.Flux2KleinPipeline"
             )
         check_base_folder(Path(base))
+        options = {"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
+        local = Path(base).is_dir()
         try:
-            pipeline = super().from_pretrained(
-                str(base), **{"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
-            )
+            with opening.no_larger_than(opening.counted_tensors(Path(base)), base) if local else nullcontext():
+                pipeline = super().from_pretrained(str(base), **options)
+        except InputError:
+            raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())[:300]}") from None
         if pipeline.config.is_distilled:
@@ -314,11 +318,11 @@ def check_base_folder(base: Path) -> None:
         if base.exists() or len(base.parts) != 2 or base.is_absolute():
             raise InputError(f"there is no folder {base}: give that of a FLUX.2 klein base model in diffusers' layout")
         return
+    if not (base / "model_index.json").exists():
+        raise InputError(f"{base} is not a base model in diffusers' layout: it has no model_index.json")
     try:
-        index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+        index = opening.read_json(base / "model_index.json")
         classes = [index[part][1] for part in ("transformer", "text_encoder", "tokenizer")]
-    except OSError:
-        raise InputError(f"{base} is not a base model in diffusers' layout: it has no model_index.json") from None
     except (ValueError, KeyError, TypeError, IndexError):
         classes = None
     if classes is None or classes[:2] != ["Flux2Transformer2DModel", "Qwen3ForCausalLM"]:

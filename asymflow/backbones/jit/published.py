@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asymflow import files
+from asymflow import opening
 from asymflow.backbones.jit import SIZES, JiT, NoiseLevelEmbedding, rope, sincos_positions, swiglu_width
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow, make_backbone
@@ -29,6 +29,7 @@ from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST
 from asymflow.subspace import Subspace, checked_subspace
 
 WEIGHTS = {"ema1": "model_ema1", "ema2": "model_ema2", "model": "model"}  # in LTH14/JiT's checkpoints
+WRAPPERS = ("module.", "net.", "model.")  # of DistributedDataParallel, LTH14/JiT's training module, Lightning's
 JIT_TENSORS = {"x_embedder.proj1.weight", "in_context_posemb", "blocks.0.mlp.w12.weight"}  # any of them: it is a JiT
 SUBSPACE_TENSORS = {"proj_buffer", "scale_buffer"}
 PUBLISHED_NAMES = [  # replacements, in this order, that turn the names of our JiT into the published ones
@@ -77,9 +78,7 @@ def load_published(
     sizes = jit_sizes(tensors, in_context_start, path)
     jit = make_backbone(JiT.__name__, sizes)  # on the meta device: its weights are those of the file, without a copy
     check_jit(tensors, jit, path)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path} does not fit: {name} has entries that are not finite (NaN or infinity)")
+    opening.check_numbers(tensors, path)
 
     named = {name: as_in_jit(tensors[published_name(name)].detach()) for name in jit.state_dict()}
     if "proj_buffer" in tensors:
@@ -95,16 +94,21 @@ def load_published(
 # ---- The file --------------------------------------------------------------------------------------------------------
 def read(path: str | Path) -> dict:
     if is_safetensors(path):
-        return files.read_tensors(path)[0]
+        return opening.read_tensors(path)[0]
     # LTH14/JiT saves its command-line options beside the weights, as a Namespace, which is data and cannot run code.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        content = files.read_pickle(path)
+        content = opening.read_pickle(path)
     return content if isinstance(content, dict) else {}
 
 
 def is_safetensors(path: str | Path) -> bool:
     """Whether a file is safetensors, by its name, or by its first bytes: the header's length, then JSON."""
-    return Path(path).suffix == ".safetensors" or files.existing_file(path).open("rb").read(9)[8:] == b"{"
+    return Path(path).suffix == ".safetensors" or first_bytes(path, 9)[8:] == b"{"
+
+
+def first_bytes(path: str | Path, count: int) -> bytes:
+    with opening.opened(path) as file:
+        return file.read(count)
 
 
 def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> dict[str, Tensor]:
@@ -113,9 +117,7 @@ def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> d
     if weights is not None and weights not in sets:
         raise InputError(f"{path} has no weights {weights!r} to choose: it has {', '.join(sets) or 'one set, unnamed'}")
     tensors = dict(sets[weights or next(iter(sets))] if sets else content)
-    for prefix in ("module.", "net."):  # of DistributedDataParallel, and of LTH14/JiT's training module
-        if all(isinstance(name, str) and name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = without_wrappers(tensors)
     if "subspace.basis" in tensors:
         raise InputError(f"{path} is of this library: give the folder that it is in, or use AsymFlow.from_pretrained")
     if any(".lora_A." in str(name) for name in tensors):
@@ -128,6 +130,16 @@ def chosen_weights(content: Mapping, weights: str | None, path: str | Path) -> d
             f"JiT (safetensors, or LTH14/JiT's .pth) and the reference's subspaces (proj_mat_p16), but it has {names}, "
             "... (what this library wrote is read by AsymFlow.from_pretrained and Subspace.load)"
         )
+    return tensors
+
+
+def without_wrappers(tensors: dict) -> dict:
+    """Without what wrappers put into names: torch.compile anywhere, others in front of all of them, in any order."""
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        return tensors
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while front := next((front for front in WRAPPERS if all(name.startswith(front) for name in tensors)), None):
+        tensors = {name.removeprefix(front): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -192,7 +204,7 @@ def check_jit(tensors: Mapping[str, Tensor], jit: JiT, path: str | Path, with_po
         needed = set()
     positions = {name: expected for name, expected in possible.items() if name in tensors or name in needed}
     shapes |= {name: tuple(expected.shape) for name, expected in positions.items()}
-    files.check_tensors(tensors, shapes, str(path))
+    opening.check_tensors(tensors, shapes, str(path))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{path} does not fit: {name} is of {tensor.dtype}, not of floating point numbers")

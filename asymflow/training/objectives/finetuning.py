@@ -4,7 +4,6 @@ See arXiv 2605.12964.
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffusers import Flux2Transformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from asymflow import opening
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.backbones.flux2.adapter import FULL, LORA_TARGETS, add_lora, fingerprint, published_names
 from asymflow.errors import InputError
@@ -135,10 +135,12 @@ def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
     """The transformer in a FLUX.2 klein folder. Downloads nothing, and reads only safetensors. Raises InputError."""
     transformer_config(base)
     folder = base / TRANSFORMER
+    options = dict(torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
     try:
-        transformer, found = Flux2Transformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with opening.no_larger_than(opening.counted_tensors(folder), folder):
+            transformer, found = Flux2Transformer2DModel.from_pretrained(folder, **options)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise InputError(f"{folder} cannot be loaded ({type(e).__name__}: {reason})") from None
@@ -150,7 +152,7 @@ def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
 def transformer_config(base: Path) -> dict:
     """The transformer's config.json in a FLUX.2 klein folder. InputError if it is missing, or the model distilled."""
     try:
-        config = json.loads((base / TRANSFORMER / "config.json").read_text())
+        config = opening.read_json(base / TRANSFORMER / "config.json")
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
@@ -166,8 +168,8 @@ def transformer_config(base: Path) -> dict:
 def is_distilled(index: Path) -> bool:
     """Whether model_index.json says so. The weights cannot tell: a distilled model has the shapes of its base model."""
     try:
-        return bool(json.loads(index.read_text()).get("is_distilled"))
-    except (OSError, ValueError, AttributeError):  # the folder may hold nothing but a transformer
+        return bool(opening.read_json(index).get("is_distilled"))
+    except InputError:  # the folder may hold nothing but a transformer
         return False
 
 

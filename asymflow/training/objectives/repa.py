@@ -9,13 +9,13 @@ The features depend on the images alone, so they are computed without gradients.
 that their memory does not grow with the number of micro-batches in a step.
 """
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asymflow import opening
 from asymflow.errors import InputError
 from asymflow.model import OPTIONS, AsymFlow
 
@@ -125,12 +125,11 @@ def class_name(folder: Path) -> str:
     """The name of the class in `transformers` for a folder. Raises InputError if it is no DINOv2 in safetensors."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give that of a DINOv2, downloaded as from Hugging Face")
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} has no config.json: give the folder of a DINOv2 of transformers")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = config["model_type"]
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json: give the folder of a DINOv2 of transformers") from None
-    except (ValueError, KeyError, TypeError):
+        kind = opening.read_json(folder / "config.json")["model_type"]
+    except (ValueError, KeyError):
         raise InputError(f"{folder / 'config.json'} is not the configuration of a model of transformers") from None
     if kind not in CLASSES:
         raise InputError(f"{folder} is no DINOv2: its model_type is {kind!r}, expected {' or '.join(CLASSES)}")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asymflow import files
+from asymflow import opening
 from asymflow.color import oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.numerics import no_autocast
@@ -108,7 +108,7 @@ def torchvision_vgg() -> Path:
 
 def load_vgg(net: nn.Module, path: Path) -> None:
     """Load torchvision's weights of VGG16 (features.N.weight, ...) into lpips's network, which has them in slices."""
-    read = files.read_tensors(path)[0] if path.suffix == ".safetensors" else files.read_pickle(path)
+    read = opening.read_tensors(path)[0] if path.suffix == ".safetensors" else opening.read_pickle(path)
     own = net.state_dict()  # slice1.0.weight, ...: the numbers after the dot are torchvision's
     names = {name: "features." + name.split(".", 1)[1] for name in own}
     try:

@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training.run.ranks import gather, rank0_broadcast
@@ -133,6 +134,16 @@ def describe(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": files.sha256(path)}
 
 
+def is_as_described(folder: Path, name: str, expected: object) -> bool:
+    """Whether a file of a checkpoint has the size and the checksum of the manifest. Kind and size are compared first:
+    in place of the file may be a link to something endless."""
+    path = folder / name
+    if Path(name).name != name or not isinstance(expected, dict):
+        raise ValueError(f"it lists {name!r}")
+    found = path.stat()
+    return stat.S_ISREG(found.st_mode) and found.st_size == expected.get("size") and describe(path) == expected
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -182,9 +193,11 @@ def fault(folder: Path, part: int = 0, parts: int = 1, progress: Callable[[list]
     tqdm. Raises OSError if a file exists but cannot be read: the disk may be at fault, and the checkpoint whole.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        if not is_there(folder / MANIFEST):
+            return f"{MANIFEST} is missing"
+        manifest = opening.read_json(folder / MANIFEST)
         for name, expected in progress(sorted(manifest.items())[part::parts]):
-            if describe(folder / name) != expected:
+            if not is_as_described(folder, name, expected):
                 return f"{name} is not as it was written"
         if STATE not in manifest:
             return f"{MANIFEST} lists no {STATE}"
@@ -199,8 +212,8 @@ def fault(folder: Path, part: int = 0, parts: int = 1, progress: Callable[[list]
 def read_state(folder: Path) -> dict:
     """Read state.json, without the tensors. Raises InputError if it is damaged."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        if describe(folder / STATE) == json.loads((folder / MANIFEST).read_text())[STATE]:
-            return json.loads((folder / STATE).read_text())
+        if is_as_described(folder, STATE, opening.read_json(folder / MANIFEST)[STATE]):
+            return opening.read_json(folder / STATE)
     raise InputError(f"{folder} is damaged ({STATE} is not as it was written): move it away, to do without it")
 
 
@@ -209,17 +222,20 @@ class Reader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.state = json.loads((folder / STATE).read_text())
-        self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
+        self.state = opening.read_json(folder / STATE)
         self.where: dict[str, list[tuple[int, int, Path]]] = {}  # kind/NAME: the (start, end, file) of each fragment
-        for rank in range(self.state["ranks"]):
-            path = folder / rank_file(rank)
-            with safe_open(path, framework="pt") as file:
-                starts = json.loads(file.metadata()[STARTS])
-                for key in file.keys():  # noqa: SIM118
-                    begin = starts[key.split("/", 1)[1]]
-                    end = begin + file.get_slice(key).get_shape()[0]
-                    self.where.setdefault(key, []).append((begin, end, path))
+        with opening.reading(folder, "a checkpoint that makes sense"):
+            self.shapes = {name: tuple(shape) for name, shape in self.state["shapes"].items()}
+            for rank in range(self.state["ranks"]):
+                self.note_fragments(opening.existing_file(folder / rank_file(rank)))
+
+    def note_fragments(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            starts = json.loads(file.metadata()[STARTS])
+            for key in file.keys():  # noqa: SIM118
+                begin = starts[key.split("/", 1)[1]]
+                end = begin + file.get_slice(key).get_shape()[0]
+                self.where.setdefault(key, []).append((begin, end, path))
 
     def kinds(self) -> list[str]:
         return sorted({key.split("/", 1)[0] for key in self.where})
