@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,26 @@ class Kind(NamedTuple):
 
 
 PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"})
+
+
+def is_whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def is_list_of(is_right: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+FORMS = {  # of what meta.json may have
+    "shards": is_whole,
+    "size": is_whole,
+    "rank": is_whole,
+    "patch_size": lambda value: is_whole(value) and value > 0,
+    "prompt_shape": is_list_of(is_whole),
+    "buckets": is_list_of(lambda bucket: is_list_of(is_whole)(bucket) and len(bucket) == 2),
+    "classes": is_list_of(lambda name: isinstance(name, str)),
+    "unfit": lambda value: isinstance(value, dict) and all(map(str.isdecimal, value)),
+}
 
 
 class TarShards:
@@ -163,7 +183,11 @@ def read_meta(folder: Path, kind: Kind) -> dict:
         meta = opening.read_json(folder / META)
     except InputError:
         return {}
-    return meta if meta.get("format") == kind.format else {}
+    if meta.get("format") != kind.format:
+        return {}
+    if other := [key for key, is_right in FORMS.items() if key in meta and not is_right(meta[key])]:
+        raise InputError(f"{folder / META} is not as it was written: its {other[0]} is {str(meta[other[0]])[:60]!r}")
+    return meta
 
 
 def check_finished(folder: Path, kind: Kind, meta: dict, whole: Collection[str]) -> None:

@@ -14,6 +14,7 @@ Each rank writes its pieces one after the other, and copies no more than one of 
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -242,17 +243,20 @@ class Reader:
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements start to start + count - 1 of a flattened parameter. Raises InputError if one is missing."""
-        out, covered = torch.empty(count), 0
-        for begin, end, path in self.where.get(f"{kind}/{name}", ()):
-            low, high = max(begin, start), min(end, start + count)
+        places = self.where.get(f"{kind}/{name}", ())
+        parts = [(max(begin, start), min(end, start + count), begin, path) for begin, end, path in places]
+        covered = sum(max(high - low, 0) for low, high, *_ in parts)
+        if covered != count:
+            raise InputError(f"{self.folder} has {covered} of {count} elements of {kind}/{name}")
+        out = torch.empty(count)
+        for low, high, begin, path in parts:
             if low < high:
                 with safe_open(path, framework="pt") as file:
                     out[low - start : high - start] = file.get_slice(f"{kind}/{name}")[low - begin : high - begin]
-                covered += high - low
-        if covered != count:
-            raise InputError(f"{self.folder} has {covered} of {count} elements of {kind}/{name}")
         return out
 
     def full(self, kind: str) -> dict[str, Tensor]:
         """All parameters of one kind, each whole and in its own shape."""
-        return {n: self.read(kind, n, 0, torch.Size(shape).numel()).reshape(shape) for n, shape in self.shapes.items()}
+        with opening.reading(self.folder, "a checkpoint that makes sense"):
+            sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+            return {name: self.read(kind, name, 0, size).reshape(self.shapes[name]) for name, size in sizes.items()}
