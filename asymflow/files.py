@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from asymflow.errors import InputError
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.asymflow(\.[^.]*)?")
+"""The names that `replacing` makes, and nobody else."""
+ABANDONED = 24 * 3600
+"""Seconds after which what has such a name is removed."""
 
 
 @contextmanager
@@ -30,7 +38,8 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    remove_abandoned(path.parent)
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.asymflow{path.suffix}")
     try:
         yield beside
         with beside.open("rb+") as file:  # not "rb": Windows can flush only what is open for writing
@@ -41,6 +50,15 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[Path]:
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@cache
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they wrote there, a day ago or earlier."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):  # another process was faster, or the file is another user's
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def claim(beside: Path, path: Path) -> None:

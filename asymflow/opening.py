@@ -168,7 +168,8 @@ def check_array(path: Path, archive: zipfile.ZipFile, name: str) -> None:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if not 0 <= size <= min(MOST_NUMBERS, archive.getinfo(name).file_size):
+        there = archive.getinfo(name).file_size - file.tell()
+    if not 0 <= size <= min(MOST_NUMBERS, there):
         raise InputError(f"{path} has an array {name} of {size:,} bytes: more than is in it, or than {MOST_NUMBERS:,}")
 
 

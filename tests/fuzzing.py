@@ -17,7 +17,7 @@ from asymflow.errors import InputError
 FEW, MANY = 200, 10_000  # cases for each reader, by default and with -m slow
 SECONDS = 10  # for a case: a slow machine needs a hundredth of them
 MEMORY = 300 * 2**20  # bytes by which the process may grow: a whole file takes some kilobytes
-COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.fuzz])])
 
 
 def out_of_time(*_):

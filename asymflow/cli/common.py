@@ -54,9 +54,12 @@ def new_folder(path: Path) -> Path:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A context with a temporary folder to write to. It is renamed to `path` at the end, or removed after an error."""
-    beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
+    from asymflow.files import remove_abandoned
+
+    beside = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}.asymflow")
     try:
         beside.mkdir(parents=True)
+        remove_abandoned(beside.parent)
         yield beside
         if path.exists():
             path.rmdir()  # it is empty, but not every system can rename onto an empty folder

@@ -44,7 +44,10 @@ class Photo(NamedTuple):
             size, png = decoded(self.file._replace(size=short), look)
         except UnreadableError:  # some headers are longer, and Pillow opens a WebP only if all of it is there
             size, png = decoded(self.file, look)
-        return size[::-1] if png and png_orientation(self.file) in TURNED else size
+        try:
+            return size[::-1] if png and png_orientation(self.file) in TURNED else size
+        except Exception as e:  # what is in its EXIF may be anything
+            raise UnreadableError(f"{self.file} is not a whole image (its EXIF: {e})") from None
 
     def caption(self) -> str:
         """The caption, without white space around it. UnreadableError if there is none, or it is empty."""

@@ -39,7 +39,7 @@ def load_statistics(path: str | Path) -> tuple[Statistics, str]:
     arrays = opening.read_arrays(path, ("mu", "sigma", "about"))
     with opening.reading(path, "an npz file with mu and sigma"):
         mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-    about = str(arrays.get("about", ""))
+        about = str(arrays.get("about", ""))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path} has mu {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F), all finite")
     return {"mu": mu, "sigma": sigma}, about

@@ -213,6 +213,7 @@ class Training:
             "zero_stage": self.engine.zero_optimization_stage(),
             "subspace": checkpoint.fingerprint(self.engine.module.subspace),
             "base": getattr(self.engine.module, "base", None),
+            "config": self.config.model_dump(mode="json"),
             "images": len(self.dataset),
             "data": getattr(self.dataset, "digest", None),
             "averages": {profile.name: profile.sigma_rel for profile in self.averages.values},
@@ -260,6 +261,9 @@ class Training:
         if reader.state.get("base") != getattr(self.engine.module, "base", None):
             raise AgreedError(f"{folder} goes on from another latent model than {self.config.finetune.base}")
         images, branch = reader.state["images"], folder.parent != self.out / run.CHECKPOINTS
+        # RUN/config.yaml has been compared, but it may have been edited by hand since.
+        if not branch and (differing := run.differences_of_state(reader.state, self.config)):
+            raise AgreedError(f"{folder} was trained with another configuration: {'; '.join(differing)}")
         others = reader.state.get("data") not in (None, getattr(self.dataset, "digest", None))
         if (images != len(self.dataset) or others) and not branch:
             count = len(self.dataset)

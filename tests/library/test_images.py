@@ -242,7 +242,7 @@ def test_what_is_no_image_is_named(tmp_path, content):
 
 
 def test_a_file_that_has_gone_is_named(tmp_path):
-    with pytest.raises(UnreadableError, match=r"gone\.png cannot be read"):
+    with pytest.raises(UnreadableError, match=r"gone\.png does not exist"):
         read_image(Entry(str(tmp_path / "gone.png")))
 
 

@@ -24,6 +24,7 @@ from test_repa import save_dinov2
 from asymflow.averages import Profile
 from asymflow.backbones.jit import Block
 from asymflow.bench import worker
+from asymflow.errors import InputError
 from asymflow.pictures import image_grid
 from asymflow.training import loop
 from asymflow.training.loader import Batches
@@ -217,6 +218,24 @@ def test_linear_layers_of_deepspeed_are_not_compiled(training):
     settings = "train.compile=true", "deepspeed.zero_optimization.memory_efficient_linear=true"
     with pytest.raises(AgreedError, match=r"memory_efficient_linear cannot be true with train\.compile"):
         training(*stage(3), *settings)
+
+
+# ---- The configuration -----------------------------------------------------------------------------------------------
+def test_a_configuration_that_was_edited_by_hand_is_not_taken_for_the_one_before(training, tmp_path):
+    """Neither by the command that began the run nor by one that agrees with the edited file."""
+    training("train.steps=2", "optimizer.lr=0.001").fit()
+    path = tmp_path / "run" / "config.yaml"
+    assert "lr: 0.001" in path.read_text()
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.002"))
+    for lr, said in (
+        (0.001, r"optimizer.lr: 0\.002 there, 0\.001 here"),
+        (0.002, r"optimizer.lr: 0\.001 there, 0\.002"),
+    ):
+        with pytest.raises(InputError, match=f"another configuration.*{said}"):
+            training("train.steps=4", f"optimizer.lr={lr}")
+    training(
+        "train.steps=4", "optimizer.lr=0.002", out="branch", resume=path.parent / "checkpoints" / "00000002"
+    )  # meant to be another
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

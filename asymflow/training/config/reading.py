@@ -23,6 +23,7 @@ from asymflow.training.config.sections import Sections
 from asymflow.training.config.yaml12 import Layer, Origin, in_yaml, one_line, parse, short, shown
 
 CONFIGS = files("asymflow") / "configs"
+MOST_BASES = 20
 LARGEST_FILE = 50_000  # bytes
 
 
@@ -73,6 +74,8 @@ def read_file(name: str, folder: Path = Path(), above: tuple[str, ...] = (), ask
     identity = os.path.realpath(file) if isinstance(file, Path) else label
     if identity in above:
         raise InputError(f"{asked}{label} is based on itself, directly or through its base")
+    if len(above) > MOST_BASES:
+        raise InputError(f"{asked}{label} is the base of a base, {len(above)} times: {MOST_BASES} are read")
     try:
         with file.open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)

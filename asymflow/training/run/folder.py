@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from asymflow import files
 from asymflow.errors import InputError
@@ -34,6 +35,17 @@ CONFIG, SUBSPACE, CLASSES = "config.yaml", "subspace.safetensors", "classes.json
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
 LOCK, ABANDONED = ".lock", "abandoned"
+
+
+def differences_of_state(state: dict, config: Config) -> list[str]:
+    """What makes `config` another training than the one whose checkpoint has this state.json.
+
+    Empty if the state does not say: checkpoints of earlier versions have no configuration.
+    """
+    try:
+        return differences(Config.model_validate(state["config"]), config)
+    except (KeyError, ValidationError):
+        return []
 
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
@@ -71,8 +83,8 @@ def clear_leftovers(out: Path) -> None:
         checkpoint.clear_leftovers(folder)
     for folder in (out, out / SAMPLES):
         for path in folder.glob(".*"):
-            if re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name):  # the names that `files.replacing` makes
-                path.unlink()
+            if files.TEMPORARY.fullmatch(path.name) or re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name):
+                path.unlink()  # the latter are of `check_shared`, and of earlier versions
 
 
 # ---- Continuing ------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
         (PROMPT, {"prompts": "p.txt"}, "give either --prompt"),
         ((), {"prompts": "none.txt"}, "none.txt does not exist"),
         (PROMPT, {"image": "none.png"}, "none.png does not exist"),
-        (PROMPT, {"image": __file__}, "cannot be read as an image"),
+        (PROMPT, {"image": __file__}, "is not a whole image"),
         (PROMPT, {"lora": "style.bin"}, "expected a safetensors file"),
         (PROMPT, {"lora": "style.safetensors:nan"}, "and :WEIGHT, a number"),
         (PROMPT, {"lora": "none.safetensors:0.5"}, "none.safetensors does not exist"),

@@ -84,7 +84,7 @@ def test_what_is_no_configuration_is_refused_by_name(folder, text):
 
 def test_a_configuration_that_is_no_text_is_refused_by_name(folder):
     (folder / "config.json").write_bytes(b"\xff\xfe\x80")
-    refused(folder, str(folder / "config.json"), "not JSON")
+    refused(folder, str(folder / "config.json"), "is not UTF-16-LE")
 
 
 def test_a_configuration_that_is_too_deep_is_refused(folder):
