@@ -30,6 +30,7 @@ OTHERS = ("heic", "heif", "jxl", "jp2", "psd", "svg", "tga", "ico", "exr", "hdr"
 NOT_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 LATENTS = "latent.npy"
 MOST_BYTES = 2**29  # of one file
+STRIP = 256  # rows that are converted at a time, so that what is needed in between is small
 LONGEST = 16  # times the shorter side
 MOST_LINKS = 40  # one after the other, as in Linux
 T, Result = TypeVar("T"), TypeVar("Result")
@@ -340,12 +341,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        grey = (values.clip(0, 65535) / 257).round().astype(np.uint8)
-        image, transparent = Image.fromarray(np.where(values == transparent, np.uint8(255), grey)), None
+        grey = np.empty(values.shape, np.uint8)
+        for part in (slice(top, top + STRIP) for top in range(0, image.height, STRIP)):
+            grey[part] = (values[part].clip(0, 65535) / 257).round()
+            grey[part][values[part] == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or transparent is not None:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return on_white(image)
     return image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 def upright(image: Image.Image) -> Image.Image:
