@@ -104,6 +104,26 @@ def read_json(path: str | Path, kind: type = dict) -> dict | list:
     return found
 
 
+def check_chat_template(tokenizer, base: object) -> None:
+    """InputError unless the chat template of a `transformers` tokenizer works, and keeps the prompt.
+
+    It is a program of whoever made the model, in the sandbox of Jinja, which lets it make strings of any length: by
+    multiplication in a few bytes, which is refused.
+    """
+    import jinja2  # transformers needs it for templates
+
+    prompt, options = "a cat", dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    with reading(base, "a base model with a chat template that works"):
+        if not tokenizer.chat_template:
+            raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template)
+        if parsed.find((jinja2.nodes.Mul, jinja2.nodes.Pow)):
+            raise InputError(f"{base} has a chat template that multiplies, which none needs: it is not run")
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+    if prompt not in text:
+        raise InputError(f"{base} has a chat template that leaves the prompt out: download the tokenizer again")
+
+
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. They are mapped: what is not used is not read."""

@@ -24,8 +24,8 @@ from asymflow.bench.kit import Kit, NotRunError
 from asymflow.bench.trainings import synchronize
 from asymflow.cli.common import default_device
 from asymflow.data.encode import index_of
-from asymflow.data.encoded import EMPTY_PROMPT, ENCODED
-from asymflow.data.shards import META
+from asymflow.data.encoded import EMPTY_PROMPT
+from asymflow.data.shards import ENCODED, META
 from asymflow.data.writing import Sample, Writer
 from asymflow.sampling import guided
 from asymflow.subspace import Subspace

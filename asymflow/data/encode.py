@@ -27,7 +27,7 @@ from asymflow import files
 from asymflow.data import writing
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
 from asymflow.data.captioned import Drawing, Photo, find_captioned
-from asymflow.data.encoded import EMPTY_PROMPT, ENCODED
+from asymflow.data.encoded import EMPTY_PROMPT
 from asymflow.data.encoders import (
     PARTS,
     encode_image,
@@ -37,7 +37,7 @@ from asymflow.data.encoders import (
     prompt_tokens,
     read_base,
 )
-from asymflow.data.shards import Index, read_meta
+from asymflow.data.shards import ENCODED, Index, read_meta
 from asymflow.errors import InputError
 from asymflow.pixels import UnreadableError, in_order, to_tensor
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from asymflow import opening
 from asymflow.data.folder import to_uint8
 from asymflow.data.shards import (
+    ENCODED,
     META,
-    Kind,
     check_finished,
     check_shards,
     load_index,
@@ -35,7 +35,6 @@ from asymflow.data.shards import (
 from asymflow.errors import InputError
 from asymflow.pixels import Entry, UnreadableError
 
-ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"})
 EMPTY_PROMPT = "empty_prompt.safetensors"
 HEAD = 512  # bytes: the header of a sample's tensors is not longer
 KINDS = ("image", "facts", "tensors")  # the files of a sample, in their order in the shard

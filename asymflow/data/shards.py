@@ -39,6 +39,7 @@ class Kind(NamedTuple):
 
 
 PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"})
+ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"})
 
 
 def is_whole(value: object) -> bool:
@@ -146,6 +147,8 @@ def shard_paths(path: Path, size: int) -> list[str]:
         check_finished(path, PACKED, meta, shards)
         if meta["size"] < size:
             raise InputError(f"{path} has images packed at {meta['size']} pixels, which is too small for {size}")
+    elif read_meta(path, ENCODED):
+        raise InputError(f"{path} is of `asymflow data encode`: these images have captions, for finetuning, no classes")
     if not shards:
         raise InputError(f"{path} has no tar files (a folder with one folder for each class is data.kind image_folder)")
     return shards

@@ -122,7 +122,9 @@ def test_a_checkpoint_of_lth14_has_three_sets_of_weights(tmp_path, weights, seed
     assert all(weight.is_leaf and weight.requires_grad and weight.is_contiguous() for weight in flow.parameters())
 
 
-@pytest.mark.parametrize("prefix", ["", "net.", "module.", "module.net."])
+@pytest.mark.parametrize(
+    "prefix", ["", "net.", "module.", "module.net.", "_orig_mod.", "module._orig_mod.net.", "model."]
+)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix, wrapped):
     jit = random_jit()

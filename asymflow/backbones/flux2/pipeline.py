@@ -78,8 +78,8 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             raise InputError(f"{base} cannot be loaded as a FLUX.2 klein: {' '.join(str(e).split())[:300]}") from None
         if pipeline.config.is_distilled:
             raise InputError(f"{base} is a distilled model, which knows no guidance: take FLUX.2-klein-base-9B or -4B")
-        if pipeline.tokenizer is not None and not pipeline.tokenizer.chat_template:
-            raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
+        if pipeline.tokenizer is not None:
+            opening.check_chat_template(pipeline.tokenizer, base)
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)
         return pipeline.use(load_adapter(pipeline.transformer, adapter))
 
