@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -169,16 +169,14 @@ def tensors_in(content: object) -> Iterator[Tensor]:
             waiting += item.values() if isinstance(item, dict) else item
 
 
-def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of these names in an npz file of numpy; those that are not there are left out."""
+def read_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays in an npz file of numpy; if `names` are given, those of them that it has."""
     path = existing_file(path)
-    with (
-        reading(path, f"an npz file with {' and '.join(names[:2])}"),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
-        for name in arrays.files:
-            check_array(path, arrays.zip, f"{name}.npy") if name in names else None
-        return {name: arrays[name] for name in names if name in arrays.files}
+    with reading(path, "a whole npz file of numpy"), np.load(path, allow_pickle=False) as arrays:
+        wanted = [name for name in arrays.files if names is None or name in names]
+        for name in wanted:
+            check_array(path, arrays.zip, f"{name}.npy")
+        return {name: arrays[name] for name in wanted}
 
 
 def check_array(path: Path, archive: zipfile.ZipFile, name: str) -> None:

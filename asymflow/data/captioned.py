@@ -20,8 +20,9 @@ from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, lis
 from asymflow.text import decode, encoding_of, is_blank
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")
-TEXTS = ("txt", "caption", "json")  # kinds of files that hold the caption of an image, the first before the others
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXTS = ("txt", "caption", "json")  # kinds of files that hold the caption of an image; of several the first counts
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions*.json", "annotations/captions*.json")
+LINE = '{"file_name": "a.jpg", "text": "a cat"}'  # as an example
 HEAD = 1 << 16  # bytes: nearly every image file has its header in them
 TURNED = (5, 6, 7, 8)  # orientations of EXIF in which a photograph lies on its side
 ORIENTATION = 0x0112  # the tag of EXIF
@@ -121,7 +122,10 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
         elif path.lower().endswith(".jsonl"):
             found += json_lines(Path(path))
         else:
-            raise InputError(f"{path} is neither a folder, nor a .tar or .jsonl file, nor shapes:COUNT")
+            raise InputError(
+                f"{path} is neither a folder, nor a .tar or .jsonl file, nor shapes:COUNT; captions in any other table "
+                f"can be written to a .jsonl file, with lines such as {LINE}"
+            )
     if not found:
         raise InputError(f"{listing(data)} has no images")
     return found
@@ -154,13 +158,12 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
 
 
 def check_tables(folder: str, photos: list[Photo]) -> None:
-    """InputError if no image of a folder has a caption, but a table in it has them, as in folders for Hugging Face."""
-    line = '{"file_name": "a.jpg", "text": "a cat"}'
-    for name in TABLES:
-        if Path(folder, name).is_file() and not any(photo.text for photo in photos):
-            write = f"write them to a .jsonl file, with lines such as {line}, and give that"
-            what = "give that file instead of the folder" if name.endswith(".jsonl") else write
-            raise InputError(f"{folder} has its captions in {name}: {what}")
+    """InputError if no image of a folder has a caption, but a table has them, as for Hugging Face and of COCO."""
+    tables = [] if any(photo.text for photo in photos) else [t for name in TABLES for t in Path(folder).glob(name)]
+    for table in tables:
+        write = f"write them to a .jsonl file, with lines such as {LINE}, and give that"
+        what = "give that file instead of the folder" if table.suffix == ".jsonl" else write
+        raise InputError(f"{folder} has its captions in {table.relative_to(folder)}: {what}")
 
 
 def json_lines(path: Path) -> Iterator[Photo]:

@@ -296,8 +296,7 @@ def save_index(shard: str | Path, index: Index, fingerprint: str, path: Path | N
 def load_index(shard: str | Path, columns: Collection[str], path: Path | None = None) -> Index | None:
     """The index beside a shard, or at `path`. None if a column is missing, or the shard has changed since."""
     try:
-        with np.load(path or index_path(shard), allow_pickle=False) as arrays:
-            index = dict(arrays)
+        index = opening.read_arrays(path or index_path(shard))
         now = os.stat(shard)  # noqa: PTH116
         same = index["fingerprint"] == fingerprint(shard) and index.get("modified", now.st_mtime_ns) == now.st_mtime_ns
         return index if same and index.keys() >= set(columns) and index_fits_shard(index, now.st_size) else None

@@ -102,14 +102,21 @@ def test_captions_lie_beside_in_any_case(tmp_path, name):
     assert find_captioned([tmp_path], 8)[0].caption() == "a caption"
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+TABLES = ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json", "annotations/captions_val2017.json"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_captions_is_not_passed_over(tmp_path, name):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    (tmp_path / "annotations").mkdir()
     (tmp_path / name).write_text('{"file_name": "a.jpg", "text": "a cat"}')
     with pytest.raises(InputError, match=rf"has its captions in {name}: "):
         find_captioned([tmp_path], 8)
     if name.endswith("jsonl"):
         assert find_captioned([tmp_path / name], 8)[0].caption() == "a cat"
+    else:
+        with pytest.raises(InputError, match=r"written to a \.jsonl file"):
+            find_captioned([tmp_path / name], 8)
     (tmp_path / "a.txt").write_text("a dog")
     assert find_captioned([tmp_path], 8)[0].caption() == "a dog"
 

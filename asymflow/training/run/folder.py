@@ -24,7 +24,7 @@ from typing import TextIO
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from asymflow import files
+from asymflow import files, opening
 from asymflow.errors import InputError
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config
@@ -34,6 +34,7 @@ from asymflow.training.run.ranks import AgreedError, gather, rank0_broadcast
 CONFIG, SUBSPACE, CLASSES = "config.yaml", "subspace.safetensors", "classes.json"
 METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
+MOST_JOURNAL = 2**33  # bytes
 LOCK, ABANDONED = ".lock", "abandoned"
 
 
@@ -198,7 +199,7 @@ class Journal:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
+        content = opening.read_bytes(path, most=MOST_JOURNAL) if path.exists() else b""
         *whole, _ = content.split(b"\n")
         kept = (line for line in whole if (entry_of(line) or {"step": 0})["step"] <= step)
         if content != (wanted := b"".join(line + b"\n" for line in kept)):
