@@ -30,7 +30,8 @@ with importing(__name__):
     from torch import Tensor
     from tqdm import tqdm
 
-    from asymflow import AsymFlow
+    from asymflow import AsymFlow, opening
+    from asymflow.cli.common import at_least
     from asymflow.data.shards import TarShards
     from asymflow.errors import InputError
     from asymflow.evaluation.classifier import Classifier
@@ -39,6 +40,7 @@ with importing(__name__):
     from asymflow.sampling import generate
 
 SIZE, CLASSES, KEPT = 64, 9, 381  # pixels; classes; images kept from the classifier
+JUDGE = "classifier.safetensors"
 NAMES = {"0": "x0-prediction", "full": "u-prediction"}
 COLORS = {"0": "C1", "full": "C3", "8": "C0", "32": "C2"}
 
@@ -51,17 +53,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--ranks", default="8,0,full", help="of the subspace: 0 is x0-, full is u-prediction")
     p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--steps", type=int, default=1500, help="of each training")
-    p.add_argument("--samples", type=int, default=2000, help="for the Fréchet distance")
-    p.add_argument("--epochs", type=int, default=12, help="of the classifier")
+    p.add_argument("--steps", type=at_least(1), default=1500, help="of each training")
+    p.add_argument("--samples", type=at_least(2), default=2000, help="for the Fréchet distance")
+    p.add_argument("--epochs", type=at_least(1), default=12, help="of the classifier")
     p.add_argument("--set", action="append", default=[], metavar="a.b=c", help="passed on to train_ddp.py")
     return p.parse_args(argv)
 
 
 # ---- The judge -------------------------------------------------------------------------------------------------------
-def load(data: Path) -> tuple[Tensor, Tensor]:
+def load(dataset: TarShards) -> tuple[Tensor, Tensor]:
     """All images (n, 3, 64, 64), uint8, and their classes (n,)."""
-    dataset = TarShards(data, SIZE)
+    if dataset.num_classes > CLASSES:
+        raise InputError(f"{dataset.path} has {dataset.num_classes} classes, and this is for {CLASSES}")
     samples = [dataset[i] for i in tqdm(range(len(dataset)), desc="reading", unit="image", leave=False)]
     return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
 
@@ -89,6 +92,23 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
     classifier.eval().requires_grad_(False)
     right = [classifier(images[part]).argmax(1) == labels[part] for part in kept.split(64)]
     return classifier, torch.cat(right).double().mean().item()
+
+
+def judge_in(folder: Path, dataset: TarShards, images: Tensor, labels: Tensor, epochs: int) -> tuple[Classifier, float]:
+    """The classifier that is kept in a folder, and its accuracy; it is trained if there is none.
+
+    InputError if it was trained on other images, or for another number of epochs: distances would not compare.
+    """
+    about = {"data": dataset.digest, "epochs": epochs}
+    if not (folder / JUDGE).exists():
+        classifier, accuracy = train_classifier(images, labels, epochs)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "classifier.json").write_text(json.dumps({"accuracy": accuracy, **about}) + "\n")
+        classifier.save(folder / JUDGE)
+    there = opening.read_json(folder / "classifier.json")
+    if differing := [key for key, value in about.items() if there.get(key, value) != value]:
+        raise InputError(f"{folder} has a classifier of other {' and '.join(differing)}: choose another --out")
+    return Classifier.load(folder / JUDGE), there["accuracy"]
 
 
 def floor(classifier: Classifier, images: Tensor, count: int) -> float:
@@ -127,12 +147,16 @@ def train(args: argparse.Namespace, rank: str, seed: str, weights: Path) -> dict
         [json.loads(line) for line in (run / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "evaluations.jsonl")
     )
+    distances = [entry["frechet_distance"] for entry in evaluations if entry["step"] == args.steps]
+    if len(metrics) != args.steps or not distances:
+        raise InputError(f"{run} has {len(metrics)} steps, not {args.steps}: choose another --out")
+    distance = float("nan") if distances[-1] is None else distances[-1]  # samples that are not finite
     return {
         "rank": rank,
         "seed": seed,
         "loss": [entry["loss"] for entry in metrics],
         "images_per_second": float(np.median([entry["images_per_second"] for entry in metrics])),
-        "frechet_distance": evaluations[-1]["frechet_distance"],
+        "frechet_distance": distance,
     }
 
 
@@ -179,21 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     ranks, seeds = args.ranks.split(","), args.seeds.split(",")
     try:
-        images, labels = load(args.data)
-        judge = args.out / "classifier.safetensors"
-        if not judge.exists():
-            classifier, accuracy = train_classifier(images, labels, args.epochs)
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "classifier.json").write_text(json.dumps({"accuracy": accuracy, "epochs": args.epochs}) + "\n")
-            classifier.save(judge)
-        classifier = Classifier.load(judge)
-        accuracy = json.loads((args.out / "classifier.json").read_text())["accuracy"]
+        images, labels = load(dataset := TarShards(args.data, SIZE))
+        classifier, accuracy = judge_in(args.out, dataset, images, labels, args.epochs)
         results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
         results["floor"] = floor(classifier, images, args.samples)
         print(
             f"the classifier is right about {accuracy:.1%} of {KEPT} images; floor {results['floor']:.3f}", flush=True
         )
-        runs = [train(args, rank, seed, judge) for seed in seeds for rank in ranks]
+        runs = [train(args, rank, seed, args.out / JUDGE) for seed in seeds for rank in ranks]
     except (InputError, OSError) as e:
         print(f"toy.emoji64: error: {e}", file=sys.stderr)
         return 2

@@ -108,3 +108,7 @@ def test_the_study_goes_from_the_shard_to_its_figure(shard, tmp_path, monkeypatc
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert json.loads((tmp_path / "out" / "emoji64.json").read_text()) == results
     assert emoji64.main(["--data", str(tmp_path / "missing.tar")]) == 2
+    capsys.readouterr()
+    for other, said in ((["--epochs", "3"], "of other epochs"), (["--steps", "1"], "another --out")):
+        assert emoji64.main([*argv, *other]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
