@@ -14,7 +14,7 @@ from mutations import mutated
 
 from asymflow.errors import InputError
 
-FEW, MANY = 200, 10_000  # cases for each reader, by default and with -m slow
+FEW, MANY = 150, 10_000  # cases for each reader, by default and with -m slow
 SECONDS = 10  # for a case: a slow machine needs a hundredth of them
 MEMORY = 300 * 2**20  # bytes by which the process may grow: a whole file takes some kilobytes
 COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.fuzz])])

@@ -123,6 +123,7 @@ def test_srun_trains_one_model_and_all_groups_are_as_patient(tmp_path):
     assert set(said) == {"patience 0:17:00"}
 
 
+@pytest.mark.slow
 def test_mpirun_trains_nothing(tmp_path):
     launched = Launched(2, tmp_path / "run", patch=partial(only, {"OMPI_COMM_WORLD_SIZE": "2"}))
     assert launched.wait() == [2, 2]

@@ -21,6 +21,7 @@ from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
 from asymflow.training.config.sections import SampleSection, known_keys
 from asymflow.training.config.yaml12 import parse as parse_yaml
+from asymflow.training.run.folder import differences_of_state
 from asymflow.training.start import parse
 
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
@@ -40,6 +41,11 @@ def test_shipped_files_load_have_the_promised_keys_and_say_what_they_are(name):
     assert c.train.seed >= 0
     assert c.subspace.rank == 8
     assert c.deepspeed["zero_optimization"]["stage"] == (0 if name == "emoji64" else 1)
+    in_checkpoint = json.loads(json.dumps(c.model_dump(mode="json")))
+    assert differences_of_state({"config": in_checkpoint}, c) == []
+    assert differences_of_state({"config": in_checkpoint}, load(name, "train.seed=3")) == [
+        "train.seed: 0 there, 3 here"
+    ]
     JiT(**network(c.model) | {"width": 16, "heads": 2, "depth": 16, "bottleneck": 2})  # the arguments are JiT's
     comment = (CONFIGS / f"{name}.yaml").read_text().split("\nmodel:")[0].split("\nbase:")[0]
     assert all(line.startswith("#") for line in comment.splitlines())
