@@ -227,7 +227,7 @@ def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
         config = load_config("asymflux2_tiny", [f"{key}={value}" for key, value in given.items()])
         torch.manual_seed(config.train.seed)
         model = make_finetuned(config, Subspace.load(settings["finetune.subspace"]))
-        objective = LatentToPixel(config, data, torch.device("cpu"))
+        objective = LatentToPixel(config, data)
         moments[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws)
     plain, reduced = moments["plain"], moments["reduced"]
     cosine = torch.nn.functional.cosine_similarity(plain.mean, reduced.mean, dim=0).item()

@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ def count(model: nn.Module, run: Callable[[nn.Module], Tensor], backward: bool =
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
         gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
-        with Counter([*model.parameters(), *model.buffers(), *gradients]) as counter:
+        with Counter([*model.parameters(), *model.buffers(), *held_tensors(model), *gradients]) as counter:
             result = run(model)
             kept = counter.alive
             if backward:
@@ -191,13 +191,23 @@ class Counter(TorchDispatchMode):
 
 
 def stand_in(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """A copy of a module whose parameters and buffers have the same shapes and dtypes, but no values."""
+    """A copy of a module whose tensors have the same shapes and dtypes, but no values.
+
+    These are its parameters and buffers, and what it holds besides, itself or in an object, such as an objective.
+    """
     memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers(), *held_tensors(model)]:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         trained = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
     return copy.deepcopy(model, memo)
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in vars(module).values():
+            inside = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, type) else ()
+            yield from (found for found in (value, *inside) if isinstance(found, Tensor))
 
 
 def recompute(model: nn.Module, blocks: bool) -> bool:

@@ -229,6 +229,28 @@ def test_the_model_is_left_as_it_is():
         model(torch.zeros(1, CHANNELS, 16, 16), 0.5, labels=torch.tensor([99]))
 
 
+def test_tensors_that_are_no_parameters_are_left_out_too():
+    """Those that a module of one's own holds, itself or in an object, such as the weights of a loss."""
+
+    class Weighted(nn.Linear):
+        def __init__(self, held):
+            super().__init__(4, 4)
+            self.own, self.held = torch.ones(1000, 4), held
+
+        def forward(self, x):
+            return (super().forward(x) * self.own[:3] * self.held.inside[:3]).sum()
+
+    class Holder:
+        inside = None
+
+    holder = Holder()
+    holder.inside = torch.ones(5000, 4)
+    found = cost.count(Weighted(holder), lambda model: model(torch.ones(3, 4)))
+    assert found.flops == 2 * 2 * 3 * 4 * 4  # forward, and the gradient of the weights
+    assert found.peak < 1000
+    assert torch.equal(holder.inside, torch.ones(5000, 4))
+
+
 def test_the_dtype_of_the_weights_given_does_not_matter():
     one, other = (step(model, (CHANNELS, 16, 16), 2) for model in (flow(), flow().bfloat16()))
     assert one == other

@@ -80,7 +80,7 @@ def klein_step(
     device, subspace = latent.device, subspace or Subspace(torch.eye(dim, channels), patch_size=PATCH)
     model = finetuned(latent, config, subspace, base="").bfloat16().train()
     perceptual = (perceptual or random_perceptual(device)) if config.loss.perceptual else None
-    return Step(config, LatentToPixel(config, None, device, perceptual), model)
+    return Step(config, LatentToPixel(config, None, perceptual), model)
 
 
 def noise_batch(

@@ -31,8 +31,8 @@ from asymflow.training.objectives.variance import (
 class LatentToPixel:
     """The objective for `Finetuned`: a variance-reduced or plain loss, plus a perceptual term if that is given."""
 
-    def __init__(self, config: Config, dataset, device: torch.device, perceptual: PerceptualLoss | None = None):
-        self.config, self.dataset, self.device, self.perceptual = config, dataset, device, perceptual
+    def __init__(self, config: Config, dataset, perceptual: PerceptualLoss | None = None):
+        self.config, self.dataset, self.perceptual = config, dataset, perceptual
         self.terms = ("loss", "perceptual") if perceptual else ("loss",)
         self.weights = (config.loss.weight, *([config.loss.perceptual.weight] if perceptual else []))
 
@@ -40,7 +40,7 @@ class LatentToPixel:
     def prepare(cls, config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], "LatentToPixel"]:
         vgg = config.loss.perceptual
         perceptual = PerceptualLoss(vgg.vgg, device, frozen_dtype(config)) if vgg else None
-        return lambda flow: cls(config, dataset, device, perceptual)
+        return lambda flow: cls(config, dataset, perceptual)
 
     def model(self, flow: AsymFlow) -> nn.Module:
         return flow

@@ -56,7 +56,7 @@ def test_the_variance_of_the_gradient_is_less_and_its_mean_is_about_the_same(mad
     data, found = EncodedShards(made / "shards"), {}
     for name, more in (("reduced", []), ("plain", ["loss.variance_reduction=null"])):
         config = config_of(made, *more, "train.steps=100", "loss.sigma_shift=17.0", "loss.label_dropout=0")
-        objective = LatentToPixel(config, data, torch.device("cpu"))
+        objective = LatentToPixel(config, data)
         found[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws=40)
     ratio = found["plain"].variance / found["reduced"].variance
     cosine = torch.nn.functional.cosine_similarity(found["plain"].mean, found["reduced"].mean, dim=0).item()
@@ -95,7 +95,7 @@ def test_the_terms_of_the_loss_are_those_of_the_method(made):
     with torch.no_grad():
         v = patchify(latent(image(z_tau, 1), tau, encoder_hidden_states=text), 1)
         x0_pred = x_sigma - column(sigma) * tokens(model(image(x_sigma, 16), sigma, encoder_hidden_states=text))
-        losses = LatentToPixel(config, data, device, perceptual).losses(model, batch)
+        losses = LatentToPixel(config, data, perceptual).losses(model, batch)
     d_low = s * (z - (z_tau - column(tau) * v)) @ basis.mT
     d, low = ((x0 - x0_pred).unflatten(2, (3, 256)), d_low.unflatten(2, (3, 256)))
     c = ((d * low).mean(3, keepdim=True) / low.square().mean(3, keepdim=True).clamp(min=1e-4)).clamp(0, 1)
@@ -152,7 +152,7 @@ def test_a_damaged_sample_is_drawn_without_its_prompt(made, model):
 
     def drawn(kind):
         config, data = config_of(made, "sample.steps=1"), kind(made / "shards")
-        return LatentToPixel(config, data, torch.device("cpu")).draw(model, range(2))
+        return LatentToPixel(config, data).draw(model, range(2))
 
     with torch.no_grad():
         assert torch.equal(drawn(Damaged), drawn(Unsaid))
@@ -161,7 +161,7 @@ def test_a_damaged_sample_is_drawn_without_its_prompt(made, model):
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(made, model):
     """To the rounding of sums in another order, which a step of the sampler may amplify a hundred times."""
-    objective = LatentToPixel(config_of(made, "sample.steps=1"), EncodedShards(made / "shards"), torch.device("cpu"))
+    objective = LatentToPixel(config_of(made, "sample.steps=1"), EncodedShards(made / "shards"))
     with torch.no_grad():
         parts = [objective.draw(model, part) for part in (range(3), range(3, 4))]
         assert torch.allclose(objective.draw(model, range(4)), torch.cat(parts), rtol=0, atol=1e-4)
