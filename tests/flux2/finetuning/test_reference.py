@@ -73,7 +73,7 @@ def test_the_terms_of_the_loss_are_those_of_the_method(made):
     generator = torch.Generator().manual_seed(0)
     for p in trained(model):
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
-    data, device = EncodedShards(made / "shards"), torch.device("cpu")
+    data = EncodedShards(made / "shards")
     seen = {}
 
     def perceptual(x0_pred, x0, weight):
