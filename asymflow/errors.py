@@ -1,6 +1,7 @@
 """The one error for mistakes of a user. Its message says what cannot be used, why, and what to do."""
 
 import re
+from unicodedata import category
 
 
 class InputError(ValueError):
@@ -8,7 +9,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         """The message, with escapes for what would break the line or move the cursor: it may quote a file's name."""
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return "".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in super().__str__())
 
 
 def out_of_memory(e: BaseException) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from asymflow.errors import InputError
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.asymflow(\.[^.]*)?")
-"""The names that `replacing` makes, and nobody else."""
+"""The names that `replacing` and `replacing_folder` make, and nobody else."""
 ABANDONED = 24 * 3600
 """Seconds after which what has such a name is removed."""
 
@@ -57,8 +57,10 @@ def remove_abandoned(folder: Path) -> None:
     """Remove what processes left in a folder that were killed while they wrote there, a day ago or earlier."""
     for path in folder.glob(".*"):
         with suppress(OSError):  # another process was faster, or the file is another user's
-            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if TEMPORARY.fullmatch(path.name):
+                touched = max(file.stat().st_mtime for file in (path, *path.glob("*")))
+                if time.time() - touched > ABANDONED:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def claim(beside: Path, path: Path) -> None:

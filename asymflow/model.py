@@ -231,17 +231,19 @@ def build(
     config: dict, tensors: dict[str, Tensor], backbone: nn.Module | Callable[..., nn.Module] | None, source: str
 ) -> AsymFlow:
     """Make the model that `config` describes, with exactly these tensors."""
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}  # of torch.compile
+    plain = lambda name: name.replace("_orig_mod.", "")  # which torch.compile puts into names
+    tensors = {plain(name): tensor for name, tensor in tensors.items()}
     try:
         options, tokens, network = config["flow"], config["tokens"], config["network"]
         if not isinstance(backbone, nn.Module):
             with opening.no_larger_than(len(tensors), source):
                 backbone = make_backbone(network["class"], network["config"], backbone)
-        shapes = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.state_dict().items()}
+        shapes = {f"backbone.{plain(name)}": tuple(t.shape) for name, t in backbone.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
         shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # any length is right
         opening.check_tensors(tensors, shapes, source)
-        floating = {f"backbone.{name}" for name, t in backbone.state_dict().items() if t.is_floating_point()}
+        own = {f"backbone.{plain(name)}": t.dtype for name, t in backbone.state_dict().items()}
+        floating = {name for name, dtype in own.items() if dtype.is_floating_point and dtype.itemsize > 1}
         numbers = {name: t for name, t in tensors.items() if name in floating or name.startswith("subspace.")}
         opening.check_numbers(numbers, source, finite=False)
         subspace = Subspace(
@@ -257,9 +259,8 @@ def build(
         raise e if str(e).startswith(source) else InputError(f"{source}, with the {CONFIG} beside it: {e}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         raise InputError(f"{source}: the {CONFIG} beside it does not describe an asymmetric flow ({e!r})") from None
-    prefix = "backbone."
-    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     own = backbone.state_dict(keep_vars=True)
+    weights = {name: tensors[f"backbone.{plain(name)}"] for name in own}
     for name, weight in own.items():
         if not weight.is_meta:  # the user's own module: change its weights in place, so that tied ones stay tied
             weight.data = weight.data.to(weights[name].dtype)

@@ -4,12 +4,14 @@ Only regular files are opened. How much of one is read is bounded, and so is the
 a file is never run. Whatever goes wrong in a parser becomes one InputError that begins with the file's name.
 """
 
+import errno
 import json
 import os
 import stat
+import threading
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,24 +21,30 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from asymflow.errors import InputError
+from asymflow.errors import InputError, out_of_memory
 from asymflow.text import decode
 
 MOST_TEXT = 2**28
 """Bytes of a file of text: JSON, prompts. The record of a million samples has half as many."""
 MOST_NUMBERS = 2**30
 """Bytes of an array in a file of numpy, whose archives may be compressed a thousandfold."""
-TIED = 4  # times the numbers of a file that its tensors may have, because some share them
+MOST_SHARED = 2**28
+"""Bytes that the tensors of a pickle may have beyond four times its size, because some share or repeat numbers."""
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path of a regular file. InputError if there is none, or something else, such as a pipe: nothing waits."""
+    """The path of a regular file. InputError if there is none, or something else, such as a pipe: nothing waits.
+
+    An OSError is the disk's, or of missing rights: what is damaged by it may be whole.
+    """
     path = Path(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError) as e:  # a name with a zero byte is a ValueError
+        if isinstance(e, OSError) and e.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
         raise InputError(f"{path} cannot be opened: {getattr(e, 'strerror', None) or e}") from None
     if stat.S_ISDIR(mode):
         raise InputError(f"{path} is a folder, where a file is expected")
@@ -48,12 +56,7 @@ def existing_file(path: str | Path) -> Path:
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading. The check is repeated on what was opened, which may be another by then."""
-    path = existing_file(path)
-    try:
-        file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
-    except OSError as e:
-        raise InputError(f"{path} cannot be opened: {e.strerror}") from None
-    with file:
+    with open(existing_file(path), "rb", opener=without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InputError(f"{path} is not a file, but a pipe or a device")
         yield file
@@ -66,12 +69,17 @@ def without_waiting(path: str, flags: int) -> int:
 
 @contextmanager
 def reading(what: object, expected: str) -> Iterator[None]:
-    """A context in which any error becomes an InputError: `what` is not `expected`, and why."""
+    """A context in which any error becomes an InputError: `what` is not `expected`, and why.
+
+    Not an error of the disk, or that the memory is full: then it may well be what is expected.
+    """
     try:
         yield
     except InputError:
         raise
-    except Exception as e:  # also MemoryError and RecursionError: a hostile file can raise any
+    except Exception as e:  # a damaged or hostile file can raise many types of errors
+        if out_of_memory(e) or (isinstance(e, OSError) and e.errno is not None):
+            raise
         why = " ".join(str(e).split())[:200]
         kind = type(e).__name__
         raise InputError(f"{what} is not {expected} ({f'{kind}: {why}' if why else kind})") from None
@@ -79,24 +87,23 @@ def reading(what: object, expected: str) -> Iterator[None]:
 
 # ---- Text ------------------------------------------------------------------------------------------------------------
 def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
-    with opened(path) as file, reading(path, "readable"):
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise InputError(f"{path} has more than {most:,} bytes: it cannot be what is expected here")
-    return content
+    with opened(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise InputError(f"{path} has more than {most:,} bytes: it cannot be what is expected here")
+        return file.read()
 
 
-def read_text(path: str | Path) -> str:
-    content = read_bytes(path)
+def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
+    content = read_bytes(path, most)
     try:
         return decode(content)
     except ValueError as e:
         raise InputError(f"{path} {e}") from None
 
 
-def read_json(path: str | Path, kind: type = dict) -> dict | list:
+def read_json(path: str | Path, kind: type = dict, most: int = MOST_TEXT) -> dict | list:
     """The JSON of a file, which must be an object; or a list, if `kind` is list."""
-    text = read_text(path)
+    text = read_text(path, most)
     with reading(path, "JSON"):
         found = json.loads(text)
     if not isinstance(found, kind):
@@ -107,17 +114,29 @@ def read_json(path: str | Path, kind: type = dict) -> dict | list:
 def check_chat_template(tokenizer, base: object) -> None:
     """InputError unless the chat template of a `transformers` tokenizer works, and keeps the prompt.
 
-    It is a program of whoever made the model, in the sandbox of Jinja, which lets it make strings of any length: by
-    multiplication in a few bytes, which is refused.
+    It is a program of whoever made the model, and runs in the sandbox of Jinja. That bounds neither its time nor its
+    memory: what makes long strings of a few bytes is refused, loops are not.
     """
     import jinja2  # transformers needs it for templates
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """`transformers` has this tag too."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     prompt, options = "a cat", dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
     with reading(base, "a base model with a chat template that works"):
         if not tokenizer.chat_template:
             raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
-        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template)
-        if parsed.find((jinja2.nodes.Mul, jinja2.nodes.Pow)):
+        parse = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse
+        parsed = parse(tokenizer.get_chat_template())
+        filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
+        if parsed.find((jinja2.nodes.Mul, jinja2.nodes.Pow)) or filters & {"center", "format", "indent"}:
             raise InputError(f"{base} has a chat template that multiplies, which none needs: it is not run")
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
     if prompt not in text:
@@ -144,7 +163,7 @@ def read_pickle(path: str | Path) -> object:
             if zipped and sum(member.file_size for member in archive.infolist()) > size:
                 raise InputError(f"{path} is compressed, as torch.save never does: it is not read")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        if sum(tensor.nbytes for tensor in tensors_in(content)) > TIED * size:
+        if sum(tensor.nbytes for tensor in tensors_in(content)) > 4 * size + MOST_SHARED:
             raise InputError(f"{path} has tensors of more numbers than are in the file: they are not read")
     except InputError:
         raise
@@ -229,17 +248,17 @@ def check_numbers(tensors: Mapping[str, Tensor], source: object, finite: bool = 
 
 @contextmanager
 def no_larger_than(tensors: int, source: object) -> Iterator[None]:
-    """A context in which a network can be made that has about so many tensors, and none that is far larger.
+    """A context in which networks can be made, but none of far more tensors than these.
 
-    A few bytes of a configuration can ask for a billion layers; the weights beside it say how many there are. Four
-    times as many parameters are let through, because some loaders register each of them several times.
+    A few bytes of a configuration can ask for a billion layers; the weights beside it say how many there are. More are
+    let through, because some loaders register each of them several times, and some networks have others inside.
     """
-    made = 0
+    made, here = 0, threading.get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal made
-        made += 1
-        if made > 4 * tensors + 100:
+        made += threading.get_ident() == here
+        if made > 4 * tensors + 10_000:
             raise InputError(f"{source} describes a network of more tensors than its weights have, {tensors:,}")
 
     handle = register_module_parameter_registration_hook(count)
@@ -250,9 +269,9 @@ def no_larger_than(tensors: int, source: object) -> Iterator[None]:
 
 
 def counted_tensors(folder: Path) -> int:
-    """How many tensors the safetensors files in a folder, and in the folders in it, have."""
+    """How many tensors the safetensors files in a folder, and in the folders in it, have; of those that can be read."""
     total = 0
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
-        with reading(path, "a whole safetensors file"), safe_open(existing_file(path), framework="pt") as file:
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]:
+        with suppress(InputError, OSError), reading(path, "whole"), safe_open(existing_file(path), "pt") as file:
             total += len(file.keys())
     return total

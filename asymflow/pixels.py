@@ -10,6 +10,7 @@ import io
 import os
 import posixpath
 import random
+import sys
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -148,13 +149,24 @@ def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
             raise InputError(f"{path} is neither a folder, nor a .tar file, nor an image ({', '.join(IMAGES)})")
 
 
-def folder_entries(folder: str, seen: set[str] | None = None) -> Iterator[Entry]:
-    """The files in a folder and in all folders below. Links are followed, but to each folder only once.
+def folder_entries(folder: str) -> Iterator[Entry]:
+    """The files in a folder and in all folders below. Links are followed, but each folder is read only once.
 
-    Hidden files are left out, and what systems put beside: see `NOT_DATA`.
+    Hidden files are left out, and what systems put beside: see `NOT_DATA`. Prints one line if links were not followed.
     """
-    here, seen = os.path.realpath(folder), set() if seen is None else seen
+    again: list[str] = []
+    yield from entries_below(folder, set(), again)
+    if again:
+        print(
+            f"{len(again)} links lead to folders that have been read already, and are not followed, such as {again[0]}",
+            file=sys.stderr,
+        )
+
+
+def entries_below(folder: str, seen: set[str], again: list[str]) -> Iterator[Entry]:
+    here = os.path.realpath(folder)
     if here in seen:
+        again.append(folder)
         return
     seen.add(here)
     with os.scandir(folder) as items:
@@ -162,7 +174,7 @@ def folder_entries(folder: str, seen: set[str] | None = None) -> Iterator[Entry]
             if item.name.startswith(".") or item.name in NOT_DATA:
                 continue
             if item.is_dir():
-                yield from folder_entries(item.path, seen)
+                yield from entries_below(item.path, seen, again)
             else:
                 yield Entry(item.path)
 

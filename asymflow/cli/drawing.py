@@ -19,6 +19,7 @@ from asymflow.pictures import image_grid
 from asymflow.pixels import Entry, UnreadableError, read_image, tensor_to_pil, to_tensor
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
+MOST_RECORD = 2**32  # bytes of the former: there may be millions of images, with long prompts
 
 GRID_AT_MOST = 64
 
@@ -96,7 +97,7 @@ def open_record(
     path, images, args.images = args.out / RECORD, {}, args.out / IMAGES
     if existed := path.exists():
         try:
-            record = opening.read_json(path)
+            record = opening.read_json(path, most=MOST_RECORD)
             before = with_precision(record["settings"])
             images = {int(entry["index"]): entry[kind] for entry in record["images"]}
             if any("/" not in entry["file"] for entry in record["images"]):
@@ -138,7 +139,7 @@ def with_precision(settings: dict) -> dict:
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
     """Draw the grid, if no image of the plan is missing. Of several processes, the last one to finish does it."""
     if all((args.images / name(i)).exists() for i, _ in plan):
-        entries = opening.read_json(args.out / RECORD)["images"]
+        entries = opening.read_json(args.out / RECORD, most=MOST_RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
             image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)

@@ -24,7 +24,6 @@ from asymflow import opening
 from asymflow.data.folder import to_uint8
 from asymflow.data.shards import (
     ENCODED,
-    META,
     check_finished,
     check_shards,
     load_index,
@@ -68,9 +67,7 @@ class EncodedShards:
         self.meta = read_meta(self.path, ENCODED)
         if not self.meta:
             raise InputError(f"{path} is not a folder of shards made by `asymflow data encode`")
-        with opening.reading(self.path / META, "as it was written"):
-            self.buckets = [tuple(size) for size in self.meta["buckets"]]
-            form = {name: self.meta[name] for name in ("rank", "patch_size", "prompt_shape")}
+        self.buckets = [tuple(size) for size in self.meta["buckets"]]
         there = len(list(self.path.glob("*.tar")))
         self.shards = [str(shard_path(self.path, number)) for number in range(min(self.meta.get("shards", 0), there))]
         indices = [load_index(shard, ENCODED.columns) for shard in self.shards]
@@ -82,7 +79,7 @@ class EncodedShards:
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
         self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): (offset, size) of each of KINDS
         tensors, _ = opening.read_tensors(self.path / EMPTY_PROMPT)
-        opening.check_tensors(tensors, {"prompt": tuple(form["prompt_shape"])}, str(self.path / EMPTY_PROMPT))
+        opening.check_tensors(tensors, {"prompt": tuple(self.meta["prompt_shape"])}, str(self.path / EMPTY_PROMPT))
         self.empty_prompt = tensors["prompt"]
 
     def __len__(self) -> int:

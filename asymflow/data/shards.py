@@ -31,15 +31,18 @@ its last change, which is left out if the index was written together with the sh
 
 
 class Kind(NamedTuple):
-    """Of folders of shards: the command that makes them, its format, and columns of the index of each shard."""
+    """Of folders of shards: the command that makes them, its format, columns of the index of each shard, and keys of
+    meta.json."""
 
     command: str
     format: str
     columns: Collection[str]
+    required: Collection[str]
 
 
-PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"})
-ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"})
+PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"}, ("size",))
+IN_META = ("rank", "patch_size", "prompt_shape", "buckets")
+ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"}, IN_META)
 
 
 def is_whole(value: object) -> bool:
@@ -188,6 +191,8 @@ def read_meta(folder: Path, kind: Kind) -> dict:
         return {}
     if meta.get("format") != kind.format:
         return {}
+    if missing := [key for key in kind.required if key not in meta]:
+        raise InputError(f"{folder / META} is not as it was written: it has no {missing[0]}")
     if other := [key for key, is_right in FORMS.items() if key in meta and not is_right(meta[key])]:
         raise InputError(f"{folder / META} is not as it was written: its {other[0]} is {str(meta[other[0]])[:60]!r}")
     return meta

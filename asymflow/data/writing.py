@@ -72,7 +72,8 @@ class Writer(ExitStack):
         self.enter_context(files.hold(own, AT_WORK))
         for other in {*out.glob(f"{LOCK}*")} - {own}:  # of a call whose first process has ended, but not all
             files.hold(other, AT_WORK).close()
-        left = [*out.glob(".[0-9]*")]  # by a process that was killed
+        # By a process that was killed: parts of shards, and other files.
+        left = [*out.glob(".[0-9]*"), *(path for path in out.glob(".*") if files.TEMPORARY.fullmatch(path.name))]
         if any(out.glob("[0-9]*.tar")):
             self.check_same(read_meta(out, self.kind), settings, same)
         else:  # nothing was made, so the settings may change
@@ -83,6 +84,7 @@ class Writer(ExitStack):
         return read_meta(out, self.kind)
 
     def check_same(self, known: dict, settings: dict, same: dict[str, str]) -> None:
+        known = {name: known.get(name) for name in settings}
         differing = [f"{option} was {known[name]}" for name, option in same.items() if known[name] != settings[name]]
         if not differing and known["listing"] != settings["listing"]:
             now = "others" if known["files"] == settings["files"] else settings["files"]

@@ -263,7 +263,10 @@ class Training:
         images, branch = reader.state["images"], folder.parent != self.out / run.CHECKPOINTS
         # RUN/config.yaml has been compared, but it may have been edited by hand since.
         if not branch and (differing := run.differences_of_state(reader.state, self.config)):
-            raise AgreedError(f"{folder} was trained with another configuration: {'; '.join(differing)}")
+            raise AgreedError(
+                f"{folder} was trained with another configuration ({'; '.join(differing)}): use that, or begin another "
+                "run from there with --out and --resume"
+            )
         others = reader.state.get("data") not in (None, getattr(self.dataset, "digest", None))
         if (images != len(self.dataset) or others) and not branch:
             count = len(self.dataset)

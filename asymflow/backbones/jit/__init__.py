@@ -298,11 +298,13 @@ class Linear(nn.Linear):
 
 def filled_up(x: Tensor, weight: Tensor, bias: Tensor, to: int = 64) -> Tensor:
     """`F.linear`, with sizes that are not multiples of 8 filled up to multiples of `to` with zeros."""
-    rows, columns = (-size % to if size % 8 else 0 for size in weight.shape)
-    if not rows and not columns:
-        return F.linear(x, weight, bias)
-    y = F.linear(F.pad(x, (0, columns)), F.pad(weight, (0, columns, 0, rows)), F.pad(bias, (0, rows)))
-    return y[..., : len(weight)]
+    high, wide = weight.shape
+    rows, columns = (-size % to if size % 8 else 0 for size in (high, wide))
+    if columns:
+        x, weight = F.pad(x, (0, columns)), F.pad(weight, (0, columns))
+    if rows:
+        weight, bias = F.pad(weight, (0, 0, 0, rows)), F.pad(bias, (0, rows))
+    return F.linear(x, weight, bias)[..., :high]
 
 
 class Head(nn.Module):

@@ -131,7 +131,7 @@ def class_name(folder: Path) -> str:
         kind = opening.read_json(folder / "config.json")["model_type"]
     except (ValueError, KeyError):
         raise InputError(f"{folder / 'config.json'} is not the configuration of a model of transformers") from None
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise InputError(f"{folder} is no DINOv2: its model_type is {kind!r}, expected {' or '.join(CLASSES)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(

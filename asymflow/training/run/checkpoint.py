@@ -12,6 +12,7 @@ checked against them; if one is damaged, the checkpoint before is used. Nothing 
 Each rank writes its pieces one after the other, and copies no more than one of them to the host at a time.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -136,12 +137,19 @@ def describe(path: Path) -> dict:
 
 
 def is_as_described(folder: Path, name: str, expected: object) -> bool:
-    """Whether a file of a checkpoint has the size and the checksum of the manifest. Kind and size are compared first:
-    in place of the file may be a link to something endless."""
-    path = folder / name
+    """Whether a file of a checkpoint has the size and the checksum of the manifest.
+
+    Kind and size are compared first, because a link to something endless may be in its place.
+    """
     if Path(name).name != name or not isinstance(expected, dict):
         raise ValueError(f"it lists {name!r}")
-    found = path.stat()
+    path = folder / name
+    try:
+        found = path.stat()
+    except OSError as e:
+        if e.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise
     return stat.S_ISREG(found.st_mode) and found.st_size == expected.get("size") and describe(path) == expected
 
 
@@ -167,8 +175,10 @@ def is_there(path: Path) -> bool:
     """Like Path.exists, but raises OSError if the disk fails. Path.exists returns False for some such errors."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
     return True
 
 

@@ -84,8 +84,10 @@ def clear_leftovers(out: Path) -> None:
         checkpoint.clear_leftovers(folder)
     for folder in (out, out / SAMPLES):
         for path in folder.glob(".*"):
-            if files.TEMPORARY.fullmatch(path.name) or re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name):
-                path.unlink()  # the latter are of `check_shared`, and of earlier versions
+            ours = files.TEMPORARY.fullmatch(path.name)
+            of_check_shared = re.fullmatch(r"\.\w+\.[0-9a-f]{8}\.\w+", path.name)  # and of earlier versions
+            if (ours or of_check_shared) and not path.is_dir():  # a folder may be what `asymflow export` is writing
+                path.unlink()
 
 
 # ---- Continuing ------------------------------------------------------------------------------------------------------
