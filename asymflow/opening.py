@@ -78,8 +78,8 @@ def reading(what: object, expected: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as e:  # a damaged or hostile file can raise many types of errors
-        if out_of_memory(e) or (isinstance(e, OSError) and e.errno is not None):
-            raise
+        if out_of_memory(e) or (isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)):
+            raise  # EINVAL is of an offset in the file at which nothing can be
         why = " ".join(str(e).split())[:200]
         kind = type(e).__name__
         raise InputError(f"{what} is not {expected} ({f'{kind}: {why}' if why else kind})") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # The import names of packages, each under the smallest extra that installs it. "": installed without any extra.
 EXTRAS = {
-    "": ("torch", "numpy", "tqdm", "matplotlib"),
+    "": ("torch", "jinja2", "numpy", "tqdm", "matplotlib"),  # jinja2 comes with torch
     "library": ("safetensors", "huggingface_hub", "PIL"),
     "train": ("deepspeed", "pydantic", "yaml", "torch_fidelity"),
     "repa": ("transformers", "tokenizers"),
