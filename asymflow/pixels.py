@@ -255,15 +255,19 @@ def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tenso
     UnreadableError if a file is damaged; InputError, naming the sample, if the latents have another shape or dtype, or
     the sizes do not fit.
     """
-    image, latents = to_tensor(read_image(pair[0])), read_latents(pair[1])
+    latents = read_latents(pair[1])
     height, width = (n * patch_size for n in latents.shape[:2])
-    if image.shape[1:] != (height, width):
-        raise InputError(
-            f"{pair[0]} has {image.shape[2]} x {image.shape[1]} pixels (width x height), but its {latents.shape[1]} x "
-            f"{latents.shape[0]} latent tokens and patches of {patch_size} x {patch_size} make {width} x {height}: "
-            "check the patch size, or prepare the images again"
-        )
-    return latents, image
+
+    def look(image: Image.Image) -> Image.Image:
+        if image.size != (width, height):
+            raise InputError(
+                f"{pair[0]} has {image.width} x {image.height} pixels (width x height), but its {latents.shape[1]} x "
+                f"{latents.shape[0]} latent tokens and patches of {patch_size} x {patch_size} make {width} x {height}: "
+                "check the patch size, or prepare the images again"
+            )
+        return to_rgb(image)
+
+    return latents, to_tensor(decoded(pair[0], look))
 
 
 def read_image(entry: Entry) -> Image.Image:
@@ -276,6 +280,8 @@ def decoded(entry: Entry, look: Callable[[Image.Image], Result]) -> Result:
     content = entry.read()
     try:
         return look(opened(io.BytesIO(content)))
+    except InputError:
+        raise
     except Exception as e:  # a damaged image can raise many types of errors
         reason = "no image format that is known" if isinstance(e, Image.UnidentifiedImageError) else e
         raise UnreadableError(f"{entry} is not a whole image ({reason})") from None

@@ -310,7 +310,11 @@ def load_index(shard: str | Path, columns: Collection[str], path: Path | None = 
 
 
 def index_fits_shard(index: Index, size: int) -> bool:
-    """Whether all columns of an index have one length, and all offsets lie within a shard of `size` bytes."""
+    """Whether all columns of an index have their form and one length, and all offsets lie within a shard of this size."""
+    forms = {"label": (), "number": (), "image": (2,), "caption": (2,), "span": (3, 2)}
+    columns = {name: index[name] for name in forms if name in index}
+    if any(c.dtype.kind not in "iu" or c.shape[1:] != forms[name] for name, c in columns.items()):
+        return False
     rows = {len(index[column]) for column in (*COLUMNS, "number", "span") if column in index}
     spans = np.concatenate([index[column].reshape(-1, 2) for column in ("image", "caption", "span") if column in index])
     spans = spans[spans[:, 1] != -1]
