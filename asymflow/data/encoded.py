@@ -24,6 +24,7 @@ from asymflow import opening
 from asymflow.data.folder import to_uint8
 from asymflow.data.shards import (
     ENCODED,
+    META,
     check_finished,
     check_shards,
     load_index,
@@ -77,6 +78,8 @@ class EncodedShards:
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
+        if self.bucket.size and not 0 <= self.bucket.min() <= self.bucket.max() < len(self.buckets):
+            raise InputError(f"{path}: an index names a bucket that {META} does not have: copy the folder again")
         self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): (offset, size) of each of KINDS
         tensors, _ = opening.read_tensors(self.path / EMPTY_PROMPT)
         opening.check_tensors(tensors, {"prompt": tuple(self.meta["prompt_shape"])}, str(self.path / EMPTY_PROMPT))

@@ -41,6 +41,14 @@ class Kind(NamedTuple):
 
 
 PACKED = Kind("data pack", "asymflow shards 1", COLUMNS | {"problems"}, ("size",))
+INDEX_FORMS = {  # the kinds of numpy's dtypes, and the axes behind that of the samples; None: one value
+    **dict.fromkeys(("fingerprint",), ("U", None)),
+    **dict.fromkeys(("bucket", "modified"), ("iu", None)),
+    **dict.fromkeys(("name", "passed", "problems", "cut"), ("SU", ())),
+    **dict.fromkeys(("label", "number"), ("iu", ())),
+    **dict.fromkeys(("image", "caption"), ("iu", (2,))),
+    "span": ("iu", (3, 2)),
+}
 IN_META = ("rank", "patch_size", "prompt_shape", "buckets")
 ENCODED = Kind("data encode", "asymflow encoded shards 1", {"number", "span", "bucket", "problems"}, IN_META)
 
@@ -310,11 +318,16 @@ def load_index(shard: str | Path, columns: Collection[str], path: Path | None = 
 
 
 def index_fits_shard(index: Index, size: int) -> bool:
-    """Whether all columns of an index have their form and one length, and all offsets lie within a shard of this size."""
-    forms = {"label": (), "number": (), "image": (2,), "caption": (2,), "span": (3, 2)}
-    columns = {name: index[name] for name in forms if name in index}
-    if any(c.dtype.kind not in "iu" or c.shape[1:] != forms[name] for name, c in columns.items()):
-        return False
+    """Whether all columns of an index have their forms and one length, and all offsets lie in a shard of `size` bytes.
+
+    Of columns without rows the dtype does not matter: numpy makes it up.
+    """
+    for name, array in index.items():
+        kinds, axes = INDEX_FORMS[name]
+        if (array.size and array.dtype.kind not in kinds) or (
+            array.shape != () if axes is None else array.shape[1:] != axes
+        ):
+            return False
     rows = {len(index[column]) for column in (*COLUMNS, "number", "span") if column in index}
     spans = np.concatenate([index[column].reshape(-1, 2) for column in ("image", "caption", "span") if column in index])
     spans = spans[spans[:, 1] != -1]
