@@ -78,7 +78,9 @@ class EncodedShards:
         counts = [len(index["number"]) for index in indices]
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.bucket = np.repeat([int(index["bucket"]) for index in indices], counts)
-        if self.bucket.size and not 0 <= self.bucket.min() <= self.bucket.max() < len(self.buckets):
+        if not self.bucket.size:
+            raise InputError(f"{path} has no images")
+        if not 0 <= self.bucket.min() <= self.bucket.max() < len(self.buckets):
             raise InputError(f"{path}: an index names a bucket that {META} does not have: copy the folder again")
         self.span = np.concatenate([index["span"] for index in indices])  # (n, 3, 2): (offset, size) of each of KINDS
         tensors, _ = opening.read_tensors(self.path / EMPTY_PROMPT)
