@@ -101,6 +101,7 @@ def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lp
     assert counter.get_total_flops() == count(step).flops
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_is_not_needed():
     recomputed, kept = (tiny_step("meta", checkpointing=checkpointing) for checkpointing in (True, False))
     needed = needed_flops(recomputed, noise_batch(recomputed, SIZE, 2, TEXT))

@@ -1,17 +1,21 @@
 """Adapters and base models with any damage are read or refused in one line."""
 
 import copy
+import json
 import shutil
+import time
 
 import pytest
 import torch
 from fuzzing import COUNTS, fuzz
 
-from asymflow import Subspace
+from asymflow import InputError, Subspace
 from asymflow.backbones.flux2 import latent_to_pixel
 from asymflow.backbones.flux2.adapter import add_lora, fingerprint, load_adapter, published_names, write_adapter
+from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline
 from asymflow.data.encoders import read_base
 from asymflow.training.objectives.finetuning import load_transformer
+from asymflow.training.objectives.klein import empty_transformer
 from toy.tiny_flux2 import make_base
 
 SUBSPACE = Subspace.random(768, 16, scale=1.7, token_order="channel_first", color_space="oklab", patch_size=16)
@@ -48,3 +52,19 @@ def test_a_damaged_base_is_read_or_refused_in_one_line(base, count, tmp_path):
         load_transformer(folder, torch.float32)
 
     fuzz(folder, read, count // 2)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "num_single_layers"])
+def test_a_base_that_claims_a_million_layers_is_refused_before_they_are_made(key, base, tmp_path):
+    folder, started = shutil.copytree(base, tmp_path / "base"), time.monotonic()
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**6}))
+    doors = (
+        lambda: load_transformer(folder, torch.float32),
+        lambda: AsymFlux2KleinPipeline.from_pretrained(folder, adapter="none"),
+        lambda: empty_transformer(json.loads(path.read_text())),
+    )
+    for door in doors:
+        with pytest.raises(InputError, match="describes a network of more tensors"):
+            door()
+    assert time.monotonic() - started < 60

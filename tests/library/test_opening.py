@@ -8,6 +8,7 @@ import re
 import socket
 import time
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from random_jits import TINY, random_jit
 
 from asymflow import AsymFlow, InputError, Subspace, files, opening
 from asymflow.backbones.jit.published import load_published
+from asymflow.cli import drawing
 from asymflow.data.captioned import json_lines
 from asymflow.data.shards import PACKED, read_meta
 from asymflow.evaluation.classifier import Classifier
@@ -165,6 +167,15 @@ def test_links_that_make_a_folder_endless_are_followed_once(tmp_path, capsys):
     assert "75 links lead to folders that have been read already" in capsys.readouterr().err
     assert len(found) == 3
     assert len({os.path.realpath(path) for path in found}) == 3
+
+
+def test_a_record_without_images_is_gone_on_with(tmp_path):
+    for images in ([], [{"file": "images/000000.png", "index": 0, "class": 3}]):
+        record = {"settings": {"seed": 0}, "images": images}
+        (tmp_path / "samples.json").write_text(json.dumps(record))
+        drawing.open_record(Namespace(out=tmp_path), {"seed": 0}, [(1, 2)], {"model": "a"})
+        found = json.loads((tmp_path / "samples.json").read_text())["images"]
+        assert [entry["index"] for entry in found] == [entry["index"] for entry in images] + [1]
 
 
 # ---- What a killed process leaves ------------------------------------------------------------------------------------

@@ -222,6 +222,7 @@ def distance_of(out, classifier):
     return frechet_distance(statistics(features(pixels)), reference)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path, classifier):
     run(1, tmp_path / "one", *settings(classifier))
     run(2, tmp_path / "two", *settings(classifier, stage=3))

@@ -149,6 +149,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 # ---- Started wrongly -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_what_cannot_begin_is_said_once(tmp_path):
     out, other = tmp_path / "run", tmp_path / "other"
     assert Launched(1, out, "train.steps=2", "checkpoint.every=2").wait() == [0]
