@@ -253,7 +253,7 @@ def test_a_folder_that_vanishes(tmp_path):
     images = ("data.kind=image_folder", f"data.path={tmp_path / 'data'}", "data.workers=1", "model.num_classes=2")
     images += ENDLESS
     vanishing = partial(vanishes, tmp_path / "data", 3)
-    one_line(Launched(2, tmp_path / "run", *images, patch=vanishing), "could not be read", "No such file or directory")
+    one_line(Launched(2, tmp_path / "run", *images, patch=vanishing), "could not be read", "does not exist")
 
 
 # ---- Starved ---------------------------------------------------------------------------------------------------------
