@@ -54,11 +54,10 @@ def test_a_damaged_base_is_read_or_refused_in_one_line(base, count, tmp_path):
     fuzz(folder, read, count // 2)
 
 
-@pytest.mark.parametrize("key", ["num_layers", "num_single_layers"])
-def test_a_base_that_claims_a_million_layers_is_refused_before_they_are_made(key, base, tmp_path):
+def test_a_base_that_claims_a_million_layers_is_refused_before_they_are_made(base, tmp_path):
     folder, started = shutil.copytree(base, tmp_path / "base"), time.monotonic()
     path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**6}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_single_layers": 10**6}))
     doors = (
         lambda: load_transformer(folder, torch.float32),
         lambda: AsymFlux2KleinPipeline.from_pretrained(folder, adapter="none"),
