@@ -126,7 +126,7 @@ class EncodedShards:
         """The files of a sample, read in one piece. end: the offset in the shard where to stop reading."""
         spans = self.span[index].tolist()
         start = spans[0][0]
-        content = Entry(self.shards[self.shard[index]], offset=start, size=int(end) - start).read()
+        content = Entry(self.shards[self.shard[index]], offset=start, size=max(int(end) - start, 0)).read()
         return [content[offset - start : offset - start + size] for offset, size in spans]
 
     def shapes(self, index: int) -> list[tuple[int, ...]]:
