@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from asymflow import files, opening
 from asymflow.cli.common import this_process, usable_device
+from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import image_grid
-from asymflow.pixels import Entry, UnreadableError, read_image, tensor_to_pil, to_tensor
+from asymflow.pixels import read_image, tensor_to_pil, to_tensor
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
 MOST_RECORD = 2**32  # bytes of the former: there may be millions of images, with long prompts

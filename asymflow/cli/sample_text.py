@@ -19,9 +19,10 @@ from asymflow.cli.common import this_process
 from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, open_record, own_device
 from asymflow.color import oklab_to_rgb
 from asymflow.data.encoders import prompt_tokens
+from asymflow.entries import Entry
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
-from asymflow.pixels import Entry, decoded, to_rgb, upright
+from asymflow.pixels import decoded, to_rgb, upright
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 from asymflow.text import is_blank
 

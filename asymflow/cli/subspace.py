@@ -22,12 +22,13 @@ from asymflow.cli.common import at_least, default_device, new_file, this_process
 from asymflow.cli.models import is_run
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
+from asymflow.entries import UnreadableError, choose, find_images, find_pairs
 from asymflow.errors import InputError
 from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
 from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
 from asymflow.pictures import draw_subspace
-from asymflow.pixels import UnreadableError, choose, find_images, find_pairs, in_order, read_pair, read_square
+from asymflow.pixels import in_order, read_pair, read_square
 from asymflow.subspace import Subspace
 
 GROUP = """Fit the low-rank subspace in which an asymmetric flow predicts the noise, or look at one.

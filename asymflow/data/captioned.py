@@ -15,8 +15,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from asymflow.data.shapes import make_scene, render
+from asymflow.entries import Entry, UnreadableError, folder_entries, listing, tar_entries
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, UnreadableError, decoded, folder_entries, listing, tar_entries, to_rgb, upright
+from asymflow.pixels import decoded, to_rgb, upright
 from asymflow.text import decode, encoding_of, is_blank
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name", "path"), ("caption", "text", "prompt")

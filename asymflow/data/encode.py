@@ -38,8 +38,9 @@ from asymflow.data.encoders import (
     read_base,
 )
 from asymflow.data.shards import ENCODED, Index, read_meta
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError, in_order, to_tensor
+from asymflow.pixels import in_order, to_tensor
 
 CUT = "cut_captions.log"  # "name: tokens" of each caption that is longer than --max-length, sorted
 LOSSLESS = ("png", "webp")  # formats of images: the image is to be what the latent was made of

@@ -32,8 +32,8 @@ from asymflow.data.shards import (
     shard_path,
     shards_digest,
 )
+from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, UnreadableError
 
 EMPTY_PROMPT = "empty_prompt.safetensors"
 HEAD = 512  # bytes: the header of a sample's tensors is not longer

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from asymflow.data.sample import Sample
+from asymflow.entries import NOT_DATA, Entry, UnreadableError, folder_entries
 from asymflow.errors import InputError
-from asymflow.pixels import NOT_DATA, Entry, UnreadableError, adm_crop, folder_entries, read_image
+from asymflow.pixels import adm_crop, read_image
 from asymflow.text import decode
 
 CAPTION = ".txt"

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
+from asymflow.entries import IMAGES, Entry, samples, tar_entries
 from asymflow.errors import InputError
-from asymflow.pixels import IMAGES, Entry, adm_crop, in_order, read_image, samples, tar_entries
+from asymflow.pixels import adm_crop, in_order, read_image
 
 INDEX = ".index.npz"  # replaces .tar in the name of the file that says where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}

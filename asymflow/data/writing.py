@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.shards import META, Index, Kind, fingerprint, load_index, read_meta, save_index, shard_path
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError
 
 PROBLEMS = "problems.log"  # "name: reason" of each image that is left out, sorted
 LOCK, AT_WORK = ".lock", "is being written to"  # .lock0, .lock1, ...: one for each process

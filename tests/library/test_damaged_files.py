@@ -15,9 +15,10 @@ from asymflow import AsymFlow, InputError, Subspace
 from asymflow.backbones.jit.published import load_published
 from asymflow.cli import drawing, models, sample_text
 from asymflow.data import captioned
+from asymflow.entries import Entry, find_pairs, tar_entries
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.frechet import load_statistics, save_statistics
-from asymflow.pixels import Entry, find_pairs, in_order, read_pair, read_square, tar_entries
+from asymflow.pixels import in_order, read_pair, read_square
 
 SUBSPACE = Subspace.random(48, 8, patch_size=4, token_order="channel_last", color_space="rgb", fitted_on="noise")
 

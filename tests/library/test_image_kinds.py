@@ -12,7 +12,8 @@ from PIL import Image, features
 from asymflow import InputError
 from asymflow.data.captioned import find_captioned
 from asymflow.data.folder import ImageFolder
-from asymflow.pixels import IMAGES, Entry, UnreadableError, adm_crop, read_image
+from asymflow.entries import IMAGES, Entry, UnreadableError
+from asymflow.pixels import adm_crop, read_image
 
 TURNS = {  # the orientation in EXIF, and what makes the image upright
     1: lambda a: a,

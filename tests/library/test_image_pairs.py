@@ -12,12 +12,8 @@ from image_files import encoded, noise, write_files, write_tar
 from PIL import Image
 
 from asymflow import InputError, patchify
-from asymflow.pixels import (
-    UnreadableError,
-    adm_crop,
-    find_pairs,
-    read_pair,
-)
+from asymflow.entries import UnreadableError, find_pairs
+from asymflow.pixels import adm_crop, read_pair
 
 
 def as_npy(array, **options):

@@ -14,20 +14,8 @@ from image_files import encoded, noise, write_files, write_tar
 from PIL import Image
 
 from asymflow import InputError
-from asymflow.pixels import (
-    Entry,
-    UnreadableError,
-    choose,
-    find_images,
-    find_pairs,
-    in_order,
-    read_image,
-    read_square,
-    samples,
-    tensor_to_pil,
-    to_rgb,
-    to_tensor,
-)
+from asymflow.entries import Entry, UnreadableError, choose, find_images, find_pairs, samples
+from asymflow.pixels import in_order, read_image, read_square, tensor_to_pil, to_rgb, to_tensor
 
 
 def names(entries, folder):

@@ -22,9 +22,10 @@ from asymflow.backbones.jit.published import load_published
 from asymflow.cli import drawing
 from asymflow.data.captioned import json_lines
 from asymflow.data.shards import PACKED, read_meta
+from asymflow.entries import Entry, find_images, tar_entries
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.frechet import load_statistics
-from asymflow.pixels import Entry, find_images, read_square, tar_entries
+from asymflow.pixels import read_square
 
 DOORS = {
     "existing_file": opening.existing_file,

@@ -17,8 +17,8 @@ from scipy import stats
 
 from asymflow import streams
 from asymflow.data.sample import Sample
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError
 from asymflow.training.config.reading import load_config
 from asymflow.training.loader import ATTEMPTS, Batch, Batches, on_device, read_or_replace
 

@@ -8,8 +8,8 @@ from image_data import pixels, png, write_tar
 from asymflow.data.folder import ImageFolder
 from asymflow.data.pack import pack
 from asymflow.data.shards import TarShards
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError
 from asymflow.training.config.reading import load_config
 
 

@@ -19,8 +19,9 @@ from scipy import ndimage, stats
 from asymflow.data.folder import ImageFolder
 from asymflow.data.shapes import COLORS, COUNTS, Shapes, make_scene, render
 from asymflow.data.shards import TarShards, fingerprint, index_path, read_index, save_index
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError, adm_crop
+from asymflow.pixels import adm_crop
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset, said
 

@@ -11,7 +11,7 @@ from image_data import pixels, png, write_tar
 
 from asymflow import InputError
 from asymflow.data.shards import INDEX, TarShards, index_path, shard_paths
-from asymflow.pixels import UnreadableError, tar_entries
+from asymflow.entries import UnreadableError, tar_entries
 
 
 def sample(key, label=0):

@@ -5,8 +5,8 @@ import shutil
 from fuzzing import COUNTS, fuzz
 
 from asymflow.data.encoded import EncodedShards
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError
 
 
 def read(folder):

@@ -23,8 +23,8 @@ from asymflow.data.encode import encode
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoders import PARTS, encode_image, folder_digest
 from asymflow.data.shapes import Shapes
+from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import UnreadableError
 
 
 # ---- Buckets ---------------------------------------------------------------------------------------------------------

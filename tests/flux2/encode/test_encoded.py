@@ -16,8 +16,8 @@ from asymflow.data.captioned import find_captioned, json_lines
 from asymflow.data.encode import encode
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoders import decode_latents, encode_image
+from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError
-from asymflow.pixels import Entry, UnreadableError
 
 
 # ---- What the transformer sees ---------------------------------------------------------------------------------------

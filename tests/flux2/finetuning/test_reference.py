@@ -9,8 +9,8 @@ from finetuning_runs import config_of
 from asymflow import Subspace
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.data.encoded import EncodedShards
+from asymflow.entries import UnreadableError
 from asymflow.patches import patchify, unpatchify
-from asymflow.pixels import UnreadableError
 from asymflow.training.objectives.encoded_batches import EncodedBatches
 from asymflow.training.objectives.finetuning import adapters_off, make_finetuned, trained
 from asymflow.training.objectives.latent_to_pixel import LatentToPixel

@@ -12,7 +12,8 @@ from planted_images import PCA, PROCRUSTES, write_images
 
 from asymflow import Subspace, patchify
 from asymflow.color import rgb_to_oklab
-from asymflow.pixels import find_images, read_square, tensor_to_pil
+from asymflow.entries import find_images
+from asymflow.pixels import read_square, tensor_to_pil
 
 
 def overlap(a, b):
