@@ -111,38 +111,6 @@ def read_json(path: str | Path, kind: type = dict, most: int = MOST_TEXT) -> dic
     return found
 
 
-def check_chat_template(tokenizer, base: object) -> None:
-    """InputError unless the chat template of a `transformers` tokenizer works, and keeps the prompt.
-
-    It is a program of whoever made the model, and runs in the sandbox of Jinja. That bounds neither its time nor its
-    memory: what makes long strings of a few bytes is refused, loops are not.
-    """
-    import jinja2  # transformers needs it for templates
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """`transformers` has this tag too."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    prompt, options = "a cat", dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    with reading(base, "a base model with a chat template that works"):
-        if not tokenizer.chat_template:
-            raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
-        parse = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse
-        parsed = parse(tokenizer.get_chat_template())
-        filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
-        if parsed.find((jinja2.nodes.Mul, jinja2.nodes.Pow)) or filters & {"center", "format", "indent"}:
-            raise InputError(f"{base} has a chat template that multiplies, which none needs: it is not run")
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
-    if prompt not in text:
-        raise InputError(f"{base} has a chat template that leaves the prompt out: download the tokenizer again")
-
-
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. They are mapped: what is not used is not read."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asymflow import files, opening
+from asymflow import files, opening, templates
 from asymflow.errors import InputError
 
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -82,7 +82,7 @@ def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
             )
     except Exception as e:  # the libraries report what is missing or damaged by exceptions of many types
         raise InputError(f"--base {base} cannot be loaded: {[*str(e).splitlines(), repr(e)][0]}") from None
-    opening.check_chat_template(pipeline.tokenizer, base)
+    templates.check_chat_template(pipeline.tokenizer, base)
     return pipeline.to(device)
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from asymflow import opening
+from asymflow import opening, templates
 from asymflow.backbones.flux2 import Flux2
 from asymflow.backbones.flux2.adapter import fingerprint, load_adapter
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
@@ -79,7 +79,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         if pipeline.config.is_distilled:
             raise InputError(f"{base} is a distilled model, which knows no guidance: take FLUX.2-klein-base-9B or -4B")
         if pipeline.tokenizer is not None:
-            opening.check_chat_template(pipeline.tokenizer, base)
+            templates.check_chat_template(pipeline.tokenizer, base)
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)
         return pipeline.use(load_adapter(pipeline.transformer, adapter))
 

@@ -1,30 +1,39 @@
 """The chat template of a base model is a program of somebody else."""
 
 import copy
-import time
 
 import pytest
 
 from asymflow import InputError
-from asymflow.opening import check_chat_template
+from asymflow.templates import check_chat_template
 
+DOUBLED = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
 TEMPLATES = {
     "{{ raise_exception('no') }}": "TemplateError: no",
     "{% if %}": "TemplateSyntaxError",
     "{{ messages.x.y }}": "UndefinedError",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "SecurityError",
     "": "its chat template is missing",
     "hello": "leaves the prompt out",
-    "{{ 'x' * 3000000000 }}": "multiplies",
-    "{% for m in messages %}{{ m.content ~ 10 ** 10 ** 10 }}{% endfor %}": "multiplies",
+    "{{ 'x' * 3000000000 }}": "MemoryError",
+    DOUBLED: "MemoryError",
 }
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 5 s"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_that_fails_or_leaves_the_prompt_out_is_refused(pipeline, template):
+@pytest.mark.parametrize(("template", "said"), [*TEMPLATES.items(), pytest.param(*ENDLESS, marks=pytest.mark.slow)])
+def test_a_template_that_fails_or_takes_much_or_leaves_the_prompt_out_is_refused(pipeline, template, said):
     tokenizer = copy.deepcopy(pipeline.tokenizer)
-    check_chat_template(tokenizer, "base")
-    tokenizer.chat_template, started = template, time.monotonic()
-    with pytest.raises(InputError, match=f"base .*{TEMPLATES[template]}") as error:
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=f"base .*{said}") as error:
         check_chat_template(tokenizer, "base")
     assert "\n" not in str(error.value)
-    assert time.monotonic() - started < 5
+
+
+def test_what_transformers_adds_to_templates_may_be_used(pipeline):
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not m.role %}{% break %}{% endif %}{{ m | tojson(indent=2) }}"
+        "{% generation %}{{ strftime_now('%Y') ~ eos_token }}{% endgeneration %}{% endfor %}"
+    )
+    check_chat_template(tokenizer, "base")
