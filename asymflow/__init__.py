@@ -14,16 +14,20 @@ MODULES = {  # the module of each public name; imported on first use, so that `a
     "calibration": "parameterization",
     "fit_pca": "fitting",
     "fit_procrustes": "fitting",
+    "flow_matching_loss": "flow_matching",
     "generate": "sampling",
     "guided": "sampling",
     "image_noise": "sampling",
     "load_published": "backbones.jit.published",
+    "noise_level": "flow_matching",
+    "noisy": "flow_matching",
     "patchify": "patches",
     "recover_velocity": "parameterization",
     "sample": "sampling",
     "sigma_grid": "sampling",
     "time_shift": "sampling",
     "unpatchify": "patches",
+    "without_some": "flow_matching",
 }
 __all__ = [*MODULES]
 

@@ -48,6 +48,7 @@ with importing(__name__):
     from asymflow.data.sample import Sample
     from asymflow.data.shapes import Shapes
     from asymflow.errors import InputError
+    from asymflow.flow_matching import flow_matching_loss, noise_level, noisy
     from asymflow.model import AsymFlow
     from asymflow.patches import patchify, unpatchify
     from asymflow.pictures import image_grid
@@ -57,7 +58,6 @@ with importing(__name__):
     from asymflow.training.config.reading import load_config
     from asymflow.training.objectives.encoded_batches import EncodedBatches
     from asymflow.training.objectives.finetuning import Finetuned, make_finetuned, trained
-    from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
     from asymflow.training.objectives.latent_to_pixel import LatentToPixel
     from toy.common import main
     from toy.oracle import detail, score

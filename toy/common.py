@@ -9,8 +9,10 @@ An experiment is a function from the parsed arguments to its figure and its resu
 """
 
 import argparse
+import itertools
 import json
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from asymflow import packages
-from nano_asymflow import MLP, Flow, integrate, keep_earlier, parse, random_stream, train
+from nano_asymflow import MLP, Flow, integrate, random_stream, train
 
 
 def main(
@@ -59,6 +61,8 @@ def main(
         print("\nInterrupted: nothing is written.", file=sys.stderr)
         return 130
     print(f"\nwrote {picture} and {file} after {seconds:.0f} s")
+    if args.quick:
+        print("--quick shows that it runs. Its figures are no results: the networks are hardly trained.")
     return 0
 
 
@@ -74,7 +78,28 @@ def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[st
     )
     p.add_argument("--out", type=Path, default=Path("runs/toy") / name, help=f"folder for {name}.png and {name}.json")
     p.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1")
-    return parse(p, argv, {"seed": 0, "steps": 0})
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # one line
+    args = p.parse_args(argv)
+    for option in ("seed", "steps"):
+        if not 0 <= (value := getattr(args, option)) < 2**63:
+            p.error(f"--{option} must be at least 0 and below 2^63, but it is {value}")
+    try:
+        torch.ones(1, device=args.device).item()
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as e:
+        p.error(f"--out {args.out} cannot be written to: {e.strerror}")
+    except (RuntimeError, AssertionError, ImportError) as e:
+        p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0].split('. ')[0]}")
+    return args
+
+
+def keep_earlier(file: Path) -> Path:
+    """Make way for `file`: what an earlier run wrote is renamed, never overwritten."""
+    if file.exists() or file.is_symlink():
+        older = next(o for n in itertools.count(1) if not (o := file.with_stem(f"{file.stem}.{n}")).exists())
+        print(f"{file} of an earlier run is now {file.rename(older)}")
+    return file
 
 
 def trained_flow(

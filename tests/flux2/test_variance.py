@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from asymflow import InputError
 from asymflow.color import oklab_to_rgb
-from asymflow.training.objectives.flow_matching import flow_matching_loss, noisy
+from asymflow.flow_matching import flow_matching_loss, noisy
 from asymflow.training.objectives.variance import (
     PerceptualLoss,
     agreement,

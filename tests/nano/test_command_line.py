@@ -4,18 +4,17 @@ import ast
 import functools
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.image
 import pytest
-import torch
 
 import nano_asymflow
-from nano_asymflow import PREDICTIONS, TOYS, keep_earlier, main
+from nano_asymflow import PREDICTIONS, TOYS, main
 
 FILE = Path(nano_asymflow.__file__)
 SMALL = ["--dim=6", "--steps=3", "--batch=8", "--width=4"]
@@ -25,7 +24,7 @@ SMALL = ["--dim=6", "--steps=3", "--batch=8", "--width=4"]
 def quick(monkeypatch):
     """Evaluate on a few points, in a few steps. What is tested here does not depend on their number."""
     few_steps = functools.partial(nano_asymflow.integrate, steps=5)
-    for name, value in {"POINTS": 64, "SETS": 2, "FRESH": 3, "integrate": few_steps}.items():
+    for name, value in {"POINTS": 64, "integrate": few_steps}.items():
         monkeypatch.setattr(nano_asymflow, name, value)
 
 
@@ -34,7 +33,7 @@ def run(tmp_path):
     """Run the program in this process, successfully; return results.json, the folder, and the picture of TOY.png."""
 
     def run(*argv, out=tmp_path / "out"):
-        assert main([*SMALL, "--out", str(out), *argv]) == 0
+        main([*SMALL, "--out", str(out), *argv])
         results = json.loads((out / "results.json").read_text())
         return results, out, matplotlib.image.imread(out / f"{results['toy']}.png")
 
@@ -42,19 +41,22 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def refused(tmp_path, capsys):
-    """Run the program, which is to end with exit code 2 and one line on stderr; return that line."""
+def refused(tmp_path, capsys, monkeypatch):
+    """Run the file as a program, which is to end with an exit code and one line on stderr; return that line."""
 
     def refused(*argv):
-        try:
-            code = main([*SMALL, "--out", str(tmp_path / "out"), *argv])
-        except SystemExit as end:
-            code = end.code
+        monkeypatch.setattr(sys, "argv", [str(FILE), *SMALL, "--out", str(tmp_path / "out"), *argv])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(FILE), run_name="__main__")
         text = capsys.readouterr()
-        assert code == 2
-        assert "Traceback" not in text.out + text.err
-        assert text.err.endswith("\n")
-        (line,) = (line.rpartition("\r")[2] for line in text.err[:-1].split("\n"))  # a terminal shows no more
+        if end.value.code == 2:  # of the parser
+            said = text.err
+        else:
+            said = f"{end.value.code}\n"  # Python prints it to stderr, and exits with 1
+            assert isinstance(end.value.code, str)
+        assert "Traceback" not in text.out + said
+        (line,) = (line.rpartition("\r")[2] for line in said[:-1].split("\n"))  # a terminal shows no more
+        assert line.startswith("nano_asymflow.py: error: ")
         assert not (tmp_path / "out" / "results.json").exists()
         return line
 
@@ -68,13 +70,11 @@ def test_results_hold_the_settings_the_floor_and_a_run_for_each_prediction(run):
     results, _, _ = run("--prediction", "all", "--toy", "rings", "--rank", "3", "--seed", "5")
     settings = {"toy": "rings", "dim": 6, "rank": 3, "steps": 3, "batch": 8, "width": 4, "seed": 5, "detail": 0}
     assert {name: results[name] for name in settings} == settings
-    assert results["floor_swd"] > 0
-    assert 0 < results["recovery_max_error"] < 1e-8
-    assert [(r["prediction"], r["rank"]) for r in results["runs"]] == [("asym", 3), ("x0", 0), ("u", 6), ("eps", None)]
+    assert 0 < results["floor"] < results["noise"]
+    assert [(r["prediction"], r["rank"]) for r in results["runs"]] == [("asym", 3), ("x0", 0), ("u", 6), ("eps", "-")]
     for r in results["runs"]:
-        assert {"prediction", "rank", "swd", "off_subspace_rms", "seconds"} <= r.keys()
-        assert r["swd"] > 0
-        assert r["off_subspace_rms"] >= 0
+        assert r["score"] < 1.5
+        assert r["outside_rms"] >= 0
         assert r["seconds"] >= 0
 
 
@@ -85,7 +85,7 @@ def test_one_prediction_alone_has_the_figures_it_has_among_all(run, tmp_path):
         alone = run("--prediction", prediction, out=tmp_path / prediction)[0]
         (one,) = alone["runs"]
         assert one | {"seconds": 0} == other | {"seconds": 0}
-        assert alone["floor_swd"] == among["floor_swd"]
+        assert alone["floor"] == among["floor"]
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -123,36 +123,12 @@ def test_two_runs_with_a_seed_are_identical_and_another_seed_is_not(run, tmp_pat
     assert first[1] != other[1]
 
 
-def test_a_second_run_keeps_the_files_of_the_first(run):
+def test_a_second_run_replaces_the_files_of_the_first_and_says_so(run, capsys):
     _, out, _ = run("--seed", "0")
-    first = {file.name: file.read_bytes() for file in out.iterdir()}
-    run("--seed", "1")
-    run("--seed", "2")
-    now = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert len(first) == 2
-    assert len(now) == 6
-    assert set(first) <= set(now)
-    assert set(first.values()) <= set(now.values())
-    assert [json.loads(v)["seed"] for k, v in sorted(now.items()) if k.endswith(".json")].count(2) == 1
-    assert json.loads(now["results.json"])["seed"] == 2
-
-
-def test_an_earlier_file_is_renamed_and_never_overwritten(tmp_path):
-    file = tmp_path / "results.json"
-    assert keep_earlier(file) == file
-    for n in range(5):
-        file.write_text(str(n))
-        assert keep_earlier(file) == file
-        assert not file.exists()
-    assert sorted(f.read_text() for f in tmp_path.iterdir()) == list("01234")
-    assert all(f.suffix == ".json" for f in tmp_path.iterdir())
-
-
-def test_a_link_to_nowhere_is_kept_as_well(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.json").symlink_to(tmp_path / "nowhere" / "results.json")
-    run()
-    assert (tmp_path / "out" / "results.1.json").is_symlink()
+    assert "writing" in capsys.readouterr().out
+    assert run("--seed", "1")[0]["seed"] == 1
+    assert "replacing" in capsys.readouterr().out
+    assert len([*out.iterdir()]) == 2
 
 
 def test_folders_are_made_as_needed(run, tmp_path):
@@ -171,9 +147,8 @@ REFUSED = {
     "--width": ["0", "-4", "wide"],
     "--detail": ["-0.1", "nan", "inf", "-inf", "much"],
     "--seed": ["-1", "0.5", "99999999999999999999"],
-    "--device": ["cuda:99", "nonsense", "meta", "hpu", "mtia", ""],
 }
-FLAGS = [*REFUSED, "--out"]
+FLAGS = [*REFUSED, "--device", "--out"]
 
 
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in REFUSED for value in REFUSED[flag]])
@@ -188,6 +163,11 @@ def test_what_is_no_flag_or_lacks_its_value_is_refused(refused, argv):
     assert argv[0] in refused(*argv)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "hpu", "mtia", "nonsense", ""])
+def test_a_device_that_is_not_there_is_one_line(refused, device):
+    assert refused("--device", device)
+
+
 def test_detail_in_two_dimensions_is_refused(refused):
     assert "--detail" in refused("--dim", "2", "--detail", "0.3")
 
@@ -197,20 +177,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(r
     """A path at or below a regular file: that stops even root."""
     (tmp_path / "file").write_text("precious")
     out = tmp_path / "file" / below
-    line = refused("--out", str(out))
-    assert "--out" in line
-    assert str(out) in line
+    assert str(tmp_path / "file") in refused("--out", str(out))
     assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_a_folder_that_exists_and_takes_no_files_is_refused(refused):
     """On Linux, nobody can write to /proc; elsewhere, nobody can make it."""
-    assert "--out" in refused("--out", "/proc")
-
-
-def test_a_basis_that_is_not_orthonormal_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(nano_asymflow, "pca_basis", lambda samples, rank: 2 * torch.eye(samples.shape[1])[:, :rank])
-    assert "orthonormal" in refused()
+    assert "/proc" in refused("--out", "/proc/a")
 
 
 @pytest.mark.slow
@@ -262,30 +235,13 @@ def shows(process, text):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_the_foreground")
-def test_one_ctrl_c_ends_the_training_and_writes_what_there_is(under_way, tmp_path):
+def test_ctrl_c_ends_it_with_one_line(under_way, tmp_path):
     training = under_way()
     training.send_signal(signal.SIGINT)
     out, err = (text.decode() for text in training.communicate(timeout=300))
-    assert training.returncode == 0
+    assert training.returncode == 1
     assert "Traceback" not in out + err
-    assert sum("Interrupted" in line for line in out.splitlines()) == 1
-    results = json.loads((tmp_path / "results.json").read_text())
-    (only,) = results["runs"]
-    assert only["prediction"] == "asym"
-    assert only["swd"] > 0
-    assert matplotlib.image.imread(tmp_path / "swissroll.png").std() > 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("in_the_foreground")
-def test_two_ctrl_c_end_everything_at_once(under_way, tmp_path):
-    training = under_way(width=2048)  # the evaluation after the first would take minutes
-    while training.poll() is None:
-        training.send_signal(signal.SIGINT)  # again and again: two at once would be one
-        time.sleep(0.1)
-    out, err = (text.decode() for text in training.communicate())
-    assert training.returncode == -signal.SIGINT
-    assert "Traceback" not in out + err
+    assert err.endswith("interrupted\n")
     assert not (tmp_path / "results.json").exists()
 
 
@@ -308,7 +264,7 @@ def test_in_the_background_of_a_script_it_trains_on(under_way):
 
 def test_the_file_is_short_and_needs_little():
     source = FILE.read_text()
-    assert len(source.splitlines()) <= 400
+    assert len(source.splitlines()) <= 300
     modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -164,6 +164,23 @@ def test_where_the_latent_model_knows_everything_the_variance_reduced_loss_is_th
     assert other != pytest.approx(plain.item(), rel=1e-9)
 
 
+# ---- What all of them do with their files ----------------------------------------------------------------------------
+
+
+def test_an_earlier_file_is_renamed_and_never_overwritten(tmp_path):
+    file = tmp_path / "results.json"
+    assert common.keep_earlier(file) == file
+    for n in range(5):
+        file.write_text(str(n))
+        assert common.keep_earlier(file) == file
+        assert not file.exists()
+    assert sorted(f.read_text() for f in tmp_path.iterdir()) == list("01234")
+    assert all(f.suffix == ".json" for f in tmp_path.iterdir())
+    file.symlink_to(tmp_path / "nowhere")
+    common.keep_earlier(file)
+    assert (tmp_path / "results.6.json").is_symlink()
+
+
 # ---- digits ----------------------------------------------------------------------------------------------------------
 
 

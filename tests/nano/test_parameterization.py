@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from nano_asymflow import Flow, asymmetric_velocity, check_basis, flow_loss, project, recover_velocity, recovery_error
+from nano_asymflow import Flow, asymmetric_velocity, flow_loss, project, recover_velocity
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -84,17 +84,6 @@ def test_float64_recovers_to_1e_10_where_sigma_is_at_least_1e_4(problem):
     assert within(recover_velocity(u_a, x_sigma, sigma, basis), eps - x0, 1e-10)
 
 
-@pytest.mark.parametrize(("dim", "rank"), [(2, 1), (16, 2), (64, 8)])
-def test_the_recovery_error_that_the_program_reports(dim, rank):
-    """4,096 uniform noise levels are all above 1e-6 with probability 99.6 %, and e times 64 / 1e-6 is 7e-9 (as above).
-
-    Float32 has 29 bits less: its error at the same noise level is 5e8 times as large; 1e4 leaves room for the draw.
-    """
-    double, single = (recovery_error(dim, rank, dtype) for dtype in (torch.float64, torch.float32))
-    assert 0 < double < 7e-9
-    assert 1e4 * double < single
-
-
 # ---- The limits ------------------------------------------------------------------------------------------------------
 
 
@@ -138,14 +127,14 @@ def test_projecting_twice_is_projecting_once_and_leaves_a_right_angle(problem):
 # ---- What is divided by sigma, and what is not -----------------------------------------------------------------------
 
 
-@given(problems(), st.sampled_from([1.0, 1e-3, 1e-12, 1e-30]), st.floats(0, 1))
-def test_inside_the_subspace_nothing_is_divided(problem, sigma, sigma_min):
+@given(problems(), st.sampled_from([1.0, 1e-3, 1e-12, 1e-30]))
+def test_inside_the_subspace_nothing_is_divided(problem, sigma):
     """With a basis of coordinate axes it shows bit for bit: there u is the prediction, however small sigma is."""
     x_sigma, u_a, _, basis = problem
     rank, axes = basis.shape[1], torch.eye(len(basis), dtype=basis.dtype)[:, : basis.shape[1]]
-    u = recover_velocity(u_a, x_sigma, torch.tensor(sigma, dtype=u_a.dtype), axes, sigma_min=sigma_min)
+    u = recover_velocity(u_a, x_sigma, torch.tensor(sigma, dtype=u_a.dtype), axes)
     assert torch.equal(u[..., :rank], u_a[..., :rank])
-    assert torch.equal(u[..., rank:], (x_sigma + u_a)[..., rank:] / max(sigma, sigma_min))
+    assert torch.equal(u[..., rank:], (x_sigma + u_a)[..., rank:] / sigma)
 
 
 @given(problems(), SEEDS)
@@ -172,18 +161,6 @@ def test_rounding_inside_the_subspace_is_not_divided(problem):
     once = rounding(basis, 1, torch.ones(1))
     inside = rounding(basis, 1, x0, eps) + rounding(basis, sigma, x0, eps) * once
     assert within(error, torch.zeros_like(error), inside)
-
-
-@given(problems(), st.floats(0.01, 0.99))
-def test_sigma_min_bounds_the_division_and_nothing_else(problem, sigma_min):
-    x_sigma, u_a, sigma, basis = problem
-    clamped = recover_velocity(u_a, x_sigma, sigma, basis, sigma_min=sigma_min)
-    assert torch.equal(clamped, recover_velocity(u_a, x_sigma, sigma.clamp(min=sigma_min), basis))
-    free = recover_velocity(u_a, x_sigma, sigma, basis)
-    tolerance = 2 * rounding(basis, sigma, u_a, x_sigma)
-    assert within(clamped @ basis, free @ basis, tolerance)
-    outside = (free - project(free, basis)) * sigma / sigma.clamp(min=sigma_min)
-    assert within(clamped - project(clamped, basis), outside, tolerance)
 
 
 # ---- Symmetries ------------------------------------------------------------------------------------------------------
@@ -276,8 +253,6 @@ def test_one_vector_at_a_time_is_the_same_as_a_batch(problem):
 # ---- A basis that is none --------------------------------------------------------------------------------------------
 
 BAD_BASES = {
-    "too few rows": torch.eye(4)[:3],
-    "too many rows": torch.eye(5)[:, :2],
     "more columns than rows": torch.eye(4, 6),
     "a vector": torch.ones(4) / 2,
     "a stack": torch.eye(4).expand(2, 4, 4),
@@ -289,22 +264,16 @@ BAD_BASES = {
 
 
 @pytest.mark.parametrize("name", BAD_BASES)
-def test_what_is_no_orthonormal_basis_is_refused_in_one_line(name):
-    x, basis = torch.ones(3, 4), BAD_BASES[name]
-    for call in (
-        lambda: check_basis(basis, 4),
-        lambda: asymmetric_velocity(x, x, basis),
-        lambda: recover_velocity(x, x, torch.tensor(0.5), basis),
-    ):
-        with pytest.raises(ValueError, match=r"\Abasis [^\n]+\Z"):
-            call()
+def test_no_flow_is_made_of_what_is_no_orthonormal_basis(name):
+    with pytest.raises(ValueError, match=r"\Athe columns of the basis [^\n]+ are not orthonormal[^\n]+\Z"):
+        Flow(torch.nn.Identity(), BAD_BASES[name])
 
 
 @given(problems(torch.float32))
-def test_an_orthonormal_basis_in_float32_is_accepted(problem):
+def test_an_orthonormal_basis_in_float32_makes_a_flow(problem):
     basis = problem[-1]
-    check_basis(basis, len(basis))
-    check_basis(torch.linalg.qr(basis).Q, len(basis))
+    for one in (basis, torch.linalg.qr(basis).Q):
+        assert torch.equal(Flow(torch.nn.Identity(), one).basis, one)
 
 
 # ---- A network that knows everything ---------------------------------------------------------------------------------

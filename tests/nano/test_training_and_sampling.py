@@ -8,18 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import nano_asymflow
 from nano_asymflow import (
     MLP,
     Flow,
     ToyData,
-    evaluate,
+    distance,
     flow_loss,
     integrate,
     pca_basis,
-    projections,
     random_stream,
-    sliced_wasserstein,
     train,
 )
 
@@ -121,15 +118,13 @@ def test_a_single_point_is_sampled_exactly_at_every_rank(seed, steps, heun, data
 # ---- The evidence ----------------------------------------------------------------------------------------------------
 
 
-def test_a_flow_that_knows_the_data_scores_the_floor(monkeypatch):
-    """Eight Gaussians have a velocity in closed form. Two sets of samples differ as two sets of data do: by 1 floor.
+def test_a_flow_that_knows_the_data_scores_the_floor():
+    """Six Gaussians have a velocity in closed form. Two sets of samples differ as two sets of data do: by 1 floor.
 
-    A set of 2,000 is off by chance by a few tenths of that; 1.5 is what the program's own claim is held against.
+    A set of 2,000 is off by chance by a few tenths of that.
     """
-    monkeypatch.setattr(nano_asymflow, "POINTS", 2000)
-    monkeypatch.setattr(nano_asymflow, "SETS", 2)
     data = ToyData("gaussians", 4)
-    angle = torch.arange(8) * math.pi / 4
+    angle = torch.arange(6) * math.pi / 3
     centers = (torch.stack([angle.cos(), angle.sin()], 1) - data.mean) / data.std
     spread = (0.1 / data.std).mean()  # both axes alike, to a percent
 
@@ -141,15 +136,13 @@ def test_a_flow_that_knows_the_data_scores_the_floor(monkeypatch):
         gain = (1 - sigma) * spread**2 / variance
         return -data.lift((weight[..., None] * (centers + gain[..., None] * offset)).sum(1))
 
-    fresh = [projections(data.position(2000, random_stream(seed, "test"))) for seed in range(6)]
-    floor = sliced_wasserstein([(a, b) for i, a in enumerate(fresh) for b in fresh[:i]])
-    flow = Flow(oracle, torch.eye(4)[:, :0])
-    swd, off, path = evaluate(flow, data, fresh, seed=0)
-    assert path.shape == (51, 2000, 2)
-    assert 0.5 * floor < swd < 1.5 * floor
-    assert off < 1e-5
-    assert torch.equal(evaluate(flow, data, fresh, seed=0)[-1], path)
-    assert not torch.equal(evaluate(flow, data, fresh, seed=1)[-1], path)
+    fresh = data.position(12_000, random_stream(0, "test")).view(6, 2000, 2)
+    floor = distance(fresh[:3, None], fresh[3:])
+    noise = torch.randn(4000, 4, generator=random_stream(1, "test"))
+    samples = last(integrate(Flow(oracle, torch.eye(4)[:, :0]), noise))
+    seen = (samples @ data.frame).view(2, 1, 2000, 2)
+    assert 0.5 * floor < distance(seen, fresh) < 1.5 * floor < distance(noise.view(2, 1, 2000, 4)[..., :2], fresh)
+    assert (samples @ data.outside).abs().max() < 1e-4
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------
@@ -198,7 +191,7 @@ def run(flow, steps=20, seed=0, **options):
 def test_training_twice_gives_the_same_bits(prediction):
     flows = [new_flow(prediction) for _ in range(3)]
     for flow, seed in zip(flows, (0, 0, 1), strict=True):
-        assert run(flow, seed=seed) == 20
+        run(flow, seed=seed)
     assert torch.equal(weights(flows[0]), weights(flows[1]))
     assert not torch.equal(weights(flows[0]), weights(flows[2]))
 
@@ -206,7 +199,7 @@ def test_training_twice_gives_the_same_bits(prediction):
 @every_prediction
 def test_no_steps_change_nothing(prediction):
     flow = new_flow(prediction)
-    assert run(flow, steps=0) == 0
+    run(flow, steps=0)
     assert torch.equal(weights(flow), weights(new_flow(prediction)))
 
 
@@ -226,35 +219,24 @@ def test_a_short_training_lowers_the_loss(prediction):
     assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
 
 
-@given(st.integers(1, 8))
-def test_training_ends_when_told_to_and_says_how_far_it_got(limit):
-    calls = []
-
-    def stop():
-        calls.append(1)
-        return len(calls) == limit
-
-    assert run(new_flow(), steps=10, stop=stop) == len(calls) == limit
-
-
 def test_the_weights_left_are_an_average_of_all_steps():
     """Each of them within the range of the weights on the way, and all of them neither the first nor the last of these.
 
-    Stopped early, at full speed: an average over at least the last two of 30 steps lags by more than 2 % of the way.
+    An average over several of 30 steps lags; the rate falls to zero, so by little.
     """
-    flow, way = new_flow(), [weights(new_flow())]
+    flow, way = new_flow(), []
 
-    def look():
+    def look(*draws):
         way.append(weights(flow))
-        return len(way) == 31
+        return flow_loss(*draws)
 
-    run(flow, steps=1000, stop=look)
-    way, left = torch.stack(way), weights(flow)
-    slack = 1e-5 * way.abs().amax(0)
+    run(flow, steps=30, loss=look)
+    left, way = weights(flow), torch.stack(way)  # but for those after the last step, which is almost none
+    slack = 1e-3 * (way.amax(0) - way.amin(0)).amax()
     assert (left >= way.amin(0) - slack).all()
     assert (left <= way.amax(0) + slack).all()
     moved = (way[-1] - way[0]).norm()
-    assert (left - way[-1]).norm() > 0.02 * moved
+    assert (left - way[-1]).norm() > 0.002 * moved  # the last step alone moves by less than a quarter of that
     assert (left - way[0]).norm() > 0.02 * moved
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from asymflow.errors import InputError
+from asymflow.flow_matching import flow_matching_loss, noise_level, noisy
 from asymflow.model import AsymFlow
 from asymflow.precision import computing
 from asymflow.sampling import generate
 from asymflow.training.config.derived import frozen_dtype, patch_size, sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batch, Batches
-from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
 from asymflow.training.objectives.repa import Aligned, Encoder, misalignment
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.errors import InputError
+from asymflow.flow_matching import noise_level, noisy
 from asymflow.model import AsymFlow
 from asymflow.parameterization import calibration
 from asymflow.patches import patchify, unpatchify
@@ -17,7 +18,6 @@ from asymflow.training.config.derived import frozen_dtype, sampler, sampling_pre
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.encoded_batches import EncodedBatch, EncodedBatches
-from asymflow.training.objectives.flow_matching import noise_level, noisy
 from asymflow.training.objectives.variance import (
     SHIFT,
     PerceptualLoss,

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from asymflow import opening
 from asymflow.color import oklab_to_rgb
 from asymflow.errors import InputError
+from asymflow.flow_matching import SIGMA_FLOOR
 from asymflow.numerics import no_autocast
-from asymflow.training.objectives.flow_matching import SIGMA_FLOOR
 
 SHIFT = 0.3
 ENERGY_FLOOR = 1e-4

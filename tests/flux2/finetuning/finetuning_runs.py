@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from asymflow.backbones.flux2 import latent_flow
+from asymflow.flow_matching import flow_matching_loss, noise_level, noisy
 from asymflow.training.config.reading import load_config
-from asymflow.training.objectives.flow_matching import flow_matching_loss, noise_level, noisy
 
 SIZES = [(48, 48)] * 48 + [(32, 64)] * 16  # of the images; two buckets
 
