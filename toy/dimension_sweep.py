@@ -42,7 +42,9 @@ def experiment(args: argparse.Namespace) -> tuple[Figure, dict]:
         bases = {"asym": plane, "x0": plane[:, :0], "eps": None}
         generator = random_stream(args.seed, "evaluation", args.device)
         fresh = data.position(16 * POINTS, generator).view(16, POINTS, 2)
-        floor = nano.distance(fresh[:8, None], fresh[8:])
+        reference = nano.profile(fresh).mean(0)
+        distance = lambda points, reference=reference: (nano.profile(points) - reference).abs().mean().item()
+        floor = distance(fresh)
         noise = torch.randn(sets * POINTS, dim, generator=generator, device=args.device)
         for prediction in PREDICTIONS:
             torch.manual_seed(args.seed)
@@ -52,7 +54,7 @@ def experiment(args: argparse.Namespace) -> tuple[Figure, dict]:
             stream = random_stream(args.seed, "training", args.device)
             nano.train(flow, data.sample, args.steps, 512, stream, name=f"D = {dim}, {prediction}")
             x = generate(flow, noise)
-            swd = nano.distance((x @ data.frame).view(sets, 1, POINTS, 2), fresh) / floor
+            swd = distance((x @ data.frame).view(sets, POINTS, 2)) / floor
             off = (x @ data.outside).square().mean().sqrt().item()
             runs.append({"dim": dim, "prediction": prediction, "swd_over_floor": swd, "off_plane_rms": off})
             print("{:4}  {:10} {:12.2f} {:14.1e}".format(*runs[-1].values()), flush=True)

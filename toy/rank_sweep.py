@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nano_asymflow import POINTS, ToyData, distance, pca_basis, random_stream
+from nano_asymflow import POINTS, ToyData, pca_basis, profile, random_stream
 from toy.common import generate, main, trained_flow
 
 DIM, WIDTH = 64, 64
@@ -40,13 +40,15 @@ def experiment(args: argparse.Namespace) -> tuple[Figure, dict]:
         basis = pca_basis(data.sample(10_000, random_stream(args.seed, "pca", args.device)), DIM)
         generator = random_stream(args.seed, "evaluation", args.device)
         fresh = data.position(16 * POINTS, generator).view(16, POINTS, 2)
-        floor = distance(fresh[:8, None], fresh[8:])
+        reference = profile(fresh).mean(0)
+        distance = lambda points, reference=reference: (profile(points) - reference).abs().mean().item()
+        floor = distance(fresh)
         noise = torch.randn(sets * POINTS, DIM, generator=generator, device=args.device)
         for rank in ranks:
             label = f"detail {detail}, rank {rank}"
             flow = trained_flow(args, label, data.sample, DIM, WIDTH, basis[:, :rank])
             x = generate(flow, noise)
-            swd = distance((x @ data.frame).view(sets, 1, POINTS, 2), fresh) / floor
+            swd = distance((x @ data.frame).view(sets, POINTS, 2)) / floor
             runs.append({"detail": detail, "rank": rank, "swd_over_floor": swd, "off_surface": off_surface(x, data)})
             print("{:6} {:5} {:12.2f} {:12.4f}".format(*runs[-1].values()), flush=True)
         inside, outside = (best_ranks(runs, detail, measure) for measure in ("swd_over_floor", "off_surface"))
