@@ -75,7 +75,7 @@ def prose(lines: list[str], names: set[str]) -> str:
 def as_item(piece: str) -> str:
     if piece[:2] in ("* ", "- "):
         return f"- {escaped(piece[2:])}"
-    names, _, rest = piece.partition(": ")
+    names, _, rest = piece.removesuffix(";").partition(": ")
     return f"- {', '.join(f'`{name}`' for name in names.split(', '))}: {escaped(rest)}"
 
 
