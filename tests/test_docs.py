@@ -74,6 +74,11 @@ def test_links_lead_to_pages_and_all_pages_are_in_the_navigation():
             assert (ROOT / "docs" / page).parent.joinpath(link).is_file(), f"{page} links to {link}"
 
 
+def test_every_picture_is_in_the_gallery():
+    pictures = {path.name for path in ROOT.glob("docs/*.png")}
+    assert pictures - set(re.findall(r"\]\((\w+\.png)\)", PAGES["gallery.md"])) == set()
+
+
 def test_commands_name_what_there_is():
     experiments, configurations, keys = (
         set(re.findall(pattern, ALL))

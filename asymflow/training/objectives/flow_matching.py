@@ -9,7 +9,10 @@ SIGMA_FLOOR = 0.05
 
 
 def noise_level(normal: Tensor, mean: float = 0.8, std: float = 0.8, shift: float = 1.0) -> Tensor:
-    """Logit-normal noise levels, `sigmoid(mean + std n)` for n standard normal, then shifted (arXiv 2605.12964)."""
+    """Logit-normal noise levels, `sigmoid(mean + std n)`, then shifted by `time_shift` (arXiv 2605.12964).
+
+    normal: n, standard normal numbers of any shape, which the result has too.
+    """
     sigma = torch.sigmoid(mean + std * normal)
     return sigma if shift == 1 else time_shift(sigma, shift)
 
