@@ -141,11 +141,12 @@ def auto_rank(spectrum: Tensor, noise_scale: float = 1.0, sigma: Tensor | None =
     E[target | x_sigma]: the unpredictable rest is the same on both sides when counted in the velocity. Nothing is
     assumed of the data but its energies.
 
-    Where it was tried: for toy/closed_form.py, with its uniform sigma, it gives 4; 4 and 5 are best (README). For 3,781
-    emoji of 64 x 64 pixels at patch 16, D = 768, it gives 38, with 96 % of the energy; of the ranks 0, 8, 32 and 768,
-    32 had the smallest held-out loss after a short training, and 8 one 2 % larger. But the assumption about the network
-    is crude. For the emoji it predicts that rank 768 beats rank 0; measured, rank 768 was five times worse, because a
-    network narrower than D is far worse at noise than at images. And the noise levels matter: uniform ones give 179.
+    Where it was tried: for toy/closed_form.py, with its uniform sigma, it gives 4; 4 and 5 are best (docs/toys.md). For
+    3,781 emoji of 64 x 64 pixels at patch 16, D = 768, it gives 38, with 96 % of the energy; of the ranks 0, 8, 32 and
+    768, 32 had the smallest held-out loss after a short training, and 8 one 2 % larger. But the assumption about the
+    network is crude. For the emoji it predicts that rank 768 beats rank 0; measured, rank 768 was five times worse,
+    because a network narrower than D is far worse at noise than at images. And the noise levels matter: uniform ones
+    give 179.
     """
     return int((torch.as_tensor(spectrum) > energy_threshold(noise_scale, sigma)).sum())
 

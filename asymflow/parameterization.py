@@ -21,9 +21,10 @@ from asymflow.subspace import Subspace
 
 
 def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:
-    """What the network learns to predict: `u_a = P eps - x0 / s`.
+    """What the network learns to predict: `u_a = P eps - x0 / s` (arXiv 2605.12964).
 
-    x0, eps: (..., D). Returns (..., D) in float32, or float64 if given. Raises InputError if D is not the subspace's.
+    x0, eps: (..., D). subspace: P, of rank r, and the scale s. Returns (..., D) in float32, or float64 if given.
+    Raises InputError if D is not the subspace's.
     """
     check_dim(subspace, x0, eps)
     dtype = at_least_float32(x0, eps)
@@ -34,13 +35,16 @@ def asymmetric_velocity(x0: Tensor, eps: Tensor, subspace: Subspace) -> Tensor:
 def recover_velocity(
     u_a: Tensor, x_sigma: Tensor, sigma: Tensor | float, subspace: Subspace, sigma_min: float = 0.0
 ) -> Tensor:
-    """The velocity `u = eps - x0` from the asymmetric velocity, in closed form.
+    """The velocity `u = eps - x0` from the asymmetric velocity, in closed form (arXiv 2605.12964).
 
         inside of the subspace      k (s u_a + (1 - s) x_sigma)        with k = 1 / (s + (1 - s) sigma)
         outside                     (x_sigma + s u_a) / max(sigma, sigma_min)
 
-    u_a, x_sigma: (..., D). sigma in [0, 1]: a number, or one for each leading axis or vector: (B,), (B, 1), (B, N) and
-    (B, N, 1) all go with x_sigma (B, N, D). Returns (..., D) in float32, or float64 if given.
+    u_a, x_sigma: (..., D).
+    sigma: in [0, 1], a number, or one for each leading axis or vector: (B,), (B, 1), (B, N) and (B, N, 1) all go with
+        x_sigma (B, N, D).
+    sigma_min: the least divisor outside of the subspace.
+    Returns (..., D) in float32, or float64 if given.
 
     Inside, nothing is divided by sigma, and the result is exact down to sigma = 0. Outside, rounding errors grow as
     1 / sigma. At sigma = 0 with sigma_min = 0, x_sigma no longer contains the noise, and u outside is set to its mean,
@@ -60,12 +64,13 @@ def recover_velocity(
 
 
 def calibration(sigma: Tensor | float, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """`(k, tau)`: the network's input is `k x_sigma`, and its noise level `tau`, where
+    """`(k, tau)` (arXiv 2605.12964): the network's input is `k x_sigma`, and its noise level `tau`, where
 
         k = 1 / (s + (1 - s) sigma),        tau = k sigma.
 
     If the data inside of the subspace is `s z`, then k x_sigma inside is the latent path (1 - tau) z + tau eps.
-    sigma: any shape, in [0, 1]; scale: s > 0. Both results have the shape of sigma. At sigma = 0 they are exactly 1 / s
+    sigma: any shape, in [0, 1]. scale: s > 0.
+    Returns two tensors of the shape of sigma, in float32, or float64 if given. At sigma = 0 they are exactly 1 / s
     and 0, at sigma = 1 exactly 1 and 1; with s = 1, k is 1 and tau is sigma.
     """
     sigma = torch.as_tensor(sigma)

@@ -25,7 +25,10 @@ Hook = Callable[[Tensor, Tensor], Tensor]
 
 # ---- The grid of noise levels ----------------------------------------------------------------------------------------
 def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """`steps` + 1 noise levels from 1 to 0, evenly spaced, then shifted: float64, (steps + 1,)."""
+    """`steps` + 1 noise levels from 1 to 0, evenly spaced, then shifted (see `time_shift`): float64, (steps + 1,).
+
+    Raises InputError unless steps is at least 1 and shift above 0.
+    """
     if steps < 1:
         raise InputError(f"sampling takes at least 1 step, but {steps} were asked for")
     return time_shift(torch.arange(steps, -1, -1, dtype=torch.float64) / steps, shift)
@@ -35,6 +38,7 @@ def time_shift(sigma: Tensor, shift: float) -> Tensor:
     """`shift sigma / (1 + (shift - 1) sigma)`: shift > 1 moves steps to higher noise levels. 0 and 1 do not change.
 
     Larger images need a larger shift: at the same sigma, more pixels reveal more of the image (arXiv 2605.12964).
+    sigma: of any shape, in [0, 1]. Returns its shape and dtype. Raises InputError unless shift is above 0.
     """
     if not shift > 0:
         raise InputError(f"shift must be above 0, but it is {shift}")
@@ -138,6 +142,8 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance: `u = u_cond + (scale - 1) (u_cond - u_uncond)` for sigma within `interval`.
 
+    Returns a function of x (B, ...) and sigma (B,), for `sample` (Ho and Salimans 2022, arXiv 2207.12598).
+
     flow: called as `flow(x, sigma, **conditions)`.
     conditions, unconditional: with the same names. Tensors, also those in lists, have one entry for each image;
         anything else must be equal in both. Both are evaluated in one call, the unconditional one only for images whose
@@ -237,7 +243,7 @@ def image_noise(seed: int, indices: Iterable[int], shape: Sequence[int], device:
     """Standard normal noise (n, *shape) in float32. The noise of an image depends on the seed and its index alone.
 
     The batch, the number of processes and the device make no difference: it is drawn on the CPU, by a counter-based
-    generator with the key (seed, index), both within [0, 2^64).
+    generator with the key (seed, index). Raises OverflowError unless both are within [0, 2^64).
     """
     draws = [
         np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
@@ -267,6 +273,8 @@ def generate(
     progress: bool = False,
 ) -> Tensor:
     """Sample images (n, C, H, W) of the given classes (n,), in the range of the training data (RGB: [-1, 1]).
+
+    Returns float32, on the model's device.
 
     flow: its backbone takes the condition `labels`. indices: with `seed`, they determine the noise of each image; 0 to
     n - 1 by default. size: height and width; by default those of the training images, if the backbone has a `grid`.

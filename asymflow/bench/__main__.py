@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--only", metavar="WORDS", help=f"checks whose names have one of these, such as zero,memory: {names}"
     )
-    p.add_argument("--data", type=Path, help="emoji64.tar, for the check emoji64: see the README")
+    p.add_argument("--data", type=Path, help="emoji64.tar, for the check emoji64: see docs/emoji64.md")
     group = p.add_argument_group("finetuning FLUX.2")
     group.add_argument("--size", choices=("9B", "4B"), help="of the transformer (default: the largest that fits)")
     group.add_argument("--batch", type=at_least(1), default=1, metavar="N", help="images at a time")

@@ -32,7 +32,7 @@ TINY = {
 
 def emoji64(kit: Kit) -> tuple[str, dict]:
     if not kit.args.data:
-        raise NotRunError("give --data emoji64.tar: see the README")
+        raise NotRunError("give --data emoji64.tar: see docs/emoji64.md")
     kit.need("matplotlib", *PACKAGES)
     batch, workers = (128, max((os.cpu_count() or 4) - 2, 2)) if kit.cuda else (32, 2)
     settings = {"data.path": kit.args.data, "train.global_batch_size": batch, "data.workers": workers}

@@ -79,6 +79,7 @@ class Shapes:
 
 
 def make_scene(seed: int, index: int) -> Scene:
+    """What is in picture `index`: one to three shapes, the same for the same seed and index."""
     g = generator(seed, STREAM, index)
     shape, color, count = int(g.integers(len(SHAPES))), int(g.integers(len(COLORS))), int(g.integers(1, 4))
     cells = sorted(g.choice(9, size=count, replace=False).tolist())

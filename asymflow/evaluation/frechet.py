@@ -35,7 +35,10 @@ def save_statistics(path: str | Path, of: Statistics, about: str) -> None:
 
 
 def load_statistics(path: str | Path) -> tuple[Statistics, str]:
-    """Read (statistics, about) from an npz file, such as those of ADM and JiT for ImageNet, where `about` is empty."""
+    """Read (statistics, about) from an npz file, such as those of ADM and JiT for ImageNet, where `about` is empty.
+
+    Raises InputError if the file is damaged, or mu and sigma are not (F,) and (F, F) and finite.
+    """
     arrays = opening.read_arrays(path, ("mu", "sigma", "about"))
     with opening.reading(path, "an npz file with mu and sigma"):
         mu, sigma = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))

@@ -72,7 +72,7 @@ def test_the_threshold_is_also_that_of_the_best_possible_output():
 
 
 def test_the_rank_for_the_gaussian_toy_is_that_of_its_strong_directions():
-    """toy/closed_form.py trains with uniform noise levels; ranks 4 and 5 are the best there (README)."""
+    """toy/closed_form.py trains with uniform noise levels; ranks 4 and 5 are the best there (docs/toys.md)."""
     from toy.closed_form import Gaussian  # here, because the processes below import this file and need no matplotlib
 
     data = Gaussian(0, "cpu")

@@ -57,6 +57,7 @@ def load_published(
 ) -> AsymFlow | Subspace:
     """The model in a published checkpoint, in eval mode, or the subspace in one of the reference's subspace files.
 
+    path: a safetensors file, or a pickle of plain tensors (.pth, .pt).
     weights: which set of weights, if the file has several: "ema1" (the default, which LTH14/JiT evaluates), "ema2", or
         "model" for those without averaging.
     dtype: of the backbone's weights, whatever the file has. Folding is done in float64, and rounded once.

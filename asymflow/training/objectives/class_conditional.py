@@ -17,7 +17,10 @@ from asymflow.training.objectives.repa import Aligned, Encoder, misalignment
 
 
 class ClassConditional:
-    """Flow matching on images with class labels, plus REPA if `encoder` is given."""
+    """Flow matching on images with class labels, plus REPA if `encoder` is given.
+
+    config: all of the training's. flow: the model. encoder: of the images that its tokens are aligned with.
+    """
 
     def __init__(self, config: Config, flow: AsymFlow, encoder: Encoder | None = None):
         self.config, self.flow, self.encoder = config, flow, encoder
