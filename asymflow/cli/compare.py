@@ -30,6 +30,7 @@ compare.png and compare.json. Stop it when you like: the same command goes on. I
 BASE = "shapes_tiny"
 RECORD, PICTURE, IMAGES, TRAINED_ON, HELD_OUT = "compare.json", "compare.png", "images", "train", "held_out"
 MOST_HELD_OUT = 1000
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # names of what is no class
 SHOWN = 16  # samples of each
 BATCH = 32
 LEARNING_RATES = {"tiny": 1e-3, "S": 3e-4}  # of the larger ones: 2e-4, as published
@@ -122,6 +123,11 @@ def open_folder(data: Path, size: int):
         if not any(item.is_dir() or Entry(item.name).is_image or item.suffix == ".tar" for item in items):
             raise InputError(f"--data {data} has neither images nor folders of images in it")
     folder = ImageFolder(data, size, one_class)
+    if {name.lower() for name in folder.classes} <= SPLITS and not one_class:
+        names = " and ".join(folder.classes)
+        raise InputError(
+            f"--data {data} has the folders {names}, which would be the classes: give one of these as --data"
+        )
     if len(folder) < 2:
         raise InputError(
             f"--data {data} has one image: give at least two, and some hundreds for a figure that says much"
@@ -197,8 +203,9 @@ def prepare(args: argparse.Namespace, folder) -> list[str]:
 
     held_out = hold_out(folder.labels.tolist(), args.seed)
     rest = sorted({*range(len(folder))} - {*held_out})
-    print(f"{len(folder):,} images of {folder.num_classes} classes: {', '.join(folder.classes[:8])}", end="")
-    print("" if folder.num_classes <= 8 else ", ...", f"({len(held_out):,} are held out)", flush=True)
+    classes = ", ".join([*folder.classes[:8], *(["..."] if folder.num_classes > 8 else [])])
+    told = f"{len(folder):,} images of {folder.num_classes} classes ({len(held_out):,} held out): {classes}"
+    print(told.encode(errors="backslashreplace").decode(), flush=True)  # a name may be no text
     for remark in folder.remarks:
         print(remark, file=sys.stderr)
     left_out = []

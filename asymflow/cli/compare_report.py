@@ -186,6 +186,7 @@ def picture(
     words: list[str],
 ) -> Figure:
     figure = Figure(figsize=(3.4 * len(grids), 8.4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     for axis, (title, grid) in zip(above.subplots(1, len(grids)), grids.items(), strict=True):
         axis.imshow(grid)

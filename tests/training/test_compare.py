@@ -102,6 +102,7 @@ def test_all_images_are_used_once(tmp_path, classes):
         (["--data", "photos/cat/missing"], "photos/cat/missing"),
         (["--data", "empty"], "empty"),
         (["--data", "one"], "one image"),
+        (["--data", "split"], "train"),
         (["--out", "photos/out"], "inside of --data"),
         (["--out", "photos"], "photos"),
         (["--out", "taken"], "taken"),
@@ -111,6 +112,7 @@ def test_a_mistake_is_one_line_before_anything_is_made(photos, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     write_images(Path("one"), ["a.png"])
+    write_images(Path("split"), ["train/cat/a.png", "val/cat/a.png"])
     write_images(Path("taken"), ["a.txt"])
     before = sorted(tmp_path.rglob("*"))
     assert main(["compare", "--data", "photos", "--out", "out", *words]) == 2

@@ -11,8 +11,8 @@ from processes import ROOT
 
 PAGE = (ROOT / "docs/examples/own_data.md").read_text()
 FEWER = [  # what stands on the page, and what is run instead
-    ("count=400", "count=48"),
-    ("range(400)", "range(48)"),
+    ("count=400", "count=100"),
+    ("range(400)", "range(100)"),
     ("asymflow compare --data photos", "asymflow compare --data photos --steps 2 --set sample.steps=1"),
     ("--config photos.yaml", "--config photos.yaml --set train.steps=2 --set sample.steps=1 --set data.workers=0"),
     ("asymflow sample --model", "asymflow sample --steps 1 --device cpu --model"),
