@@ -99,10 +99,13 @@ def frechet(folder: Path, config: Config) -> float | None:
 # ---- Words -----------------------------------------------------------------------------------------------------------
 def remarks(config: Config, images: int, unseen: int, left_out: list[str], rows: list[dict]) -> list[str]:
     """What a reader has to know to take the figure for what it is."""
-    epochs = config.train.steps * config.train.global_batch_size / images
+    drawn = config.train.steps * config.train.global_batch_size
+    seen = f"each of the {images:,} images was seen {drawn / images:,.1f} times"
+    if drawn < images:
+        seen = f"only {drawn:,} of the {images:,} images were seen"
     found = [
-        f"{config.train.steps:,} steps of {config.train.global_batch_size} images: each of the {images:,} images was "
-        f"seen {epochs:,.1f} times. It shows which prediction learns faster in so many steps, not which ends better.",
+        f"{config.train.steps:,} steps of {config.train.global_batch_size} images: {seen}. The figure shows which "
+        "prediction learns faster in so many steps, not which ends better.",
         "One seed: a difference means something only if --seed 1 and --seed 2, each in its own --out, show it too.",
     ]
     if images < FEW:
@@ -121,12 +124,13 @@ def remarks(config: Config, images: int, unseen: int, left_out: list[str], rows:
 def frechet_words(config: Config, images: int, rows: list[dict]) -> str:
     c = config.evaluate
     features = FEATURES.get(c.extractor, 2048)
-    few = f"{images:,} images are fewer than the {features:,} features of {c.extractor}"
+    than = f"are fewer than the {features:,} features of {c.extractor}"
     if any(row["frechet_distance"] is not None for row in rows):
-        less = f": {few}, so it says nothing" if images < features else ""
+        few = [f"{n:,} {what}" for n, what in ((c.num, "samples"), (images, "images")) if n < features]
+        less = f": {few[0]} {than}, so it says nothing" if few else ""
         return f"Fréchet distance of {c.num:,} samples from the images, by {c.extractor}{less}."
     if images < features:
-        return f"The Fréchet distance is not measured, because it would say nothing: {few}."
+        return f"The Fréchet distance is not measured, because it would say nothing: {images:,} images {than}."
     return f"The Fréchet distance is not measured; --set evaluate.every={config.train.steps} does it, in another --out."
 
 

@@ -147,12 +147,12 @@ def test_a_smooth_curve_ends_at_the_last_step_and_stays_within_the_losses(losses
     assert curve.max() <= max(losses) * (1 + 1e-12)
 
 
-@given(st.integers(1, 10**6), st.sampled_from([*FEATURES]), st.sampled_from([None, 3.5]))
-def test_a_distance_of_fewer_images_than_features_says_nothing(images, extractor, distance):
-    words = [f"evaluate.extractor={extractor}", "evaluate.weights=file"]
-    config = load_config(BASE, words)
-    told = remarks(config, images, 0, [], [{"frechet_distance": distance}])[-1]
-    assert ("say" in told and "nothing" in told) == (images < FEATURES[extractor])
+@given(st.integers(1, 10**5), st.integers(2, 10**5), st.sampled_from([*FEATURES]), st.sampled_from([None, 3.5]))
+def test_a_distance_of_fewer_images_or_samples_than_features_says_nothing(images, num, extractor, distance):
+    words = [f"evaluate.num={num}", f"evaluate.extractor={extractor}", "evaluate.weights=file"]
+    told = remarks(load_config(BASE, words), images, 0, [], [{"frechet_distance": distance}])[-1]
+    fewest = images if distance is None else min(images, num)
+    assert ("nothing" in told) == (fewest < FEATURES[extractor])
     assert ("not measured" in told) == (distance is None)
 
 
