@@ -23,8 +23,8 @@ examples:
   asymflow compare --data photos --out runs/photos128 --size 128 --model S/16 --steps 20000 --set train.precision=bf16
   asymflow sample --model runs/photos/asymmetric --out runs/photos_samples
 
---data has one folder of images for each class, or images without classes. They are cropped once, into OUT/images; one
-in ten is held out of the training. OUT/asymmetric, OUT/x0 and OUT/u are ordinary runs of train_ddp.py; beside them are
+--data has one folder of images for each class, or images without classes. They are cropped once, into DIR/images; one
+in ten is held out of the training. DIR/asymmetric, DIR/x0 and DIR/u are ordinary runs of train_ddp.py; beside them are
 compare.png and compare.json. Stop it when you like: the same command goes on. It uses one GPU, or the CPU."""
 
 BASE = "shapes_tiny"
@@ -65,15 +65,15 @@ def add_command(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    packages.need("deepspeed", "pydantic", "yaml")  # of the trainings, in minutes
+    packages.need("deepspeed", "pydantic", "yaml")  # of the trainings
+    from asymflow.training.config.reading import load_config
+
     if this_process()[1] > 1:
         raise InputError("compare trains in one process, which it starts itself: run it without torchrun")
     ranks = {"asymmetric": args.rank, "x0": 0, "u": "full"}
     check(args)
     folder = open_folder(args.data, args.size)
     overrides = {name: settings(args, rank, folder) for name, rank in ranks.items()}
-    from asymflow.training.config.reading import load_config  # torch takes seconds to import
-
     configs = {name: load_config(BASE, words) for name, words in overrides.items()}
     if configs["x0"].sample.every is None:
         raise InputError("--set sample.every=null: the figure shows what a training draws at its end: leave it out")

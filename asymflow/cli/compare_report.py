@@ -115,7 +115,7 @@ def remarks(config: Config, images: int, unseen: int, left_out: list[str], rows:
     if not unseen:
         found.append("Too few images to hold any out.")
     elif unseen < 100:
-        found.append(f"Only {unseen} images are held out, so that the held-out loss is rough.")
+        found.append(f"Only {unseen} images are held out, so the held-out loss is rough.")
     if left_out:
         found.append(f"{len(left_out)} images could not be read and are left out.")
     return [*found, frechet_words(config, images, rows)]

@@ -33,6 +33,7 @@ class ImageFolder:
 
     def __init__(self, path: str | Path, size: int, one_class: bool = False):
         self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
+        self.one_class = one_class
         names, labels, captioned, others = [], [], [], []
         self.classes = [Path(path).resolve().name] if one_class else class_names(path)
         for label, folder in enumerate([""] if one_class else self.classes):
@@ -70,7 +71,7 @@ class ImageFolder:
 
     def check(self) -> None:
         """Raises InputError if this machine has not the same names as the one where this object was made."""
-        if ImageFolder(self.path, self.size).digest != self.digest:
+        if ImageFolder(self.path, self.size, self.one_class).digest != self.digest:
             raise InputError(
                 f"{self.path} has other images here than where the data was listed: give all machines the same images"
             )
