@@ -50,7 +50,7 @@ def test_its_commands_of_the_library_exist():
 def test_the_commands_in_docs_exist():
     """Those on lines of their own, and those within a sentence that are whole: that have two options or more."""
     found = 0
-    for page in sorted(ROOT.glob("docs/*.md")):
+    for page in sorted(ROOT.glob("docs/**/*.md")):
         text = page.read_text()
         lines = re.findall(r"^asymflow (.*?)(?: +#.*)?$", text, re.MULTILINE)
         lines += [line for line in re.findall(r"`asymflow ([^`\n]+)`", text) if line.count(" --") > 1]
@@ -65,6 +65,12 @@ def test_its_links_lead_to_files():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_links_in_docs_lead_to_files():
+    for page in ROOT.glob("docs/**/*.md"):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).is_file()] == [], page
 
 
 def test_its_experiments_are_those_in_toy():

@@ -16,6 +16,7 @@ COMMANDS = {  # the commands of each module, with their lines in the help; a mod
     "subspace": {"subspace": "fit the subspace of the noise, or look at one"},
     "sample": {"sample": "draw images from a model"},
     "import_": {"import": "make a folder of a published model"},
+    "compare": {"compare": "train the three predictions on your own images, and draw what came out"},
     "info": {"info": "what a model is, and what it costs"},
     "data": {"data": "prepare images for training"},
     "export": {

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,17 @@ class ImageFolder:
     IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image outside of
     a class folder, or a class without images.
 
+    one_class: all images in the folder, and in those below, are of one class, called as the folder is.
+
     A million images on a local disk are listed in seconds, into a few arrays, which forked workers share.
     """
 
-    def __init__(self, path: str | Path, size: int):
+    def __init__(self, path: str | Path, size: int, one_class: bool = False):
         self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
+        self.one_class = one_class
         names, labels, captioned, others = [], [], [], []
-        self.classes = class_names(path)
-        for label, folder in enumerate(self.classes):
+        self.classes = [Path(path).resolve().name] if one_class else class_names(path)
+        for label, folder in enumerate([""] if one_class else self.classes):
             entries = list(folder_entries(self.path + folder))
             images = [entry.path for entry in entries if entry.is_image]
             if not images:
@@ -53,6 +58,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.names)
 
+    def part(self, indices: Sequence[int]) -> "ImageFolder":
+        """The same with these images only, in this order, and with the same classes."""
+        part, rows = copy(self), list(indices)
+        part.names, part.labels, part.captioned = self.names[rows], self.labels[rows], self.captioned[rows]
+        return part
+
     @property
     def digest(self) -> str:
         """Of the names of the classes and images, relative to the folder, in which order is their number."""
@@ -60,7 +71,7 @@ class ImageFolder:
 
     def check(self) -> None:
         """Raises InputError if this machine has not the same names as the one where this object was made."""
-        if ImageFolder(self.path, self.size).digest != self.digest:
+        if ImageFolder(self.path, self.size, self.one_class).digest != self.digest:
             raise InputError(
                 f"{self.path} has other images here than where the data was listed: give all machines the same images"
             )

@@ -10,26 +10,32 @@ from asymflow.pixels import in_order
 
 
 def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, threads: int) -> dict:
-    """Write the images of an `ImageFolder` as `out`/00000.tar, ...; returns what meta.json holds.
+    """`pack_folder` of the `ImageFolder` at `data`."""
+    writing.check_outside(out, [str(data.resolve())])
+    return pack_folder(ImageFolder(data, size), out, per_shard, image_format, threads)
+
+
+def pack_folder(
+    folder: ImageFolder, out: Path, per_shard: int, image_format: str, threads: int, allow_bad: float = 1.0
+) -> dict:
+    """Write the images of a folder as `out`/00000.tar, ...; returns what meta.json holds.
 
     In a shuffled order that is always the same, so that each shard is a fair sample. KEY is the number of the image in
     the folder. What could not be read is left out, and listed in problems.log. Raises InputError if that is more than
-    1 % of the images, or `out` belongs to another call, or one that is not at its end.
+    allow_bad percent of the images, or all, or `out` belongs to another call, or one that is not at its end.
     """
-    writing.check_outside(out, [str(data.resolve())])
-    folder = ImageFolder(data, size)
     listed = (name + (b"\0+" if text else b"\0-") for name, text in zip(folder.names, folder.captioned, strict=True))
     settings = {
         "format": PACKED.format,
-        "data": str(data.resolve()),
+        "data": str(Path(folder.path).resolve()),
         "files": len(folder),
         "listing": writing.digest(listed),
-        "size": size,
+        "size": folder.size,
         "per_shard": per_shard,
         "images_as": image_format,
     }
     plan = writing.plan_shards([0] * len(folder), per_shard)
-    with writing.Writer(out, PACKED, len(folder)) as shards:
+    with writing.Writer(out, PACKED, len(folder), allow_bad) as shards:
         shards.begin(settings)
         for number in shards.todo(plan, "packing"):
             samples = in_order(partial(encode, folder, image_format), plan[number], threads)

@@ -120,6 +120,7 @@ SAMPLE = ["sample", "--out", "no", "--base", "no"]
         ("asymflow", ["info", "config"], "pydantic", "train"),
         ("asymflow", ["export", "--run", "no", "--out", "no"], "pydantic", "train"),
         ("asymflow", ["ema", "--run", "no", "--out", "no", "--sigma-rel", "0.1"], "pydantic", "train"),
+        ("asymflow", ["compare", "--data", "no", "--out", "no"], "deepspeed", "train"),
         ("asymflow", ["info", "FLUX.2-klein-9B"], "diffusers", "flux2"),
         ("asymflow", SAMPLE, "diffusers", "flux2"),
         ("asymflow", SAMPLE, "peft", "flux2"),
