@@ -97,7 +97,7 @@ def test_commands_name_what_there_is():
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
 def test_code_can_be_read(page):
     for code in code_blocks(page):
-        ast.parse(code)
+        ast.parse("" if code.startswith("--8<--") else code)  # that shows a file
 
 
 def test_the_method_page_computes_what_nano_asymflow_computes():

@@ -4,11 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-import torch
-
 import nano_asymflow
 from asymflow.cli import make_parser
-from nano_asymflow import random_stream
 
 ROOT = Path(nano_asymflow.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -18,30 +15,20 @@ def code_blocks():
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_its_code_computes_what_nano_asymflow_computes():
-    """Bit for bit: the same products in the same order."""
-    code, shown = code_blocks()[0], {}
-    exec(code, shown)
-    x, y = torch.randn(2, 5, 7, generator=random_stream(0, "test"))
-    basis, sigma = torch.linalg.qr(y.mT).Q[:, :3], torch.linspace(0.1, 1, 5)[:, None]
-    assert torch.equal(shown["asymmetric_velocity"](x, y, basis), nano_asymflow.asymmetric_velocity(x, y, basis))
-    recovered = (f.recover_velocity(x, y, sigma, basis) for f in (type("shown", (), shown), nano_asymflow))
-    assert torch.equal(*recovered)
-
-
 def test_its_example_of_the_library_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = {}
-    exec(code_blocks()[1], shown)
+    exec(code_blocks()[0], shown)
     assert shown["u"].shape == shown["images"].shape == (2, 3, 64, 64)
     assert shown["loss"].requires_grad
+    assert len(README.splitlines()) <= 120
     assert (tmp_path / "runs/readme/model.safetensors").is_file()
 
 
 def test_its_commands_of_the_library_exist():
     """Every command line shown is one that the parser takes."""
     lines = re.findall(r"^asymflow (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    assert len(lines) >= 5
+    assert lines
     for line in lines:
         words = shlex.split(line)
         assert make_parser(words[0]).parse_args(words).run
@@ -73,8 +60,8 @@ def test_the_links_in_docs_lead_to_files():
         assert [link for link in links if not (page.parent / link).is_file()] == [], page
 
 
-def test_its_experiments_are_those_in_toy():
-    listed = set(re.findall(r"^\| `(\w+)` \(", README, re.MULTILINE))
+def test_the_experiments_listed_are_those_in_toy():
+    listed = set(re.findall(r"^\| `(\w+)` \(", (ROOT / "toy/README.md").read_text(), re.MULTILINE))
     assert listed == {file.stem for file in (ROOT / "toy").glob("*.py")} - {
         "__init__",
         "common",

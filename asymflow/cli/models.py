@@ -49,6 +49,9 @@ class Choice(NamedTuple):
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
 
 
+MODELS = Path(__file__).parent.parent / "models"
+PACKAGED = ("shapes",)
+"""The models that come with this package, by their names."""
 CLASSES = "classes.json"  # in the folder of a run, or of a model that was exported from it
 
 
@@ -84,6 +87,8 @@ def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
         return choice
     refuse_choice(path, step, ema)
     refuse_checkpoint(path)
+    if str(path) in PACKAGED and not path.exists():
+        return MODELS / path
     return hub.locate(path, CONFIG, WEIGHTS, what="a model")
 
 
