@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train_ddp.py --config ...
     python train_ddp.py                                   # the embedded default, shapes_tiny, in this process alone
 
-The same command again continues where it stopped. See README.md, and asymflow/configs for the configurations.
+The same command again continues where it stopped. See docs/training.md, and asymflow/configs for the configurations.
 """
 
 import sys

@@ -23,6 +23,7 @@ scratch-base. The folder autoencoder is a base whose transformer knows nothing y
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -330,7 +331,10 @@ def once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def run(*words) -> None:
-    if asymflow([str(word) for word in words]):
+    """Run a command of `asymflow`, and say so: what it prints is as if the user had given it."""
+    words = [str(word) for word in words]
+    print("\n$", shlex.join(["asymflow", *words]), flush=True)
+    if asymflow(words):
         raise InputError(f"asymflow {words[0]} failed")
 
 

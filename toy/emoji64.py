@@ -2,7 +2,7 @@
 
     python -m toy.emoji64 --data emoji64.tar       # hours on a CPU; may be stopped and started again
 
-The README says how to make emoji64.tar, and `pip install -e ".[train]"` is needed. For every seed and rank,
+docs/emoji64.md says how to make emoji64.tar, and `pip install -e ".[train]"` is needed. For every seed and rank,
 `train_ddp.py --config emoji64` trains the same JiT (width 256, depth 6, patch 16: D = 768) on the same images in the
 same order with the same noise; only `subspace.rank` differs: 0 is x0-prediction, "full" u-prediction. Each run is
 judged by its loss, the flow-matching loss of the recovered velocity, and by the Fréchet distance between its samples
@@ -47,7 +47,7 @@ COLORS = {"0": "C1", "full": "C3", "8": "C0", "32": "C2"}
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser("toy.emoji64", description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--data", type=Path, required=True, help="emoji64.tar: see the README")
+    p.add_argument("--data", type=Path, required=True, help="emoji64.tar: see docs/emoji64.md")
     p.add_argument(
         "--out", type=Path, default=Path("runs/toy/emoji64"), help="folder for the runs, figures and results"
     )
