@@ -1,4 +1,4 @@
-"""The launchers that users start trainings with: the commands of the README, several nodes, failures, and signals.
+"""The launchers that users start trainings with: the commands of docs/training.md, several nodes, failures, and signals.
 
 torchrun passes SIGTERM on to the ranks, waits 30 s, and exits with 1 itself; of SIGUSR1 it dies, and the ranks go on.
 deepspeed on one machine is two processes: the first passes nothing on; the second passes SIGTERM on, waits 30 s, and
@@ -34,7 +34,7 @@ sys.exit(main())
 """
 
 
-# ---- The commands of the README --------------------------------------------------------------------------------------
+# ---- The commands of docs/training.md --------------------------------------------------------------------------------
 QUICK = (
     *("train.steps=3", "train.global_batch_size=8", "checkpoint.every=3", "ema.snapshot_every=1", "sample.every=null"),
     *("subspace.images=64", "data.size=256", "data.workers=1"),
@@ -42,11 +42,9 @@ QUICK = (
 
 
 def shown(command):
-    """The lines of the README's section on training that begin like this and are about shapes_tiny."""
-    section = re.search(r"^## Training$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert section, 'README.md has no section "## Training" any more: its commands are tested here'
-    found = re.findall(rf"^{command} .*/shapes.*$", section[1], re.MULTILINE)
-    assert found, f'the section "Training" of README.md shows no command `{command} ... /shapes ...`'
+    """The lines of docs/training.md that begin like this and are about shapes_tiny."""
+    found = re.findall(rf"^{command} .*/shapes.*$", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
+    assert found, f"docs/training.md shows no command `{command} ... /shapes ...`, which is tested here"
     return [re.sub(r" +#.*", "", line) for line in found]
 
 
