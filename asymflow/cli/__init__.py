@@ -17,6 +17,7 @@ COMMANDS = {  # the commands of each module, with their lines in the help; a mod
     "sample": {"sample": "draw images from a model"},
     "import_": {"import": "make a folder of a published model"},
     "info": {"info": "what a model is, and what it costs"},
+    "plot": {"plot": "draw the curves and samples of trainings"},
     "data": {"data": "prepare images for training"},
     "export": {
         "export": "make a model of a checkpoint of a training run",

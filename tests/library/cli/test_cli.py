@@ -16,7 +16,7 @@ from asymflow import AsymFlow, Subspace
 from asymflow.cli import import_, main
 from asymflow.model import CONFIG, WEIGHTS
 
-COMMANDS = ("subspace", "sample", "import", "info", "data", "export", "ema")
+COMMANDS = ("subspace", "sample", "import", "info", "plot", "data", "export", "ema")
 
 
 # ---- The frame -------------------------------------------------------------------------------------------------------
