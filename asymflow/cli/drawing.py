@@ -16,7 +16,7 @@ from asymflow import files, opening
 from asymflow.cli.common import this_process, usable_device
 from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError, out_of_memory
-from asymflow.pictures import image_grid
+from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.pixels import read_image, tensor_to_pil, to_tensor
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
@@ -143,7 +143,8 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
         entries = opening.read_json(args.out / RECORD, most=MOST_RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
-            image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
+            images = torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])
+            image_grid(images, width=GRID_WIDTH).save(beside)
         print(f"{len(plan)} images are in {args.images}, grid.png and {RECORD} in {args.out}")
 
 

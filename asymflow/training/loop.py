@@ -18,7 +18,7 @@ from asymflow.averages import Profile
 from asymflow.cost import peak_flops
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
-from asymflow.pictures import image_grid
+from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.evaluate import Evaluation, all_gather_rows
@@ -334,7 +334,7 @@ class Training:
                 said = f"{broken} of {count} samples at step {self.step} have numbers that are NaN or infinite"
                 tqdm.write(f"{said}: black or white in {self.picture()}", file=sys.stderr)
             with files.replacing(self.picture()) as beside:
-                image_grid(images[:count].cpu()).save(beside)
+                image_grid(images[:count].cpu(), width=GRID_WIDTH).save(beside)
 
     def picture(self) -> Path:
         return self.out / run.SAMPLES / f"{self.step:08d}.png"
