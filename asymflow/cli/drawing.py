@@ -4,13 +4,13 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import files, opening
 from asymflow.cli.common import this_process, usable_device
@@ -18,6 +18,7 @@ from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.pixels import read_image, tensor_to_pil, to_tensor
+from asymflow.progress import progress_bar
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
 MOST_RECORD = 2**32  # bytes of the former: there may be millions of images, with long prompts
@@ -47,11 +48,11 @@ def draw_missing(
     todo = [(i, what) for i, what in share if not (args.images / name(i)).exists()]
     if rank == 0 and len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
-    with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
+    with progress_bar(desc="sampling", unit="image", total=len(todo), silent=rank > 0) as bar:
         for start in range(0, len(todo), args.batch):
             indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
             with enough_memory(args):
-                images = draw(indices, what, rank == 0)
+                images = draw(indices, what, rank == 0 and (start == 0 or sys.stderr.isatty()))
             for i, asked, image in zip(indices, what, images, strict=True):
                 if not image.isfinite().all():
                     raise InputError(f"image {i}, of {asked!r:.80}, has numbers that are NaN or infinite")
