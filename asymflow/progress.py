@@ -6,6 +6,7 @@ with progress_bar(desc="sampling", unit="image", total=50_000, silent=rank > 0) 
     bar.update()
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,16 @@ def progress_bar(
     if silent or sys.stderr is None or sys.stderr.isatty():
         return tqdm(iterable, desc, total, unit=unit, leave=False, disable=silent or sys.stderr is None, delay=delay)
     return Lines(iterable, desc, unit, total)
+
+
+def limit_loading_bars() -> None:
+    """Let transformers and diffusers show the bars of loading a model only on a terminal, and only in one process."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    if os.environ.get("RANK", "0") != "0" or sys.stderr is None or not sys.stderr.isatty():
+        of_diffusers.disable_progress_bar()
+        of_transformers.disable_progress_bar()
 
 
 class Lines:
