@@ -18,22 +18,27 @@ from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 
 SHOWN = 64  # at most so many patches are drawn: more would be too small to see
+GRID_WIDTH = 512  # of a grid for people, at least: images of 32 pixels would be too small to see
 INK, ACCENT = "0.25", "#d1495b"
 
 
-def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, gap: int = 2, width: int = 0) -> Image.Image:
     """One image with all of the images (n, 3, H, W) in [-1, 1], row by row, with white gaps of `gap` pixels.
 
-    columns: None makes the grid about square. Raises InputError if the shape is another or n is 0.
+    columns: None makes the grid about square. width: at least so many pixels wide is the grid; for this, the pixels of
+    small images are repeated, each as often. Raises InputError if the shape is another or n is 0.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise InputError(f"images must be (n, 3, H, W) with n at least 1, but they are {tuple(images.shape)}")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
-    height, width = images.shape[2] + gap, images.shape[3] + gap
-    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    times = max(math.ceil(((width + gap) / columns - gap) / images.shape[3]), 1)
+    high, wide = times * images.shape[2] + gap, times * images.shape[3] + gap
+    grid = Image.new("RGB", (columns * wide - gap, rows * high - gap), "white")
     for i, image in enumerate(images):
-        grid.paste(tensor_to_pil(image), (i % columns * width, i // columns * height))
+        small = tensor_to_pil(image)
+        large = small.resize((times * small.width, times * small.height), Image.Resampling.NEAREST)
+        grid.paste(large, (i % columns * wide, i // columns * high))
     return grid
 
 

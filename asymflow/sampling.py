@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow.conditions import check_labels
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.numerics import at_least_float32
+from asymflow.progress import progress_bar
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Hook = Callable[[Tensor, Tensor], Tensor]
@@ -100,7 +100,7 @@ def sample(
     if not callable(method) and method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, or a function, but it is {method!r}")
     x = x.to(at_least_float32(x))
-    bar = tqdm(total=len(levels) - 1, desc="sampling", unit="step", leave=False, disable=not progress)
+    bar = progress_bar(desc="sampling", unit="step", total=len(levels) - 1, silent=not progress)
 
     def steered(x: Tensor, sigma: float) -> Tensor:
         bar.update(sum(level > sigma for level in levels) - bar.n)  # steps done, counted by the levels above sigma

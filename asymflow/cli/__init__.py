@@ -1,5 +1,6 @@
 """The command `asymflow`, with a module for each subcommand. A user's mistake gets one line, and exit code 2."""
 
+import argparse
 import os
 import platform
 import signal
@@ -12,24 +13,42 @@ from asymflow import packages
 from asymflow.errors import InputError, out_of_memory
 from asymflow.parser import Parser
 
-COMMANDS = {  # the commands of each module, with their lines in the help; a module is imported only for its commands
-    "subspace": {"subspace": "fit the subspace of the noise, or look at one"},
-    "sample": {"sample": "draw images from a model"},
-    "import_": {"import": "make a folder of a published model"},
-    "compare": {"compare": "train the three predictions on your own images, and draw what came out"},
-    "info": {"info": "what a model is, and what it costs"},
-    "data": {"data": "prepare images for training"},
-    "export": {
-        "export": "make a model of a checkpoint of a training run",
-        "ema": "make an average of any length after training",
-    },
+MODULES = {  # of each command; a module is imported only for its commands
+    "data": "data",
+    "subspace": "subspace",
+    "info": "info",
+    "plot": "plot",
+    "compare": "compare",
+    "export": "export",
+    "ema": "export",
+    "import": "import_",
+    "sample": "sample",
 }
 
-EXAMPLES = """\
+MAP = """\
+First, prepare:
+  data      images for training: as shards (pack), or encoded with their captions (encode), to finetune a FLUX.2 klein
+  subspace  fit the subspace of the noise to images, or look at one; a training from scratch fits its own
+  info      what a model is, and what it costs to train and to run; also every key of a configuration
+
+Second, train. This is a program of its own:
+  python train_ddp.py --config shapes_tiny --out runs/shapes         a first one, in minutes and without any data
+  deepspeed train_ddp.py --config imagenet256_h16 --set data.path=IMAGENET/train --out runs/h16
+
+Third, look:
+  plot      the curves and newest samples of one training or several, also while they go on
+  compare   train asymmetric, x0- and u-prediction on your own images, and draw what came out
+
+Fourth, use it:
+  export    make a folder of a model, from any checkpoint and average of a training
+  ema       the same of an average of any length, after training
+  import    the same of published weights, which are downloaded if they are on the Hugging Face Hub
+  sample    draw images from a training, a model or published weights
+
 examples:
-  asymflow subspace pca --data imagenet/train --rank 8 --out imagenet-r8.safetensors
-  asymflow sample --model asymflow_h_16_r8_imagenet.safetensors --classes 207,360 --out runs/dogs
   asymflow info JiT-H/16
+  asymflow plot runs/shapes --out shapes.png
+  asymflow sample --model runs/shapes --out runs/samples
 
 asymflow COMMAND --help says more about one of them, with examples."""
 
@@ -78,20 +97,21 @@ def end(number: int, frame) -> None:
 
 
 def make_parser(command: str | None = None) -> Parser:
-    """A parser with the options of one command; of all other commands it has only the names and their help."""
+    """A parser with the options of one command; of all other commands it has only the names."""
     parser = Parser(
         prog="asymflow",
-        description="Asymmetric flow models: subspaces, checkpoints and samples.",
-        epilog=EXAMPLES,
+        usage="asymflow [-h] [--version] COMMAND ...",
+        description="Asymmetric flow models: from images to a subspace, a training, and samples.",
+        epilog=MAP,
     )
     parser.add_argument("--version", action="store_true", help="show versions and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module, about in COMMANDS.items():
-        if command in about:
-            import_module(f"{__name__}.{module}").add_command(commands)
-        else:
-            for name, text in about.items():
-                commands.add_parser(name, help=text)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="asymflow", help=argparse.SUPPRESS)
+    module = MODULES.get(command)
+    for name, other in MODULES.items():
+        if other != module:
+            commands.add_parser(name)
+    if module:
+        import_module(f"{__name__}.{module}").add_command(commands)
     return parser
 
 

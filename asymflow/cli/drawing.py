@@ -4,20 +4,21 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import files, opening
 from asymflow.cli.common import this_process, usable_device
 from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError, out_of_memory
-from asymflow.pictures import image_grid
+from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.pixels import read_image, tensor_to_pil, to_tensor
+from asymflow.progress import progress_bar
 
 RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
 MOST_RECORD = 2**32  # bytes of the former: there may be millions of images, with long prompts
@@ -47,11 +48,11 @@ def draw_missing(
     todo = [(i, what) for i, what in share if not (args.images / name(i)).exists()]
     if rank == 0 and len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} images are in {args.out} already")
-    with tqdm(total=len(todo), desc="sampling", unit="image", disable=rank > 0) as bar:
+    with progress_bar(desc="sampling", unit="image", total=len(todo), silent=rank > 0) as bar:
         for start in range(0, len(todo), args.batch):
             indices, what = map(list, zip(*todo[start : start + args.batch], strict=True))
             with enough_memory(args):
-                images = draw(indices, what, rank == 0)
+                images = draw(indices, what, rank == 0 and (start == 0 or sys.stderr.isatty()))
             for i, asked, image in zip(indices, what, images, strict=True):
                 if not image.isfinite().all():
                     raise InputError(f"image {i}, of {asked!r:.80}, has numbers that are NaN or infinite")
@@ -143,7 +144,8 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
         entries = opening.read_json(args.out / RECORD, most=MOST_RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
-            image_grid(torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])).save(beside)
+            images = torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])
+            image_grid(images, width=GRID_WIDTH).save(beside)
         print(f"{len(plan)} images are in {args.images}, grid.png and {RECORD} in {args.out}")
 
 

@@ -7,7 +7,6 @@ from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow.cli.common import new_folder, replacing_folder
 from asymflow.cli.models import (
@@ -21,6 +20,7 @@ from asymflow.cli.models import (
     verified_reader,
 )
 from asymflow.errors import InputError
+from asymflow.progress import progress_bar
 
 EXAMPLES = {
     "export": """\
@@ -105,7 +105,7 @@ def run_ema(args: argparse.Namespace) -> None:
     coefficients, unmatched = ema.reconstruction([(step, width) for step, _, width in snapshots], end, args.sigma_rel)
     used = [(step, name, c) for (step, name, _), c in zip(snapshots, coefficients.tolist(), strict=True) if c]
     weights: dict[str, Tensor] = {}
-    with tqdm(used, desc="adding up", unit="average", leave=False) as bar:
+    with progress_bar(used, "adding up", "average") as bar:
         for step, terms in groupby(bar, key=lambda term: term[0]):
             reader = verified_reader(checkpoint.folder_of(folder, step))
             for _, name, coefficient in terms:

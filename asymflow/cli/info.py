@@ -12,9 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asymflow import backbones, cost, hub, opening
 from asymflow.backbones.jit import SIZES, JiT, published
-from asymflow.cli import info_flux2, info_memory
+from asymflow.cli import info_classes, info_flux2, info_memory
 from asymflow.cli.common import at_least, image_size
-from asymflow.cli.models import MODEL, Choice, add_choice, find_model, is_run, model_of_run, own_backbone, refuse_choice
+from asymflow.cli.models import (
+    MODEL,
+    Choice,
+    add_choice,
+    class_names,
+    find_model,
+    is_run,
+    model_of_run,
+    own_backbone,
+    refuse_choice,
+)
 from asymflow.cli.models import about as about_run
 from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
@@ -71,6 +81,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--rank", type=at_least(0), metavar="R", help=f"with a name: of the subspace (default: {RANK})")
     p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a published file of unusual size")
+    p.add_argument("--classes", action="store_true", help="only list the classes, a number and a name on each line")
     p.add_argument("--json", action="store_true", help="print one JSON object, with all numbers in full")
     info_flux2.add_options(p)
     p.set_defaults(run=run)
@@ -79,6 +90,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.model == "config" and not Path(args.model).exists():
         print(configuration(args.json))
+        return
+    if args.classes:
+        print(info_classes.every(args.model))
         return
     klein = info_flux2.recognized(args.model)
     if not is_run(Path(args.model)):
@@ -121,7 +135,8 @@ def describe(args: argparse.Namespace) -> dict:
     else:  # train_ddp.py trains none of these
         training, memory = None, memory_of_weights(args, *cost.parameters(model))
     work = {"forward": forward, "training_step": training, "sampling": sampling(forward)}
-    return found | about(model) | {"image": image, "grid": grid, "flops": work, "training_memory": memory}
+    found |= about(model) | {"image": image, "grid": grid, "flops": work, "training_memory": memory}
+    return found | ({"classes": names} if (names := class_names(path)) else {})
 
 
 # ---- Finding the model -----------------------------------------------------------------------------------------------
@@ -281,6 +296,8 @@ def as_text(found: dict) -> str:
         return aligned(lines | {"more": f"asymflow subspace show {found['model']}"})
     ours = found["config"]["network"]["class"] == JiT.__name__ and "image" in found
     lines |= jit(found) if ours else backbone_elsewhere(found["config"])
+    if "classes" in found:
+        lines["classes"] = info_classes.shown(found["classes"], found["model"], LABEL)
     lines["parameters"] = info_memory.many(found["parameters"]["total"])
     lines |= work(found["flops"]) if "flops" in found else {"operations": "not counted: the backbone is not ours"}
     memory = found["training_memory"]

@@ -62,7 +62,7 @@ def describe(args: argparse.Namespace) -> dict:
     counted = {}
     for name, blocks in (("recomputed", True), ("kept", False)):
         cost.recompute(step.model, blocks)
-        counted[name] = cost.count(step, lambda step: step(klein.noise_batch(step, size, batch, length)))
+        counted[name] = klein.count(step, lambda: klein.noise_batch(step, size, batch, length))
     memory = info_memory.describe(
         lambda gpus, stage: step.memory(gpus, stage, args.offload), args.gpus, counted, STAGES
     )

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import hub, opening
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow
+from asymflow.progress import progress_bar
 
 MODEL = "folder of save_pretrained, run of train_ddp.py, published file, or ORG/NAME or ORG/NAME/FILE on the Hub"
 
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
         """The weights by their names. InputError unless every byte of the checkpoint is as it was written."""
         from asymflow.training.run import checkpoint
 
-        reader = verified_reader(self.folder, partial(tqdm, desc="checking", unit="file", leave=False))
+        reader = verified_reader(self.folder, partial(progress_bar, desc="checking", unit="file"))
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
 
 

@@ -89,7 +89,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     classes = p.add_argument_group("images of classes")
     classes.add_argument("--model", type=Path, help=MODEL)
     add_choice(classes)
-    classes.add_argument("--classes", help='numbers or names, such as 207,otter, or "all" (default: all)')
+    classes.add_argument(
+        "--classes", help='numbers or names, see `asymflow info MODEL`, such as 207,otter, or "all" (default: all)'
+    )
     methods = f"{', '.join(METHODS)}, or package.module:function of your own; heun evaluates the model twice a step"
     classes.add_argument("--method", help=f"{methods} (default: heun)")
     classes.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")

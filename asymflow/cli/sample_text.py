@@ -23,6 +23,7 @@ from asymflow.entries import Entry
 from asymflow.errors import InputError
 from asymflow.patches import token_grid
 from asymflow.pixels import decoded, to_rgb, upright
+from asymflow.progress import limit_loading_bars
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
 from asymflow.text import is_blank
 
@@ -49,7 +50,9 @@ def run_prompts(args: argparse.Namespace) -> None:
     plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
 
     def draw(indices: list[int], prompts: list[str], progress: bool) -> Tensor:
-        pipeline.set_progress_bar_config(desc="one batch", unit="step", leave=False, disable=not progress)
+        pipeline.set_progress_bar_config(
+            desc="one batch", unit="step", leave=False, disable=not (progress and sys.stderr.isatty())
+        )
         drawn = pipeline(
             image=images,
             prompt=prompts,
@@ -122,6 +125,7 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers prefer the name `dtype`
         dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[args.precision]
+        limit_loading_bars()
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
     for number, (path, _) in enumerate(loras):
         try:

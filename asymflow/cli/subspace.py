@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import files, opening
 from asymflow.backbones.jit.published import load_published
@@ -29,6 +28,7 @@ from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
 from asymflow.pictures import draw_subspace
 from asymflow.pixels import in_order, read_pair, read_square
+from asymflow.progress import progress_bar
 from asymflow.subspace import Subspace
 
 GROUP = """Fit the low-rank subspace in which an asymmetric flow predicts the noise, or look at one.
@@ -196,7 +196,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
         share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": [], "cross": 0}
 
         def tokens() -> Iterator[tuple[Tensor, ...]]:
-            with tqdm(total=len(share), desc="reading", unit="image", leave=False, disable=index > 0) as bar:
+            with progress_bar(desc="reading", unit="image", total=len(share), silent=index > 0) as bar:
                 results = only_readable(in_order(read, share, min(8, os.cpu_count() or 1)), len(share), tally, bar)
                 while batch := [to_tokens(sample, args, device) for sample in itertools.islice(results, args.batch)]:
                     parts = tuple(torch.cat(part) for part in zip(*batch, strict=True))
@@ -224,7 +224,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
     print(f"wrote {out} and {picture}; to see this again: asymflow subspace show {shlex.quote(str(out))}")
 
 
-def only_readable(results: Iterable, total: int, tally: dict, bar: tqdm) -> Iterator[tuple[Tensor, ...]]:
+def only_readable(results: Iterable, total: int, tally: dict, bar) -> Iterator[tuple[Tensor, ...]]:
     """Yield the samples that could be read, and note the others in `tally`. InputError if those are more than 1 %."""
     bad = tally["unreadable"]
     for result in results:

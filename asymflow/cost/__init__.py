@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from asymflow.conditions import conditions_needed
+from asymflow.cost.repeated import NotAlikeError, Repeats, Stretch, totals, watch
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 
@@ -87,10 +88,18 @@ class Cost:
     peak: int
 
 
-def count(model: nn.Module, run: Callable[[nn.Module], Tensor], backward: bool = True) -> Cost:
+def count(
+    model: nn.Module,
+    run: Callable[[nn.Module], Tensor],
+    backward: bool = True,
+    shorten: Callable[[nn.Module], Repeats] | None = None,
+) -> Cost:
     """What `run(model)` costs, which returns a loss, and its backward pass.
 
     run: called with a copy of the model that has shapes but no numbers; it makes its own inputs, on the CPU.
+    shorten: called with the same copy, takes out most of the blocks that are alike, and returns which stand for them
+    (see repeated.py). The cost is the same, and counted several times faster. If the blocks are not alike after all,
+    all of them are counted.
 
     A multiply-add is two operations (tables in papers, such as that of arXiv 2511.13720, often call it one "flop").
     Only matrix products and convolutions are counted; all else is small. What is recomputed in the backward pass counts
@@ -106,19 +115,32 @@ def count(model: nn.Module, run: Callable[[nn.Module], Tensor], backward: bool =
     """
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it has no fused RMSNorm for mixed dtypes
-        model = stand_in(model)
+        whole, model = model, stand_in(model)
+        repeats = shorten(model) if shorten else {}
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
         gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
         with Counter([*model.parameters(), *model.buffers(), *held_tensors(model), *gradients]) as counter:
+            forward: list[Stretch] = []
+            watch(repeats, counter.mark, in_backward=lambda: bool(forward))
             result = run(model)
-            kept = counter.alive
+            forward += counter.stretches
             if backward:
+                counter.mark(None)
                 result.backward()
-    return Cost(counter.flops, kept, counter.peak)
+    try:
+        kept, total = totals(forward, repeats).change, totals(counter.stretches, repeats)
+    except NotAlikeError:
+        return count(whole, run, backward)
+    return Cost(total.flops, kept, total.high)
 
 
-def forward_flops(flow: AsymFlow, image_shape: tuple[int, ...], **conditions: Tensor) -> int:
+def forward_flops(
+    flow: AsymFlow,
+    image_shape: tuple[int, ...],
+    shorten: Callable[[nn.Module], Repeats] | None = None,
+    **conditions: Tensor,
+) -> int:
     """FLOPs of a forward pass for one image, see `count`.
 
     image_shape: (C, H, W), or (T, C, H, W) of a video. conditions: for one image, (1, ...); only shapes and dtypes
@@ -138,7 +160,7 @@ def forward_flops(flow: AsymFlow, image_shape: tuple[int, ...], **conditions: Te
         given = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
         return flow(torch.empty(1, *image_shape), torch.empty(1), **given)
 
-    return count(flow, run, backward=False).flops
+    return count(flow, run, backward=False, shorten=shorten).flops
 
 
 def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -159,7 +181,8 @@ class Counter(TorchDispatchMode):
     """Counts the operations done and the bytes of all tensors made while it is active: each storage once, as long as it
     is alive.
 
-    flops; alive, peak: bytes. known: tensors that, like views of them, are not counted.
+    flops; alive, peak: bytes. stretches: the same from each `mark` to the next. known: tensors not to be counted, nor
+    views of them.
 
     Not torch's FlopCounterMode, which keeps the gradients of activations alive.
     """
@@ -167,27 +190,45 @@ class Counter(TorchDispatchMode):
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.known, self.flops, self.alive, self.peak = known, 0, 0, 0
+        self.known, self.stretches = known, []
+        self.mark(None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if flops := FLOPS.get(func._overloadpacket):
-            self.flops += flops(*args, **(kwargs or {}), out_val=result)
+            self.now.flops += flops(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.watch(tensor.untyped_storage())
-        self.peak = max(self.peak, self.alive)
+        self.now.high = max(self.now.high, self.now.change)
         return result
+
+    @property
+    def flops(self) -> int:
+        return totals(self.stretches).flops
+
+    @property
+    def alive(self) -> int:
+        return totals(self.stretches).change
+
+    @property
+    def peak(self) -> int:
+        return totals(self.stretches).high
+
+    def mark(self, block: nn.Module | None) -> None:
+        """Begin another stretch."""
+        self.now = Stretch(block)
+        self.stretches.append(self.now)
 
     def watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
-            self.alive += self.sizes[key]
+            self.now.change += self.sizes[key]
             weakref.finalize(storage, self.forget, key).atexit = False
 
     def forget(self, key: int) -> None:
-        self.alive -= self.sizes.pop(key)
+        self.now.change -= self.sizes.pop(key)
 
 
 def stand_in(model: nn.Module, device: str = "cpu") -> nn.Module:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data import writing
@@ -41,6 +40,7 @@ from asymflow.data.shards import ENCODED, Index, read_meta
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
 from asymflow.pixels import in_order, to_tensor
+from asymflow.progress import progress_bar
 
 CUT = "cut_captions.log"  # "name: tokens" of each caption that is longer than --max-length, sorted
 LOSSLESS = ("png", "webp")  # formats of images: the image is to be what the latent was made of
@@ -151,7 +151,7 @@ def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -
         return Facts(width, height, caption, bucket)
 
     share, found = items[rank::world], []
-    with tqdm(total=len(share), desc="looking", unit="image", leave=False, disable=rank > 0) as bar:
+    with progress_bar(desc="looking", unit="image", total=len(share), silent=rank > 0) as bar:
         for result in in_order(look, share, threads):
             bar.update()
             found.append(str(result) if isinstance(result, UnreadableError) else result)

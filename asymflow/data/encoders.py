@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asymflow import files, opening, templates
 from asymflow.errors import InputError
+from asymflow.progress import limit_loading_bars
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 
@@ -73,6 +74,7 @@ def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
     try:
         with warnings.catch_warnings():  # of the newest diffusers: older ones do not know torch_dtype by another name
             warnings.simplefilter("ignore", FutureWarning)
+            limit_loading_bars()
             pipeline = diffusers.Flux2KleinPipeline.from_pretrained(
                 base,
                 transformer=None,

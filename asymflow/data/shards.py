@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
@@ -19,6 +18,7 @@ from asymflow.data.sample import Sample
 from asymflow.entries import IMAGES, Entry, samples, tar_entries
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, in_order, read_image
+from asymflow.progress import progress_bar
 
 INDEX = ".index.npz"  # replaces .tar in the name of the file that says where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}
@@ -260,7 +260,7 @@ def find_indices(shards: Sequence[str]) -> list[Index]:
     indices = [next(filter(usable, kept(shard)), None) for shard in shards]
     missing, unkept = [number for number, index in enumerate(indices) if index is None], []
     made = in_order(index_anew, [shards[number] for number in missing], THREADS)
-    bar = tqdm(made, "reading the headers of shards", len(missing), unit="shard", delay=2, leave=False)
+    bar = progress_bar(made, "reading the headers of shards", "shard", len(missing), delay=2)
     for number, index in zip(missing, bar, strict=True):
         indices[number] = index
         if reason := keep_index(shards[number], index):

@@ -17,12 +17,12 @@ from typing import TypeVar
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from asymflow import files
 from asymflow.data.shards import META, Index, Kind, fingerprint, load_index, read_meta, save_index, shard_path
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
+from asymflow.progress import progress_bar
 
 PROBLEMS = "problems.log"  # "name: reason" of each image that is left out, sorted
 LOCK, AT_WORK = ".lock", "is being written to"  # .lock0, .lock1, ...: one for each process
@@ -99,7 +99,7 @@ class Writer(ExitStack):
         indices = self.look(len(plan))
         todo = [number for number in range(self.rank, len(plan), self.world) if indices[number] is None]
         total = sum(len(plan[number]) for number in todo)
-        bar = tqdm(total=total, desc=doing, unit="image", leave=False, disable=self.rank > 0)
+        bar = progress_bar(desc=doing, unit="image", total=total, silent=self.rank > 0)
         self.bar = self.enter_context(bar)
         return todo
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import files, streams
 from asymflow.errors import InputError
@@ -15,6 +14,7 @@ from asymflow.evaluation.features import load_extractor
 from asymflow.evaluation.frechet import Statistics, frechet_distance, load_statistics, save_statistics
 from asymflow.evaluation.frechet import statistics as statistics_of
 from asymflow.model import AsymFlow
+from asymflow.progress import progress_bar
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import read_or_replace
 from asymflow.training.objectives.class_conditional import drawn
@@ -131,7 +131,7 @@ class Evaluation:
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
         size, features = self.config.evaluate.batch_size, []
         starts = range(0, each_rank, size)
-        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=self.rank > 0 or None):
+        for start in progress_bar(starts, title, "batch", silent=self.rank > 0):
             if stop():
                 return None
             features.append(features_of(mine[start : start + size]))

@@ -18,7 +18,8 @@ from asymflow.averages import Profile
 from asymflow.cost import peak_flops
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
-from asymflow.pictures import image_grid
+from asymflow.pictures import GRID_WIDTH, image_grid
+from asymflow.progress import progress_bar
 from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.evaluate import Evaluation, all_gather_rows
@@ -327,14 +328,15 @@ class Training:
         each = -(-count // self.world)  # as many on every rank: under ZeRO-3 all must take part in each call
         mine = range(self.rank * each, (self.rank + 1) * each)
         with self.model_to_show() as flow:
-            parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in range(0, each, self.micro)]
+            starts = progress_bar(range(0, each, self.micro), "drawing samples", "batch", silent=self.rank > 0)
+            parts = [self.objective.draw(flow, mine[i : i + self.micro]) for i in starts]
         images = all_gather_rows(torch.cat(parts))
         if self.rank == 0:
             if broken := (~images[:count].flatten(1).isfinite().all(1)).sum().item():
                 said = f"{broken} of {count} samples at step {self.step} have numbers that are NaN or infinite"
                 tqdm.write(f"{said}: black or white in {self.picture()}", file=sys.stderr)
             with files.replacing(self.picture()) as beside:
-                image_grid(images[:count].cpu()).save(beside)
+                image_grid(images[:count].cpu(), width=GRID_WIDTH).save(beside)
 
     def picture(self) -> Path:
         return self.out / run.SAMPLES / f"{self.step:08d}.png"

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from asymflow import packages, streams
 from asymflow.data.encoded import EncodedShards
@@ -23,6 +22,7 @@ from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
 from asymflow.parser import Parser
 from asymflow.patches import patchify
+from asymflow.progress import progress_bar
 from asymflow.subspace import Subspace
 from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
@@ -35,6 +35,7 @@ from asymflow.training.objectives.encoded_batches import rare_buckets
 from asymflow.training.objectives.variance import torchvision_vgg
 from asymflow.training.run import folder as run
 from asymflow.training.run.lifeline import Lifeline, show
+from asymflow.training.run.progress import say
 from asymflow.training.run.ranks import (
     AgreedError,
     all_or_raise,
@@ -137,6 +138,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
             print(remark, file=sys.stderr)
     all_or_raise(lambda: deepspeed_config(config, dist.get_world_size()))
     all_or_raise(lambda: config.model and patch_size(config.model))  # whether there is such a backbone
+    say("looking through the data")
     dataset = rank0_broadcast(lambda: make_dataset(config))
     # The other ranks got rank 0's list of files, and their machines may have copies of their own.
     first = rank > 0 and os.environ["LOCAL_RANK"] == "0"
@@ -154,6 +156,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     if device.type == "cpu" and config.train.precision == "bf16":
         remarks.append("train.precision is bf16: many CPUs are ten times slower with it than with fp32")
     subspace = get_subspace(config, dataset, args.out, folder, initial, device)
+    say("making the model" + ", whose blocks are compiled in the first step: minutes" * config.train.compile)
     torch.manual_seed(config.train.seed)
     flow = all_or_raise(lambda: make_flow(config, subspace))
     rank0_only(lambda: run.write_classes(args.out, class_names(dataset)))
@@ -294,7 +297,7 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     """Fit a subspace by PCA to random images, of which each rank reads a share. Called by all ranks."""
     count, patch = min(config.subspace.images, len(dataset)), patch_size(config.model)
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
-    bar = tqdm(mine, desc="fitting the subspace", unit="image", leave=False, disable=dist.get_rank() > 0 or None)
+    bar = progress_bar(mine, "fitting the subspace", "image", silent=dist.get_rank() > 0)
     tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
     options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
     return fit_pca(tokens, config.subspace.rank, **options)

@@ -102,6 +102,15 @@ def test_operations_counted_without_numbers_as_with_them(full, checkpointing, lp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("full", "checkpointing"), [(False, True), (False, False), (True, True)])
+def test_few_blocks_cost_what_all_cost(full, checkpointing):
+    config = KLEIN["FLUX.2-klein-4B"] | dict(num_layers=6, num_single_layers=7, num_attention_heads=2, in_channels=16)
+    step = klein_step(empty_transformer(config), lora_rank=None if full else RANK, checkpointing=checkpointing)
+    batch = lambda: noise_batch(step, (64, 64), 2, 8)
+    assert klein.count(step, batch) == cost.count(step, lambda step: step(batch()))
+
+
+@pytest.mark.slow
 def test_what_is_recomputed_is_not_needed():
     recomputed, kept = (tiny_step("meta", checkpointing=checkpointing) for checkpointing in (True, False))
     needed = needed_flops(recomputed, noise_batch(recomputed, SIZE, 2, TEXT))

@@ -4,8 +4,11 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asymflow import InputError
+from asymflow.cli import info_classes
 from asymflow.cli.models import class_names
 from asymflow.cli.sample import class_list
 
@@ -46,3 +49,23 @@ def test_the_names_lie_beside_the_model(tmp_path):
         (tmp_path / "classes.json").write_text(damaged)
         with pytest.raises(InputError, match=r"classes\.json must be a list of names in JSON"):
             class_names(tmp_path)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=20)))
+def test_the_first_classes_are_shown_each_with_its_number_and_all_on_demand(tmp_path_factory, names):
+    text = info_classes.shown(names, "runs/a b", 15)
+    assert text.replace("\n" + 15 * " ", " ").startswith(", ".join(f"{i} {n}" for i, n in enumerate(names[:32])))
+    assert ("asymflow info 'runs/a b' --classes" in text) == (len(names) > 32)
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "classes.json").write_text(json.dumps(names))
+    if names:
+        assert info_classes.every(str(folder)).split("\n") == [f"{i} {name}" for i, name in enumerate(names)]
+    else:
+        with pytest.raises(InputError, match="are not known"):
+            info_classes.every(str(folder))
+
+
+def test_lines_of_classes_are_no_wider_than_the_page_and_names_cannot_break_them():
+    text = info_classes.shown([f"golden retriever\n{i}" for i in range(1000)], "runs/dogs", 15)
+    assert max(map(len, (15 * " " + text).split("\n"))) <= 120
+    assert text.endswith("... (all 1,000: asymflow info runs/dogs --classes)")

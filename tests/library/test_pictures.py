@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -28,6 +30,24 @@ def test_each_image_of_a_grid_is_in_its_place_and_all_else_is_white(n, columns, 
         row, column = divmod(i, size[0])
         expected[7 * row : 7 * row + 5, 5 * column : 5 * column + 3] = level
     assert (grid == expected).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40), st.integers(0, 3), st.integers(0, 300))
+def test_a_wider_grid_is_the_same_grid_with_every_pixel_repeated_as_often(n, columns, side, gap, width):
+    images = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(n)) * 2 - 1
+    plain, wide = (np.asarray(image_grid(images, columns, gap, width=w)) for w in (0, width))
+    columns, rows = min(columns, n), -(-n // min(columns, n))
+    times, left = divmod(wide.shape[1] + gap - columns * gap, columns * side)
+    assert left == 0
+    assert wide.shape[0] == rows * (times * side + gap) - gap
+    assert wide.shape[1] >= width
+    assert times == 1 or columns * ((times - 1) * side + gap) - gap < width  # no wider than it must be
+    for i in range(n):
+        (row, column), images = divmod(i, columns), []
+        for grid, k in ((plain, 1), (wide, times)):
+            top, start = row * (k * side + gap), column * (k * side + gap)
+            images.append(grid[top : top + k * side, start : start + k * side])
+        assert (images[0].repeat(times, 0).repeat(times, 1) == images[1]).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (3, 4, 4), (2, 1, 4, 4)])

@@ -100,6 +100,16 @@ def test_the_commands_that_train_give_the_same_curve(trained):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_only_our_lines_are_shown(trained):
+    """The launchers print some of their own; that of DeepSpeed warns once more that it found no GPU."""
+    launcher = re.compile(r"\] \[(launch|runner|real_accelerator)\.py:|^\*+$|OMP_NUM_THREADS")
+    for name, (folder, _) in trained.items():
+        lines = [line for line in (folder / "log").read_text().splitlines() if not launcher.search(line)]
+        assert not [line for line in lines if re.search(r"\[(INFO|WARNING)\]|^\S*[WI]\d{4} |Warning:", line)]
+        assert name == "deepspeed" or "real_accelerator" not in (folder / "log").read_text()
+
+
 def test_the_commands_that_follow_a_training(trained):
     folder, _ = trained["deepspeed"]
     for command in shown("asymflow"):

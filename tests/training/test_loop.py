@@ -25,7 +25,7 @@ from asymflow.averages import Profile
 from asymflow.backbones.jit import Block
 from asymflow.bench import worker
 from asymflow.errors import InputError
-from asymflow.pictures import image_grid
+from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.training import loop
 from asymflow.training.loader import Batches
 from asymflow.training.loop import Training
@@ -275,7 +275,7 @@ def test_a_grid_is_drawn_in_micro_batches(training, tmp_path):
     hook.remove()
     assert max(sizes) == 4
     with one.model_to_show() as flow, torch.no_grad():
-        whole = image_grid(one.objective.draw(flow, range(36)))
+        whole = image_grid(one.objective.draw(flow, range(36)), width=GRID_WIDTH)
     drawn = Image.open(tmp_path / "run" / "samples" / "00000000.png")
     difference = np.asarray(drawn).astype(int) - np.asarray(whole).astype(int)
     assert abs(difference).max() <= 1

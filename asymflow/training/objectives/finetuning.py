@@ -18,6 +18,7 @@ from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.backbones.flux2.adapter import FULL, LORA_TARGETS, add_lora, fingerprint, published_names
 from asymflow.errors import InputError
 from asymflow.model import OPTIONS, AsymFlow
+from asymflow.progress import limit_loading_bars
 from asymflow.subspace import Subspace
 from asymflow.training.config.derived import bf16_weights
 from asymflow.training.config.reading import Config
@@ -138,6 +139,7 @@ def load_transformer(base: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
     options = dict(torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
     try:
         with opening.no_larger_than(opening.counted_tensors(folder), folder):
+            limit_loading_bars()
             transformer, found = Flux2Transformer2DModel.from_pretrained(folder, **options)
     except InputError:
         raise

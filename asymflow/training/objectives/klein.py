@@ -10,12 +10,14 @@ memory that DeepSpeed uses with its section `deepspeed`.
 
 import json
 import warnings
+from collections.abc import Callable
 
 import torch
 from diffusers import Flux2Transformer2DModel
 
 from asymflow import cost, opening
 from asymflow.backbones.flux2 import check_transformer
+from asymflow.cost.repeated import Repeats, shorten
 from asymflow.errors import InputError
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
@@ -107,11 +109,22 @@ def noise_batch(
     )
 
 
+def few_blocks(model: torch.nn.Module) -> Repeats:
+    """Take out blocks that are alike, see `asymflow.cost.count`."""
+    transformers = [module for module in model.modules() if isinstance(module, Flux2Transformer2DModel)]
+    return shorten(*(blocks for t in transformers for blocks in (t.transformer_blocks, t.single_transformer_blocks)))
+
+
+def count(step: Step, batch: Callable[[], EncodedBatch]) -> cost.Cost:
+    """The cost of a step of this batch, see `asymflow.cost.count`."""
+    return cost.count(step, lambda step: step(batch()), shorten=few_blocks)
+
+
 def forward_flops(step: Step, size: tuple[int, int], text_length: int = TEXT_LENGTH) -> int:
     """FLOPs of a forward pass of the pixel model for one image, see `asymflow.cost.forward_flops`."""
     transformer = step.model.backbone.transformer
     text = torch.empty(1, text_length, transformer.config.joint_attention_dim, dtype=transformer.dtype, device="meta")
-    return cost.forward_flops(step.model, (CHANNELS, *size), encoder_hidden_states=text)
+    return cost.forward_flops(step.model, (CHANNELS, *size), few_blocks, encoder_hidden_states=text)
 
 
 def parameters(step: Step) -> dict[str, int]:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -26,6 +27,7 @@ from pydantic import ValidationError
 
 from asymflow import files, opening
 from asymflow.errors import InputError
+from asymflow.progress import progress_bar
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config
 from asymflow.training.run import checkpoint
@@ -161,7 +163,8 @@ def newest_whole(folder: Path, steps: list[int]) -> tuple[Path, list[str]]:
 def shared_fault(folder: Path) -> str | None:
     """As `checkpoint.fault`, with the files shared out among the ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    found = gather(lambda: checkpoint.fault(folder, rank, world), f"{folder} cannot be read, and stays as it is")
+    shown = partial(progress_bar, desc="checking the checkpoint", unit="file", silent=rank > 0)
+    found = gather(lambda: checkpoint.fault(folder, rank, world, shown), f"{folder} cannot be read, and stays as it is")
     return next(filter(None, found), None)
 
 

@@ -3,9 +3,16 @@
 import sys
 import time
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from asymflow.training.config.reading import Config
+
+
+def say(text: str) -> None:
+    """Print, on rank 0 alone, what begins now and may take a while."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

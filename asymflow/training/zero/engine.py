@@ -1,10 +1,8 @@
 """The DeepSpeed engine of a training."""
 
 import importlib.util
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,13 +34,7 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
     flow: in float32; do not use it afterwards. out: the folder of the run, where monitors write by default. Called by
     all ranks; raises AgreedError if a monitor's package is not installed, or a section cannot be used.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # In every step DeepSpeed uses old names of collectives, of which newer versions of torch warn.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed  # here, because it takes seconds
-
+    deepspeed = internals.imported()
     internals.compile_no_communication()
     deepspeed.init_distributed()
     options = deepspeed_config(config, dist.get_world_size())

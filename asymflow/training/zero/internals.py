@@ -1,6 +1,9 @@
 """All uses of DeepSpeed beyond its documented interface. Any release may break them."""
 
+import logging
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +16,27 @@ OLDEST, NEWEST = "0.19.8", "0.19.8"  # releases that the tests were run with
 # Older releases have the same names, but treat a NaN gradient as one of norm 1, and take the step.
 
 
-def remarks() -> list[str]:
-    """A list with one remark if the tests were not run with the installed release; else empty."""
+def imported():
+    """DeepSpeed, whose import takes seconds. What it says for its developers is not shown."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no accelerator
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(is_worth_reading)
+    # In every step it uses old names of collectives, of which newer versions of torch warn.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
+    return deepspeed
+
+
+def is_worth_reading(record: logging.LogRecord) -> bool:
+    """A filter: not that torch's builder of extensions found CUDA's files, but no GPU."""
+    return not str(record.msg).startswith("No CUDA runtime is found")
+
+
+def remarks() -> list[str]:
+    """A list with one remark if the tests were not run with the installed release; else empty."""
+    deepspeed = imported()
     release = lambda version: [int(number) for number in re.findall(r"\d+", version)[:3]]
     if release(OLDEST) <= release(deepspeed.__version__) <= release(NEWEST):
         return []
@@ -30,9 +50,7 @@ def compile_no_communication() -> None:
     """
     if torch.cuda.is_available():  # on GPUs, only accessing the table below tries a compiler for each of its entries
         return
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    imported().ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def detach_monitor(engine) -> None:
@@ -45,13 +63,15 @@ def detach_monitor(engine) -> None:
 # ---- The configuration -----------------------------------------------------------------------------------------------
 def config_class() -> type:
     """A class whose constructor, given DeepSpeed's configuration as a dictionary, raises an error if it is invalid."""
-    from deepspeed.runtime.config import DeepSpeedConfig  # here, because it takes seconds
+    imported()
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     return DeepSpeedConfig
 
 
 def config_models() -> list[type]:
     """The pydantic models of the sections of DeepSpeed's configuration."""
+    imported()
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     return DeepSpeedConfigModel.__subclasses__()

@@ -13,15 +13,13 @@ from cli_models import SIDE, flow, info, publish
 from safetensors import safe_open
 
 from asymflow import AsymFlow, Subspace
-from asymflow.cli import import_, main
+from asymflow.cli import MODULES, import_, main
 from asymflow.model import CONFIG, WEIGHTS
-
-COMMANDS = ("subspace", "sample", "import", "info", "data", "export", "ema")
 
 
 # ---- The frame -------------------------------------------------------------------------------------------------------
 def test_help_shows_every_command_with_an_example(capsys):
-    for command in COMMANDS:
+    for command in MODULES:
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         text = capsys.readouterr().out
@@ -31,8 +29,10 @@ def test_help_shows_every_command_with_an_example(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command}  ", text, re.M) for command in COMMANDS)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(re.match(f" +{command}  ", line) for line in lines) for command in MODULES)
+    assert len(lines) <= 35
+    assert max(map(len, lines)) <= 120
 
 
 def test_without_a_command_the_help_is_printed_as_an_error(capsys):
@@ -119,6 +119,20 @@ def test_a_file_of_the_hub_is_the_file_that_is_here(run, hub):
     assert remote == here
 
 
+def test_what_is_on_the_hub_is_imported_as_what_is_here(run, refused, hub):
+    name = "some-org/Some-Model-1.5"
+    (hub / name).mkdir(parents=True)
+    publish(flow(), hub / name / "file.safetensors")
+    for out, source in (("a", f"{name}/file.safetensors"), ("b", hub / name / "file.safetensors")):
+        run("import", source, "--out", hub / out, "--in-context-start", 1)
+    flow().save_pretrained(hub / name)
+    run("import", name, "--out", hub / "c")
+    contents = [[(hub / out / file).read_bytes() for file in (CONFIG, WEIGHTS)] for out in "abc"]
+    assert contents[0] == contents[1] == contents[2]
+    assert "--weights is for published files" in refused("import", name, "--out", hub / "d", "--weights", "ema1")
+    assert "is a folder" in refused("import", hub / name, "--out", hub / "d")  # it is what is wanted already
+
+
 ASKED = "neither a model here nor one that the Hub gave"
 
 
@@ -133,7 +147,7 @@ ASKED = "neither a model here nor one that the Hub gave"
         ("nowhere", "does not exist"),
     ],
 )
-@pytest.mark.parametrize("command", [["info"], ["sample", "--out", "no", "--model"]])
+@pytest.mark.parametrize("command", [["info"], ["sample", "--out", "no", "--model"], ["import", "--out", "no"]])
 def test_what_is_neither_here_nor_on_the_hub_is_one_line(refused, command, model, said):
     line = refused(*command, model)
     assert f"{model} " in line
