@@ -1,4 +1,4 @@
-"""The launchers that users start trainings with: the commands of docs/training.md, several nodes, failures, and signals.
+"""The launchers that users start trainings with: the commands of docs/training.md, several nodes, failures, signals.
 
 torchrun passes SIGTERM on to the ranks, waits 30 s, and exits with 1 itself; of SIGUSR1 it dies, and the ranks go on.
 deepspeed on one machine is two processes: the first passes nothing on; the second passes SIGTERM on, waits 30 s, and
