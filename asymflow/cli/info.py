@@ -338,16 +338,20 @@ def backbone_elsewhere(config: dict) -> dict[str, str]:
 def work(flops: dict) -> dict[str, str]:
     forward, sampling = flops["forward"], flops["sampling"]
     low, high = sampling["guided_for_sigma"]
-    plain, guided = (f"{sampling[n] / 1e12:,.2f} TFLOPs an image" for n in ("unguided", "guided"))
+    plain, guided = (f"{few(sampling[n] / 1e12)} TFLOPs an image" for n in ("unguided", "guided"))
     passes = sampling["passes"]
     return {
-        "forward pass": f"{forward / 1e9:,.1f} GFLOPs an image ({forward / 2e9:,.1f} billion multiply-adds)",
-        "training step": f"{flops['training_step'] / 1e9:,.1f} GFLOPs an image"
+        "forward pass": f"{few(forward / 1e9)} GFLOPs an image ({few(forward / 2e9)} billion multiply-adds)",
+        "training step": f"{few(flops['training_step'] / 1e9)} GFLOPs an image"
         if flops["training_step"]
         else "not counted",
         "sampling": f"{plain}: {sampling['steps']} Heun steps, {passes['unguided']} passes",
         "guided": f"{guided}: {passes['guided']} passes, two where sigma is in [{low:g}, {high:g}]",
     }
+
+
+def few(x: float) -> str:
+    return f"{x:,.1f}" if x >= 10 else f"{x:.2g}"
 
 
 def aligned(lines: dict[str, str]) -> str:
