@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 
@@ -132,3 +133,18 @@ def test_the_distance_of_the_evaluation_page_is_one(tmp_path, monkeypatch):
     shown = {}
     exec(code_blocks("evaluation.md")[0], shown)
     assert shown["frechet_distance"](shown["one"], shown["other"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["vit", "dit"])
+def test_the_example_of_an_own_backbone_learns_and_draws(tmp_path, network, monkeypatch):
+    spec = importlib.util.spec_from_file_location("own_backbone", ROOT / "docs/examples/own_backbone.py")
+    example, losses = importlib.util.module_from_spec(spec), []
+    spec.loader.exec_module(example)
+    loss = example.flow_matching_loss
+    monkeypatch.setattr(example, "flow_matching_loss", lambda *given: losses.append(loss(*given)) or losses[-1])
+    example.main(network, 20, str(tmp_path / "drawn.png"))
+    first, last = (torch.stack(some).mean() for some in (losses[:3], losses[-3:]))
+    assert len(losses) == 20
+    assert last < 0.7 * first
+    assert matplotlib.image.imread(tmp_path / "drawn.png").std() > 0.01
