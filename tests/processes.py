@@ -147,9 +147,10 @@ class Launched:
         libraries."""
         text = "\n".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.ranks)))
         lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-        lines = [
-            line for line in lines if not re.match(r"step \d+ of \d+: |.*: +\d+%\||[\d,]+ images of \d+ classes", line)
-        ]
+        progress = (
+            r"step \d+ of \d+: |.*: +\d+%\||.*: [\d,]+ of [\d,]+ \w+, |looking through the data$|making the model"
+        )
+        lines = [line for line in lines if not re.match(rf"{progress}|[\d,]+ images of \d+ classes", line)]
         return [line for line in lines if line.strip() and not line.startswith(("[W", "[rank"))]
 
 

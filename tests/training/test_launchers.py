@@ -100,7 +100,6 @@ def test_the_commands_that_train_give_the_same_curve(trained):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_only_our_lines_are_shown(trained):
     """The launchers print some of their own; that of DeepSpeed warns once more that it found no GPU."""
     launcher = re.compile(r"\] \[(launch|runner|real_accelerator)\.py:|^\*+$|OMP_NUM_THREADS")
