@@ -1,6 +1,7 @@
 """The pages of docs/: their code runs, their commands and keys exist, and the reference has every public name."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
