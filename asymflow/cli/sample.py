@@ -26,6 +26,7 @@ from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
 from asymflow.precision import Precision, computing, usual_precision
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
+from asymflow.text import count
 from asymflow.training.run.checkpoint import MANIFEST
 
 EXAMPLES = """\
@@ -148,7 +149,7 @@ def run_classes(args: argparse.Namespace) -> None:
     if missing := [name for name in ("num_classes", "grid") if not hasattr(flow.backbone, name)]:
         raise InputError(f"{type(flow.backbone).__name__} has no attribute {missing[0]}, which drawing needs")
     if flow.channels != 3 or not flow.backbone.num_classes:
-        has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
+        has = f"{count(flow.channels, 'channel')} and {count(flow.backbone.num_classes, 'class')}"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
     names = class_names(found.run if isinstance(found, Choice) else found)
     classes = class_list(args.classes, flow.backbone.num_classes, names)

@@ -162,7 +162,7 @@ def run_procrustes(args: argparse.Namespace) -> None:
         left = ((inside + total - 2 * common) / total).item()
         facts = {"error": f"{100 * left:.2f} % = |s A z - x|^2 / |x|^2"}
         if tally["images"] < ENOUGH:
-            facts["warning"] = f"only {tally['images']} images: take at least {ENOUGH:,}"
+            facts["warning"] = f"only {tally['images']} image{'s' * (tally['images'] != 1)}: take at least {ENOUGH:,}"
         return facts
 
     if shards is None:
