@@ -10,12 +10,13 @@ import posixpath
 import random
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from asymflow import opening
 from asymflow.errors import InputError
+from asymflow.text import count
 
 T = TypeVar("T")
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
@@ -78,34 +79,56 @@ def find_images(paths: Iterable[str | Path]) -> list[Entry]:
     """Every image in folders (and the folders in them), tar files, and single files. None is opened.
 
     In the order of the paths; in a folder sorted by name, in a tar file in its own order. Hidden files are left out.
-    Raises InputError if there is no image, or a path is something else.
+    Prints one line if there are images of other kinds. Raises InputError if there is no image, or a path is something
+    else.
     """
     paths = list(paths)
-    images = [entry for entry in find_entries(paths) if entry.is_image]
+    images, others = [], []
+    for entry in find_entries(paths):
+        if entry.is_image or entry.is_other_image:
+            (images if entry.is_image else others).append(entry)
     if not images:
         raise InputError(f"{listing(paths)} has no images: no file in it ends with {', '.join(IMAGES)}")
+    if others:
+        print(other_kinds(others), file=sys.stderr)
     return images
 
 
 def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
     """(image, latents) of every sample that has both: `KEY.png` (or jpg, ...) and `KEY.latent.npy`; KEY has no dot.
 
-    Found and ordered as by `find_images`. Raises InputError if there is none, or a sample has two images.
+    Found and ordered as by `find_images`. Prints one line if there are images without latents. Raises InputError if
+    there is no pair, or a sample has two images.
     """
     paths = list(paths)
-    pairs = []
+    pairs, alone = [], []
     for key, files in samples(find_entries(paths)).items():
         images = [files[kind] for kind in IMAGES if kind in files]
         if LATENTS in files and len(images) > 1:
             raise InputError(f"{key} has more than one image: {images[0]} and {images[1]}")
         if LATENTS in files and images:
             pairs.append((images[0], files[LATENTS]))
+        else:
+            alone += [entry for entry in files.values() if entry.is_image or entry.is_other_image]
     if not pairs:
         raise InputError(
             f"{listing(paths)} has no images with latents: each image, such as KEY.png, needs its latents beside it, "
             f"KEY.{LATENTS}, with the same KEY up to the first dot"
         )
+    if alone:
+        what = f"{count(len(alone), 'image')} ({first(alone)})"
+        print(f"passed over, without latents beside (or of a kind that is not read): {what}", file=sys.stderr)
     return pairs
+
+
+def other_kinds(found: Sequence[object]) -> str:
+    """What to say of images, at least one, of kinds that are not read."""
+    what = f"{count(len(found), 'image')} ({first(found)})"
+    return f"passed over, of a kind that is not read: {what}. Convert such files to png or jpg"
+
+
+def first(found: Sequence[object]) -> str:
+    return f"{found[0]}" if len(found) == 1 else f"the first: {found[0]}"
 
 
 def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
@@ -143,10 +166,8 @@ def folder_entries(folder: str) -> Iterator[Entry]:
     again: list[str] = []
     yield from entries_below(folder, set(), again)
     if again:
-        print(
-            f"{len(again)} links lead to folders that have been read already, and are not followed, such as {again[0]}",
-            file=sys.stderr,
-        )
+        what = f"{count(len(again), 'link')} ({first(again)})"
+        print(f"not followed, because the folder has been read already: {what}", file=sys.stderr)
 
 
 def entries_below(folder: str, seen: set[str], again: list[str]) -> Iterator[Entry]:

@@ -4,7 +4,6 @@ import math
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -102,7 +101,9 @@ def draw_spectrum(subspace: Subspace, above, below) -> None:
     above.set_title("energy along each direction", fontsize=10, color=INK)
     below.set_title("energy along the first directions together", fontsize=10, color=INK)
     below.set_xlabel("direction", fontsize=9, color=INK)
-    below.set_ylim(top=1.02)
+    lowest = below.get_ylim()[0]
+    below.set_ylim(top=1 + 0.03 * (1 - lowest))  # so that a line at 1 is seen in full
+    below.set_yticks([tick for tick in below.get_yticks() if lowest <= tick < 1 + 1e-9])
     if 1 <= subspace.rank <= len(share):
         for panel, values in ((above, share), (below, together)):
             panel.axvline(subspace.rank, color=ACCENT, linewidth=1, linestyle="--")
@@ -115,7 +116,7 @@ def draw_spectrum(subspace: Subspace, above, below) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, labelsize=8)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        panel.yaxis.set_major_formatter(lambda y, _: f"{np.format_float_positional(100 * y, 6, False, trim='-')} %")
+        panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.6g} %")
 
 
 def headline(subspace: Subspace) -> str:

@@ -1,7 +1,7 @@
 """The chat template of a base model: a program of whoever made the model, in the language Jinja.
 
-Jinja's sandbox keeps it from files and processes, but bounds neither its time nor its memory. So it first runs as
-`python -m asymflow.templates`, a process with limits; only what ends there in time runs in this one.
+Jinja's sandbox keeps it from files and processes, but bounds neither its time nor its memory. So it first runs in a
+process with limits; only what ends there in time runs in this one.
 """
 
 import json
@@ -15,6 +15,7 @@ MOST_SECONDS = 5
 """Processor time that a template may take for one short prompt. Real ones take 0.2, with the start of Python."""
 MOST_MEMORY = 2**30
 """Bytes of memory that it may take. Not on macOS and Windows, which do not limit it."""
+CHILD = "from asymflow import templates; templates.run_as_child()"
 OPTIONS = {"add_generation_prompt": True, "enable_thinking": False}
 
 
@@ -36,7 +37,7 @@ def check_chat_template(tokenizer, base: object) -> None:
 
 def run_limited(template: str, variables: dict) -> None:
     """Run a template in a process with limits, for nothing but to see that it ends. InputError if it does not."""
-    command = [sys.executable, "-m", "asymflow.templates"]
+    command = [sys.executable, "-c", CHILD]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     given = json.dumps([template, variables]).encode()
     try:
@@ -56,6 +57,15 @@ def limit_this_process() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
     if sys.platform != "darwin":  # which refuses any limit of memory
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+
+
+def run_as_child() -> None:
+    """What the process with limits does; its exit code is 0 if the template works, and else it says why."""
+    limit_this_process()
+    try:
+        run_here()
+    except Exception as e:  # a program can raise many types of errors
+        sys.exit(f"{type(e).__name__}: {e}"[:300])
 
 
 def run_here() -> None:
@@ -83,11 +93,3 @@ def run_here() -> None:
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
     template, variables = json.load(sys.stdin)
     environment.from_string(template).render(variables)
-
-
-if __name__ == "__main__":
-    limit_this_process()
-    try:
-        run_here()
-    except Exception as e:  # a program can raise many types of errors
-        sys.exit(f"{type(e).__name__}: {e}"[:300])

@@ -1,4 +1,7 @@
-"""Text in files that a user gives: UTF-8, or what a byte order mark says. Nothing is guessed, nothing replaced."""
+"""Text in files that a user gives: UTF-8, or what a byte order mark says. Nothing is guessed, nothing replaced.
+
+And text that is shown.
+"""
 
 import codecs
 import unicodedata
@@ -33,3 +36,9 @@ def decode(content: bytes) -> str:
 def is_blank(text: str) -> bool:
     """Whether nothing in a text can be seen: white space, byte order marks, zero-width characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things, such as "1 image", "2 classes" or "1,000 files"."""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"

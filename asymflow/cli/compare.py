@@ -13,6 +13,7 @@ from asymflow import files, opening, packages
 from asymflow.cli.common import at_least, this_process
 from asymflow.entries import NOT_DATA, Entry, choose
 from asymflow.errors import InputError
+from asymflow.text import count
 
 ABOUT = """Train the three predictions on your own images, and draw one figure of what came out: samples, loss curves, a
 table. Everything else is the same: images and their order, noise, seed, network, steps. Only subspace.rank differs:
@@ -204,7 +205,8 @@ def prepare(args: argparse.Namespace, folder) -> list[str]:
     held_out = hold_out(folder.labels.tolist(), args.seed)
     rest = sorted({*range(len(folder))} - {*held_out})
     classes = ", ".join([*folder.classes[:8], *(["..."] if folder.num_classes > 8 else [])])
-    told = f"{len(folder):,} images of {folder.num_classes} classes ({len(held_out):,} held out): {classes}"
+    what = f"{count(len(folder), 'image')} of {count(folder.num_classes, 'class')}"
+    told = f"{what} ({len(held_out):,} held out): {classes}"
     print(told.encode(errors="backslashreplace").decode(), flush=True)  # a name may be no text
     for remark in folder.remarks:
         print(remark, file=sys.stderr)
@@ -215,7 +217,8 @@ def prepare(args: argparse.Namespace, folder) -> list[str]:
             pack_folder(folder.part(indices), out, 10_000, "png", os.cpu_count() or 1, allow_bad=100)
         if (out / PROBLEMS).exists():
             problems = (out / PROBLEMS).read_text(errors="replace").splitlines()
-            print(f"{len(problems)} could not be read and are left out: see {out / PROBLEMS}", file=sys.stderr)
+            what = f"{count(len(problems), 'image')}, see {out / PROBLEMS}"
+            print(f"left out, because unreadable: {what}", file=sys.stderr)
             left_out += problems
     return left_out
 

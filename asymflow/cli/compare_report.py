@@ -17,6 +17,7 @@ from asymflow.cli.common import default_device
 from asymflow.cli.models import choose, model_of_run
 from asymflow.data.shards import TarShards
 from asymflow.pictures import image_grid
+from asymflow.text import count
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.class_conditional import ClassConditional
@@ -115,9 +116,9 @@ def remarks(config: Config, images: int, unseen: int, left_out: list[str], rows:
     if not unseen:
         found.append("Too few images to hold any out.")
     elif unseen < 100:
-        found.append(f"Only {unseen} images are held out, so the held-out loss is rough.")
+        found.append(f"Held out: only {count(unseen, 'image')}, so the held-out loss is rough.")
     if left_out:
-        found.append(f"{len(left_out)} images could not be read and are left out.")
+        found.append(f"Left out, because unreadable: {count(len(left_out), 'image')}.")
     return [*found, frechet_words(config, images, rows)]
 
 

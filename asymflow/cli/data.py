@@ -12,10 +12,13 @@ import torch
 
 from asymflow.cli.common import at_least, default_device
 from asymflow.cli.subspace import own_device, processes
+from asymflow.data.described import described
 from asymflow.data.encode import CUT, LOSSLESS, encode
-from asymflow.data.pack import pack
-from asymflow.data.writing import FORMATS, PROBLEMS
+from asymflow.data.folder import ImageFolder
+from asymflow.data.pack import pack_folder
+from asymflow.data.writing import FORMATS, PROBLEMS, check_outside
 from asymflow.errors import InputError
+from asymflow.text import count
 from asymflow.training.run.ranks import WORLD_SIZE_VARIABLES
 
 GROUP = """Prepare images for training.
@@ -28,8 +31,9 @@ To encode images and captions once, for turning a latent text-to-image model int
 
 PACK = """Make tar shards of square images (00000.tar, ..., in WebDataset's convention: KEY.png, KEY.cls, KEY.txt) of a
 folder with one folder of images for each class, such as ImageNet as downloaded. Images are cropped as by ADM, DiT and
-JiT. IMAGE.txt beside IMAGE.jpg is its caption. Where it was interrupted, the same command goes on. The same images make
-the same bytes. Train on them with --set data.kind=webdataset."""
+JiT. IMAGE.txt beside IMAGE.jpg is its caption. Images that cannot be read are left out, and listed in problems.log.
+Where it was interrupted, the same command goes on. The same images make the same bytes. Train on them with
+--set data.kind=webdataset."""
 
 ENCODE = """Make tar shards of images with captions, each with its latent and the embedding of its caption as the
 transformer of the base model sees them, for training and for `asymflow subspace procrustes --shards`. The base is a
@@ -49,6 +53,7 @@ with the 9B model; a million captions, 12.6 TB. A smaller --max-length is the on
 CAPTIONED = """folders of images (and of the folders and .tar files in them) or .tar files, with IMAGE.txt beside
 IMAGE.jpg, or "caption" in IMAGE.json; .jsonl files with lines such as {"image": "a/1.jpg", "caption": "a cat"}; or
 shapes:COUNT, so many generated pictures"""
+ALLOW_BAD = "how many images may be left out, in percent; more are an error, after all were looked at"
 IMAGE_FORMAT = "png and webp keep the pixels, and webp is read faster; jpg, at quality 95, is smaller but not the same"
 
 
@@ -62,6 +67,7 @@ def add_command(commands) -> None:
     p.add_argument("--per-shard", type=at_least(1), default=10_000, metavar="N", help="images in a shard")
     p.add_argument("--format", choices=FORMATS, default="png", help=IMAGE_FORMAT)
     p.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="threads that crop")
+    p.add_argument("--allow-bad", type=number(0), default=1.0, metavar="PERCENT", help=ALLOW_BAD)
     p.set_defaults(run=run_pack)
 
     p = actions.add_parser("encode", help="make shards of images, latents and prompt embeddings", description=ENCODE)
@@ -75,19 +81,23 @@ def add_command(commands) -> None:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the models and prompts")
     p.add_argument("--max-length", type=at_least(1), default=512, metavar="N", help="tokens of a prompt, padding too")
     p.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="images in the models at a time")
-    bad = "how many may be left out, in percent, before it stops"
-    p.add_argument("--allow-bad", type=number(0), default=1.0, metavar="PERCENT", help=bad)
+    p.add_argument("--allow-bad", type=number(0), default=1.0, metavar="PERCENT", help=ALLOW_BAD)
     p.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="threads that read")
     p.add_argument("--device", default=default_device(), help="where to compute, such as cpu, cuda or cuda:1")
     p.set_defaults(run=run_encode)
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    meta = pack(args.data, args.out, args.size, args.per_shard, args.format, args.workers)
-    if meta["unreadable"]:
-        print(f"{meta['unreadable']} could not be read and are left out: see {args.out / PROBLEMS}", file=sys.stderr)
+    check_outside(args.out, [str(args.data.resolve())])  # before all images are listed
+    folder = ImageFolder(args.data, args.size)
+    for line in described(folder):
+        print(line, file=sys.stderr)
+    meta = pack_folder(folder, args.out, args.per_shard, args.format, args.workers, args.allow_bad)
+    if bad := meta["unreadable"]:
+        print(f"left out, because unreadable: {count(bad, 'image')}, see {args.out / PROBLEMS}", file=sys.stderr)
     classes = len(meta["classes"])
-    print(f"{meta['images']:,} images of {classes:,} classes are in {args.out}, in shards: {meta['shards']:,}")
+    what = f"{count(meta['images'], 'image')} of {count(classes, 'class')}"
+    print(f"written to {args.out}: {what}, in {count(meta['shards'], 'shard')}")
     options = f"data.kind=webdataset --set data.path={shlex.quote(str(args.out))} --set model.num_classes={classes}"
     print(f"to train on them: --set {options}")
 
@@ -142,10 +152,11 @@ def run_encode(args: argparse.Namespace) -> None:
         print(f"process {rank} of {world} is done; if none says where all images are, run the same command again")
         return
     if meta["left_out"]:
-        print(f"{meta['left_out']} are left out: see {args.out / PROBLEMS} for the reasons", file=sys.stderr)
+        print(f"left out: {count(meta['left_out'], 'image')}, see {args.out / PROBLEMS}", file=sys.stderr)
     if cut := meta.get("cut_captions"):
-        print(f"{cut} captions are longer than --max-length, and were cut: see {args.out / CUT}", file=sys.stderr)
+        print(f"cut, because longer than --max-length: {count(cut, 'caption')}, see {args.out / CUT}", file=sys.stderr)
     filled = sum(count > 0 for count in meta["images_in_bucket"])
     sizes = "one size" if filled == 1 else f"{filled} sizes"
-    print(f"{meta['images']:,} images of {sizes} are in {args.out}, in shards: {meta['shards']:,}")
+    what = f"{count(meta['images'], 'image')} of {sizes}, in {count(meta['shards'], 'shard')}"
+    print(f"written to {args.out}: {what}")
     print(f"next: asymflow subspace procrustes --shards {shlex.quote(str(args.out))} --out FILE.safetensors")

@@ -146,7 +146,8 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
         with files.replacing(args.out / "grid.png") as beside:
             images = torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])
             image_grid(images, width=GRID_WIDTH).save(beside)
-        print(f"{len(plan)} images are in {args.images}, grid.png and {RECORD} in {args.out}")
+        drawn = "1 image is" if len(plan) == 1 else f"{len(plan)} images are"
+        print(f"{drawn} in {args.images}, grid.png and {RECORD} in {args.out}")
 
 
 def read_png(path: Path) -> Tensor:

@@ -113,7 +113,7 @@ def run_ema(args: argparse.Namespace) -> None:
                     term = coefficient * values.double()
                     weights[parameter] = weights[parameter] + term if parameter in weights else term
     save(args, {name: values.float() for name, values in weights.items()}, reader.folder)
-    print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} averages: {args.out}")
+    print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} average{'s' * (len(used) != 1)}: {args.out}")
     print(f"of its profile, {unmatched:.2%} (of the norm) could not be matched")
     if unmatched > ema.MISMATCH:
         last = snapshots[-1][0]

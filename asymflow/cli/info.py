@@ -32,6 +32,7 @@ from asymflow.model import CONFIG, WEIGHTS, AsymFlow, make_backbone, read_config
 from asymflow.patches import token_grid
 from asymflow.sampling import guided, sample, sigma_grid
 from asymflow.subspace import Subspace
+from asymflow.text import count
 
 TEXT = """Say what a model is, and what it costs to run and to train. Its weights are not read, and need not even exist:
 operations and memory are counted on tensors without numbers. It takes seconds. A model that is on the Hugging Face Hub,
@@ -316,7 +317,7 @@ def jit(found: dict) -> dict[str, str]:
     record = "".join(f", {tokens[name]}" for name in ("color_space", "fitted_on") if tokens[name])
     return {
         "backbone": f"{network['class']}{known}, {found['dtype']}{shown}",
-        "images": f"{height} x {width} pixels, {channels} channels, {sizes['num_classes']} classes",
+        "images": f"{height} x {width} pixels, {count(channels, 'channel')}, {count(sizes['num_classes'], 'class')}",
         "tokens": f"{rows} x {columns} patches of {patch} x {patch} pixels, {flow['token_order']}",
         "in context": f"{sizes['in_context_tokens']} tokens of the class from block {sizes['in_context_start']} on",
         "subspace": f"rank {tokens['rank']} of {tokens['dim']} dimensions, scale {found['scale']:.6g}{record}",

@@ -26,6 +26,7 @@ from asymflow.model import WEIGHTS, AsymFlow
 from asymflow.patches import token_grid
 from asymflow.precision import Precision, computing, usual_precision
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
+from asymflow.text import count
 from asymflow.training.run.checkpoint import MANIFEST
 
 EXAMPLES = """\
@@ -150,7 +151,7 @@ def run_classes(args: argparse.Namespace) -> None:
     if missing := [name for name in ("num_classes", "grid") if not hasattr(flow.backbone, name)]:
         raise InputError(f"{type(flow.backbone).__name__} has no attribute {missing[0]}, which drawing needs")
     if flow.channels != 3 or not flow.backbone.num_classes:
-        has = f"{flow.channels} channels and {flow.backbone.num_classes} classes"
+        has = f"{count(flow.channels, 'channel')} and {count(flow.backbone.num_classes, 'class')}"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
     names = class_names(found.run if isinstance(found, Choice) else found)
     classes = class_list(args.classes, flow.backbone.num_classes, names)
@@ -258,30 +259,42 @@ def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]
 def class_list(text: str, num_classes: int, names: list[str]) -> list[int]:
     """The classes that --classes means. names: of the classes, by number; empty if they are not known.
 
-    A number is the number of a class, also where classes have numbers for names.
+    A number is the number of a class, also where classes have numbers for names. A name counts as it is written; if
+    there is none such, in capital and small letters.
     """
     if text == "all":
         return list(range(num_classes))
-    number = {name.casefold(): i for i, name in enumerate(names)}
-    if text.casefold() in number and not text.isdecimal():  # it may have a comma in it
-        return [number[text.casefold()]]
+    if not text.isdecimal() and (found := named(text, names)) is not None:  # it may have a comma in it
+        return [found]
     classes = []
     for word in map(str.strip, text.split(",")):
+        found = named(word, names)
         if re.fullmatch("-?[0-9]+", word):
             if not 0 <= int(word) < num_classes:
                 last = num_classes - 1
                 raise InputError(f"--classes {word} is not a class of this model: they run from 0 to {last}")
-            if number.get(word, int(word)) != int(word):
-                print(f"--classes {word} is class number {word}: that named {word} is {number[word]}", file=sys.stderr)
+            if found not in (None, int(word)):
+                print(f"--classes {word} is class number {word}: that named {word} is {found}", file=sys.stderr)
             classes.append(int(word))
-        elif word.casefold() in number:
-            classes.append(number[word.casefold()])
+        elif found is not None:
+            classes.append(found)
         else:
             near = get_close_matches(word, names, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "numbers, such as 207,360, names, or all"
             known = "" if names else ", and this model has no names of classes"
             raise InputError(f"--classes {word!r:.60} is no class{known}: {hint}")
     return classes
+
+
+def named(word: str, names: list[str]) -> int | None:
+    """The class of this name; None if there is none. InputError if several classes could be meant."""
+    exact = [i for i, name in enumerate(names) if name == word]
+    found = exact or [i for i, name in enumerate(names) if name.casefold() == word.casefold()]
+    if len(found) > 1:
+        which = " or ".join(f"class {i} ({names[i]})" for i in found[:4])
+        how = "give the number of one" if exact else "write one as it is written there, or give its number"
+        raise InputError(f"--classes {word!r:.60} may be {which}: {how}")
+    return found[0] if found else None
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -1,13 +1,14 @@
 """`asymflow subspace`: fit the subspace in which the noise is predicted, by PCA or Procrustes, or show one."""
 
 import argparse
+import io
 import itertools
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def run_procrustes(args: argparse.Namespace) -> None:
         left = ((inside + total - 2 * common) / total).item()
         facts = {"error": f"{100 * left:.2f} % = |s A z - x|^2 / |x|^2"}
         if tally["images"] < ENOUGH:
-            facts["warning"] = f"only {tally['images']} images: take at least {ENOUGH:,}"
+            facts["warning"] = f"only {tally['images']} image{'s' * (tally['images'] != 1)}: take at least {ENOUGH:,}"
         return facts
 
     if shards is None:
@@ -191,7 +192,8 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
     start = time.perf_counter()
     out, picture = new_outputs(args.out)
     with processes(args.device) as (index, count, device):
-        found = find(args.data)
+        with redirect_stderr(io.StringIO()) if index else nullcontext():  # one process says what is passed over
+            found = find(args.data)
         chosen = choose(found, args.images, args.seed)
         share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": [], "cross": 0}
 

@@ -124,7 +124,7 @@ def encode(
         "unfit": unfit,
         "facts": facts_digest(facts, unfit),
     }
-    with writing.Writer(out, ENCODED, len(items), allow_bad, "--allow-bad", rank, world) as shards:
+    with writing.Writer(out, ENCODED, len(items), allow_bad, rank, world) as shards:
         shards.begin(settings, SAME, beside=[EMPTY_PROMPT])
         facts = as_begun(shards, facts)
         plan = writing.plan_shards([getattr(fact, "bucket", None) for fact in facts], per_shard)

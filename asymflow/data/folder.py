@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from asymflow.data.sample import Sample
-from asymflow.entries import NOT_DATA, Entry, UnreadableError, folder_entries
+from asymflow.entries import NOT_DATA, Entry, UnreadableError, folder_entries, other_kinds
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, read_image
 from asymflow.text import decode
@@ -48,7 +48,7 @@ class ImageFolder:
             captioned += [caption_path(image) in captions for image in images]
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
-        self.remarks = [f"{len(others)} files are passed over, such as {others[0]}: convert them"] if others else []
+        self.remarks = [other_kinds(others)] if others else []
         self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
 
     @property
@@ -101,7 +101,8 @@ def class_names(path: str | Path) -> list[str]:
     with os.scandir(path) as items:
         items = [item for item in items if not item.name.startswith(".") and item.name not in NOT_DATA]
     classes = sorted(item.name for item in items if item.is_dir())
-    if outside := sorted(item.name for item in items if Entry(item.name).is_image and not item.is_dir()):
+    entries = [Entry(item.name) for item in items if not item.is_dir()]
+    if outside := sorted(entry.path for entry in entries if entry.is_image or entry.is_other_image):
         raise InputError(f"{path}/{outside[0]} is in no class: each image must be in a folder that is its class")
     if not classes:
         hint = (

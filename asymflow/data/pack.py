@@ -9,12 +9,6 @@ from asymflow.data.shards import PACKED, Index, make_index
 from asymflow.pixels import in_order
 
 
-def pack(data: Path, out: Path, size: int, per_shard: int, image_format: str, threads: int) -> dict:
-    """`pack_folder` of the `ImageFolder` at `data`."""
-    writing.check_outside(out, [str(data.resolve())])
-    return pack_folder(ImageFolder(data, size), out, per_shard, image_format, threads)
-
-
 def pack_folder(
     folder: ImageFolder, out: Path, per_shard: int, image_format: str, threads: int, allow_bad: float = 1.0
 ) -> dict:
@@ -22,7 +16,8 @@ def pack_folder(
 
     In a shuffled order that is always the same, so that each shard is a fair sample. KEY is the number of the image in
     the folder. What could not be read is left out, and listed in problems.log. Raises InputError if that is more than
-    allow_bad percent of the images, or all, or `out` belongs to another call, or one that is not at its end.
+    allow_bad percent of the images, or all (after all were looked at, so that all are listed), or `out` belongs to
+    another call, or one that is not at its end.
     """
     listed = (name + (b"\0+" if text else b"\0-") for name, text in zip(folder.names, folder.captioned, strict=True))
     settings = {

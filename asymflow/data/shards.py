@@ -15,10 +15,11 @@ import numpy as np
 from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
-from asymflow.entries import IMAGES, Entry, samples, tar_entries
+from asymflow.entries import IMAGES, Entry, first, other_kinds, samples, tar_entries
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, in_order, read_image
 from asymflow.progress import progress_bar
+from asymflow.text import count
 
 INDEX = ".index.npz"  # replaces .tar in the name of the file that says where the samples of a shard lie
 COLUMNS = {"name", "label", "image", "caption"}
@@ -93,8 +94,8 @@ class TarShards:
         counts = [len(index["label"]) for index in indices]
         self.passed_over = [os.fsdecode(name) for index in indices for name in index.get("passed", [])]
         if not sum(counts):
-            why = f"no file in it ends with {', '.join(IMAGES)}" if not self.passed_over else dotted(self.passed_over)
-            raise InputError(f"{path} has no images: {why}")
+            why = passed_over(self.passed_over) or [f"no file in it ends with {', '.join(IMAGES)}"]
+            raise InputError(f"{path} has no images: {'; '.join(why)}")
         self.shard = np.repeat(np.arange(len(counts)), counts)
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
@@ -111,8 +112,7 @@ class TarShards:
     def remarks(self) -> list[str]:
         """What a user should know: what is passed over, and that the shards are of several sets."""
         found = []
-        if self.passed_over:
-            found.append(f"of {len(self) + len(self.passed_over)} images {dotted(self.passed_over)}")
+        found += passed_over(self.passed_over)
         sets = Counter(re.sub(r"[0-9]+", "#", os.path.basename(shard)) for shard in self.shards)  # noqa: PTH119
         if len(sets) > 1 and len(sets) < len(self.shards):
             names = ", ".join(f"{count} of {name}" for name, count in sorted(sets.items()))
@@ -139,11 +139,18 @@ class TarShards:
         return Sample(to_uint8(image), self.label(index), str(entry), text)
 
 
+def passed_over(names: Sequence[str]) -> list[str]:
+    """What to say of images of a tar file that are not used."""
+    others = [name for name in names if Entry(name).is_other_image]
+    with_dots = [name for name in names if not Entry(name).is_other_image]
+    return ([other_kinds(others)] if others else []) + ([dotted(with_dots)] if with_dots else [])
+
+
 def dotted(names: Sequence[str]) -> str:
     """Why these images of a tar file are not used."""
     return (
-        f"{len(names)} are passed over, such as {names[0]}: WebDataset takes a name up to its first dot for the key of "
-        "the sample, so that what follows is no kind of image: rename them"
+        f"passed over, because of a dot in the name: {count(len(names), 'image')} ({first(names)}). WebDataset takes a "
+        "name up to its first dot for the key of the sample, so what follows is no kind of image: rename such files"
     )
 
 
@@ -226,7 +233,8 @@ def read_index(shard: str) -> Index:
         for key, kinds in found.items():
             images = [kinds[kind] for kind in IMAGES if kind in kinds]
             if not images:
-                passed += [os.fsencode(entry.member) for entry in kinds.values() if entry.is_image]
+                others = (entry for entry in kinds.values() if entry.is_image or entry.is_other_image)
+                passed += [os.fsencode(entry.member) for entry in others]
                 continue
             if len(images) > 1:
                 raise InputError(f"{key} has more than one image: {images[0].member} and {images[1].member}")
@@ -267,8 +275,8 @@ def find_indices(shards: Sequence[str]) -> list[Index]:
             unkept.append(f"{shards[number]} ({reason})")
     if unkept:
         print(
-            f"the index of {len(unkept)} shards could not be kept, so the next start reads their headers again; the "
-            f"first: {unkept[0]}",
+            f"the index of {count(len(unkept), 'shard')} could not be kept, so the next start reads the headers again; "
+            f"the first: {unkept[0]}",
             file=sys.stderr,
         )
     return indices

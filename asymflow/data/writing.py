@@ -9,7 +9,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ from asymflow.data.shards import META, Index, Kind, fingerprint, load_index, rea
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
 from asymflow.progress import progress_bar
+from asymflow.text import count
 
 PROBLEMS = "problems.log"  # "name: reason" of each image that is left out, sorted
 LOCK, AT_WORK = ".lock", "is being written to"  # .lock0, .lock1, ...: one for each process
@@ -39,17 +40,23 @@ Spans = list[tuple[int, int]]
 T = TypeVar("T")
 
 
+class TooManyError(Exception):
+    """More images are left out than may be, so a shard is not kept."""
+
+
 class Writer(ExitStack):
     """A folder of shards, in process `rank` of the `world` that share the work, under torch.distributed.
 
-    count: of all images. InputError, from any method, if more than allow_bad percent are left out; a user knows that as
-    `limit`. meta: what meta.json holds; problems: "name: reason" of what is left out, as far as this process knows.
+    count: of all images. No shard is written any more after more than allow_bad percent are left out: the rest is only
+    looked through, so that all problems are listed, and `finish` raises InputError. So does `todo`, if that many were
+    left out before. meta: what meta.json holds; problems: "name: reason" of what is left out, as far as this process
+    knows.
     """
 
-    def __init__(self, out: Path, kind: Kind, count: int, allow_bad=1.0, limit="the limit", rank=0, world=1):
+    def __init__(self, out: Path, kind: Kind, count: int, allow_bad=1.0, rank=0, world=1):
         super().__init__()
         self.out, self.kind, self.rank, self.world = out, kind, rank, world
-        self.count, self.allow_bad, self.limit, self.meta, self.problems = count, allow_bad, limit, {}, []
+        self.count, self.allow_bad, self.meta, self.problems = count, allow_bad, {}, []
 
     def begin(self, settings: dict, same: dict[str, str] = SAME, beside: Iterable[str] = ()) -> None:
         """Take the folder for this call until the end of the `with`.
@@ -104,23 +111,24 @@ class Writer(ExitStack):
         return todo
 
     def readable(self, results: Iterable[T | UnreadableError]) -> Iterator[T]:
-        """Those that could be read. The others are left out."""
+        """Those that could be read. The others are left out, and all of them once too many were."""
         for result in results:
             self.bar.update()
             if isinstance(result, UnreadableError):
                 self.problems.append(str(result))
-                self.check_problems()
-            else:
+            elif not self.too_many():
                 yield result
 
     def write(self, number: int, samples: Iterable[Sample], index: Callable[[list[int], list[Spans]], Index]) -> None:
         """Write a shard, and its index of the samples, with the problems that came up meanwhile."""
         numbers, spans, before, shard = [], [], len(self.problems), shard_path(self.out, number)
-        with files.replacing(shard) as beside:
+        with suppress(TooManyError), files.replacing(shard) as beside:
             with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
                 for key, contents in samples:
                     numbers.append(key)
                     spans.append([add(tar, f"{key:08d}.{kind}", content) for kind, content in contents.items()])
+            if self.too_many():
+                raise TooManyError
             problems = np.array(self.problems[before:], np.str_)
             save_index(shard, {**index(numbers, spans), "problems": problems}, fingerprint(beside))
 
@@ -130,6 +138,7 @@ class Writer(ExitStack):
         Whichever process is the last finds them all. It is also the last to list problems: others do before they look.
         """
         self.list_problems()
+        self.check_problems()
         indices = self.look(count)
         if any(index is None for index in indices):
             return None
@@ -147,11 +156,15 @@ class Writer(ExitStack):
         return indices
 
     def check_problems(self) -> None:
-        if 100 * len(self.problems) > self.allow_bad * self.count or len(self.problems) == self.count:
+        if self.too_many():
+            first = min(self.problems)
             raise InputError(
-                f"{len(self.problems)} of {self.count} images would be left out, and {self.limit} is "
-                f"{self.allow_bad:g} % (they are in {self.out / PROBLEMS}), the first: {self.problems[0]}"
+                f"{len(self.problems)} of {count(self.count, 'image')} would be left out, and --allow-bad is "
+                f"{self.allow_bad:g} %: mend them (they are listed in {self.out / PROBLEMS}), the first: {first}"
             )
+
+    def too_many(self) -> bool:
+        return 100 * len(self.problems) > self.allow_bad * self.count or len(self.problems) == self.count
 
     def list_problems(self) -> None:
         if self.problems:

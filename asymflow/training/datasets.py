@@ -1,14 +1,16 @@
 """Making the data set that a configuration names."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from asymflow import data
+from asymflow.data.described import class_names, described, listed
 from asymflow.data.sample import Sample
 from asymflow.errors import InputError
 from asymflow.extensions import accepted, called, find, is_own
+from asymflow.text import count
 from asymflow.training.config.reading import Config
 from asymflow.training.config.sections import Data
 
@@ -39,7 +41,8 @@ def check_classes(dataset, config: Config) -> None:
     found, expected = dataset.num_classes, config.model.num_classes
     names = class_names(dataset)
     some = f" ({listed(names)})" if names else ""
-    where = f"{config.data.path or config.data.kind} has {found} classes{some}, but model.num_classes is {expected}"
+    has = f"{config.data.path or config.data.kind} has {count(found, 'class')}{some}"
+    where = f"{has}, but model.num_classes is {expected}"
     if found > expected:
         raise InputError(f"{where}: add --set model.num_classes={found}")
     if not config.data.fewer_classes:
@@ -49,29 +52,9 @@ def check_classes(dataset, config: Config) -> None:
         )
 
 
-def class_names(dataset) -> list[str]:
-    """The names of the classes, by number; empty if the data set has none."""
-    names = getattr(dataset, "classes", None)
-    return [str(name) for name in names] if isinstance(names, list | tuple) else []
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], "...", names[-1]] if len(names) > 4 else names)
-
-
 def said(dataset, config: Config) -> list[str]:
     """What there is to say of a data set at the start of a training."""
-    if not config.model:
-        return []
-    names = class_names(dataset)
-    remarks = list(getattr(dataset, "remarks", []))
-    remarks += [f"{len(dataset):,} images of {dataset.num_classes} classes{': ' if names else ''}{listed(names)}"]
-    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-        remarks.append(
-            f"the classes are numbered in the order of their names as text, not as numbers: {names[1]} is class 1, and "
-            f"{names[-1]} class {len(names) - 1}"
-        )
-    return remarks
+    return described(dataset) if config.model else []
 
 
 def check_arguments(kind: Callable, c: Data) -> None:

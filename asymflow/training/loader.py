@@ -1,5 +1,6 @@
 """Micro-batches by number. Each is made from the seed and the numbers of its samples, so it can be made again."""
 
+import errno
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from asymflow import streams
 from asymflow.data.sample import Sample
@@ -167,9 +168,37 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 def outcomes_of(loader: DataLoader) -> Iterator:
     """What the workers made. Raises RuntimeError if a worker dies, even while it sends its result."""
     try:
-        yield from loader
+        yield from begun(loader)
     except (ConnectionError, EOFError) as e:
         raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {e}") from None
+
+
+def begun(loader: DataLoader) -> Iterator:
+    """The workers of a loader at work. Raises OSError if there is no shared memory even for their locks."""
+    try:
+        return iter(loader)
+    except OSError as e:
+        raise too_little_shared_memory(e) if e.errno == errno.ENOSPC else e from None
+
+
+def in_shared_memory(batch: Batch) -> Batch:
+    """Move its tensors there. Raises OSError if there is too little of it.
+
+    DataLoader would do the same, but in a thread that prints an error and goes on without the batch: the training would
+    wait for it without end.
+    """
+    try:
+        return batch.map_tensors(Tensor.share_memory_)
+    except RuntimeError as e:
+        raise too_little_shared_memory(e) from None
+
+
+def too_little_shared_memory(e: Exception) -> OSError:
+    reason = " ".join(str(e).split())
+    return OSError(
+        f"a process that reads images cannot hand over a batch through shared memory ({reason}): make /dev/shm larger "
+        "(docker run --shm-size 8g), or set fewer data.workers; data.workers=0 needs none"
+    )
 
 
 class Outcomes(torch.utils.data.Dataset):
@@ -183,7 +212,8 @@ class Outcomes(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> Batch | InputError | OSError:
         try:
-            return self.batches[k]
+            batch = self.batches[k]
+            return in_shared_memory(batch) if get_worker_info() else batch
         except (InputError, OSError) as e:
             return e
 

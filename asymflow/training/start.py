@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asymflow import packages, streams
+from asymflow.data.described import class_names
 from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoders import folder_digest
 from asymflow.errors import InputError, out_of_memory
@@ -28,7 +29,7 @@ from asymflow.training.config.derived import make_backbone, patch_size
 from asymflow.training.config.differences import differences
 from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.reading import Config, load_config
-from asymflow.training.datasets import class_names, make_dataset, said
+from asymflow.training.datasets import make_dataset, said
 from asymflow.training.loop import Training
 from asymflow.training.objectives import Objective
 from asymflow.training.objectives.encoded_batches import rare_buckets

@@ -40,6 +40,23 @@ def test_classes_are_told_by_number_or_name(capsys, text, expected):
         assert capsys.readouterr().err == said
 
 
+@given(st.lists(st.text("aAbB", min_size=1, max_size=3), min_size=1, unique=True), st.data())
+def test_a_name_as_it_is_written_counts_and_else_one_that_only_one_class_may_have(names, data):
+    word = data.draw(st.sampled_from(names)).swapcase()
+    alike = [i for i, name in enumerate(names) if name.lower() == word.lower()]
+    if word in names or len(alike) == 1:
+        assert class_list(f"{word},{word}", len(names), names) == 2 * [names.index(word) if word in names else alike[0]]
+    else:
+        with pytest.raises(InputError, match=rf"'{word}' may be class {alike[0]} .* or class {alike[1]} .*number$"):
+            class_list(word, len(names), names)
+
+
+def test_of_two_classes_with_one_name_the_number_is_asked_for():
+    with pytest.raises(InputError, match=r"'crane' may be class 0 \(crane\) or class 2 \(crane\): give the number"):
+        class_list("crane", 3, ["crane", "Crane", "crane"])
+    assert class_list("2, Crane", 3, ["crane", "Crane", "crane"]) == [2, 1]
+
+
 def test_the_names_lie_beside_the_model(tmp_path):
     assert class_names(tmp_path) == []
     (tmp_path / "classes.json").write_text(json.dumps(NAMES))

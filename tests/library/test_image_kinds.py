@@ -92,7 +92,9 @@ def test_what_is_not_read_is_named_and_what_systems_put_beside_is_none(tmp_path)
         other.size()
     data = ImageFolder(tmp_path, 8)
     assert (len(data), data.classes) == (1, ["c"])
-    assert data.remarks == [f"1 files are passed over, such as {tmp_path}/c/b.heic: convert them"]
+    assert data.remarks == [
+        f"passed over, of a kind that is not read: 1 image ({tmp_path}/c/b.heic). Convert such files to png or jpg"
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.TXT", "a.caption", "a.Caption", "a.JSON"])

@@ -85,12 +85,13 @@ def test_a_latent_token_covers_the_patch_of_the_same_place(tmp_path, dtype, form
     assert torch.allclose(patchify(image[None], 4)[0].mean(-1), latents.flatten(0, 1)[:, 0], atol=1e-3)
 
 
-def test_pairs_are_the_samples_that_have_both_wherever_the_files_lie(tmp_path):
+def test_pairs_are_the_samples_that_have_both_wherever_the_files_lie(tmp_path, capsys):
     files = pair_files("b") | pair_files("a", kind="bmp") | {"c.png": b"", "d.latent.npy": b"", "a.txt": b""}
     tar = write_tar(tmp_path / "s.tar", dict(reversed(files.items())))
     write_files(tmp_path / "d", files)
     expected = [("a.bmp", "a.latent.npy"), ("b.png", "b.latent.npy")]
     assert [(p.member, q.member) for p, q in find_pairs([tar])] == expected
+    assert capsys.readouterr().err.endswith(f": 1 image ({tar}: c.png)\n")  # it has no latents
     assert [tuple(e.path.rpartition("/")[2] for e in pair) for pair in find_pairs([tmp_path / "d"])] == expected
     singles = [tmp_path / "d" / name for name in ("b.latent.npy", "b.png")]
     assert len(find_pairs(singles)) == 1

@@ -1,9 +1,11 @@
 """Images: what is found and in which order, pixels that are exactly those of the file, damage that is named."""
 
+import io
 import itertools
 import os
 import threading
 import time
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -30,6 +32,19 @@ def test_images_of_a_folder_are_found_in_the_order_of_their_names_and_none_is_op
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to("nowhere")
     assert names(find_images([tmp_path]), tmp_path) == ["B.png", *wanted[1:5], "z.jpeg"]
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.sampled_from(("png", "heic", "RAW", "csv", "mp4")), max_size=5))
+def test_images_of_kinds_that_are_not_read_are_said(tmp_path_factory, kinds):
+    folder = write_files(tmp_path_factory.mktemp("d"), {f"{name}.{kind}": b"" for name, kind in kinds.items()})
+    write_files(folder, {"z.png": b""})
+    with redirect_stderr(io.StringIO()) as said:
+        assert len(find_images([folder])) == 1 + [*kinds.values()].count("png")
+    others = sorted(f"{name}.{kind}" for name, kind in kinds.items() if kind in ("heic", "RAW"))
+    if others:
+        what = f"1 image ({folder}/" if len(others) == 1 else f"{len(others)} images (the first: {folder}/"
+        expected = f"passed over, of a kind that is not read: {what}{others[0]}). Convert such files to png or jpg\n"
+    assert said.getvalue() == (expected if others else "")
 
 
 def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
 from asymflow import InputError, Subspace, pictures
 from asymflow.patches import TOKEN_ORDERS, patchify
-from asymflow.pictures import basis_patches, draw_subspace, image_grid
+from asymflow.pictures import basis_patches, draw_spectrum, draw_subspace, image_grid
 
 
 def flat(*levels, height=5, width=3):
@@ -158,6 +158,21 @@ def test_the_energy_is_drawn_with_the_share_of_the_subspace(drawn, tmp_path, ran
         for panel in (above, below):  # the mark is on the curve
             (x, y), (curve_x, curve_y) = panel.lines[2].get_data(), panel.lines[0].get_data()
             assert (x[0], y[0]) == (curve_x[rank - 1], curve_y[rank - 1])
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=12, max_size=12), st.floats(1, 1e4))
+@settings(max_examples=10)
+def test_no_tick_is_above_all_of_the_energy(rest, most):
+    """However much of it the first direction has."""
+    below = Figure(figsize=(5, 5.6)).subplots(2)
+    energy = torch.tensor([most, *sorted(rest[1:], reverse=True)], dtype=torch.float64)
+    draw_spectrum(Subspace.random(12, 3, patch_size=2, spectrum=energy), *below)
+    ticks, (low, high) = below[1].get_yticks(), below[1].get_ylim()
+    assert low <= ticks.min() <= ticks.max() <= 1 + 1e-9 < high
+    assert len(ticks) >= 2
+    for panel in below:
+        labels = [panel.yaxis.get_major_formatter()(tick, 0) for tick in panel.get_yticks()]
+        assert len(set(labels)) == len(labels)
 
 
 def test_a_spectrum_with_zeros_can_be_drawn(tmp_path):

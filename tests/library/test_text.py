@@ -17,7 +17,7 @@ from asymflow.cli.sample_text import read_prompts
 from asymflow.data.captioned import find_captioned
 from asymflow.data.folder import ImageFolder
 from asymflow.data.shards import TarShards
-from asymflow.text import MARKS, decode, is_blank
+from asymflow.text import MARKS, count, decode, is_blank
 from asymflow.training.config.reading import load_config
 
 CAPTION = "grüne Tür, 门"
@@ -48,6 +48,11 @@ def test_what_is_decoded_has_all_its_bytes(content):
     with contextlib.suppress(ValueError):
         text = decode(content)
         assert content in (mark + text.encode(encoding) for mark, encoding in [*MARKS.items(), (b"", "utf-8")])
+
+
+def test_a_number_of_things():
+    assert [count(n, "image") for n in (0, 1, 2, 1281167)] == ["0 images", "1 image", "2 images", "1,281,167 images"]
+    assert [count(n, "class") for n in (1, 16)] == ["1 class", "16 classes"]
 
 
 def test_what_cannot_be_seen_is_blank():

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -150,6 +152,45 @@ def test_too_many_corrupt_images_in_a_row_are_an_error_of_one_line(workers):
         InputError, match=f"^{ATTEMPTS} images in a row could not be read; the last: image . is broken$"
     ):
         next(batches.run(0, 3))
+
+
+class TakesTheSharedMemory(Planted):
+    """From the image of sample `at` on, a worker can make no file of shared memory of more than a few bytes."""
+
+    def __init__(self, count, at):
+        super().__init__(count)
+        self.left = at
+
+    def __getitem__(self, i):
+        if self.left == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        self.left -= 1
+        return super().__getitem__(i)
+
+
+@pytest.fixture
+def guard():
+    """An error after a minute, instead of waiting without end."""
+
+    def give_up(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold for shared memory")
+@pytest.mark.parametrize("whole", [0, 2])
+def test_too_little_shared_memory_is_an_error_of_one_line_after_the_batches_before(guard, whole):
+    batches = Batches(TakesTheSharedMemory(36, at=12 * whole), configured("data.workers=1"), 0, 1)
+    stream = batches.run(0, 3)
+    assert [next(stream).samples[0] for _ in range(whole)] == [12 * k for k in range(whole)]
+    with pytest.raises(OSError, match=r"through shared memory .*File too large.*: make /dev/shm larger") as error:
+        next(stream)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_workers_outlive_the_signals_of_a_scheduler():

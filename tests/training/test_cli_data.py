@@ -9,6 +9,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from asymflow import files
@@ -18,10 +20,12 @@ from asymflow.data.folder import ImageFolder
 from asymflow.data.shards import TarShards, index_path
 from asymflow.errors import InputError
 
+CLASSES = "110 images of 3 classes: x, y, z"
+
 
 @pytest.fixture
 def run(capsys):
-    """Run a command in this process; returns (exit code, stdout, stderr without progress bars)."""
+    """Run a command in this process; returns (exit code, stdout, stderr without progress bars and the classes)."""
 
     def run(*argv):
         try:
@@ -30,7 +34,7 @@ def run(capsys):
             code = end.code
         text = capsys.readouterr()
         err = [line.rpartition("\r")[2] for line in text.err.split("\n")]  # a terminal shows no more
-        return code, text.out, "\n".join(line for line in err if line.strip())
+        return code, text.out, "\n".join(line for line in err if line.strip() and line != CLASSES)
 
     return run
 
@@ -210,7 +214,7 @@ def test_a_corrupt_image_is_left_out_and_listed(run, arguments, folder, tmp_path
         code, out, err = run(*arguments)
         assert code == 0
         assert "109 images" in out
-        assert err.startswith("1 could not be read")
+        assert err == f"left out, because unreadable: 1 image, see {tmp_path}/packed/problems.log"
         problems = (tmp_path / "packed/problems.log").read_text()
         assert problems.startswith(f"{folder / 'y/1.v1.png'} is not a whole image")
         assert problems.count("\n") == 1
@@ -228,7 +232,7 @@ def test_too_many_corrupt_images_are_refused(run, arguments, folder, tmp_path):
     for _ in range(2):
         code, out, err = run(*arguments)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert "2 of 110 images would be left out, and the limit is 1 %" in err
+        assert "2 of 110 images would be left out, and --allow-bad is 1 %" in err
         assert len((tmp_path / "packed/problems.log").read_text().splitlines()) == 2
         with pytest.raises(InputError, match="is not finished"):
             TarShards(tmp_path / "packed", 8)
@@ -239,3 +243,47 @@ def test_too_many_corrupt_images_are_refused(run, arguments, folder, tmp_path):
     left = json.loads((tmp_path / "packed/meta.json").read_text())["unreadable"]
     assert left == len((tmp_path / "packed/problems.log").read_text().splitlines()) == 1
     assert len(TarShards(tmp_path / "packed", 8)) == 109
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_when_too_many_are_corrupt_all_are_listed_at_once_and_can_be_mended(run, arguments, folder, tmp_path, at_once):
+    """Shards that were whole before it became too much stay; none is written after that."""
+    out, listing = tmp_path / "packed", ImageFolder(folder, 8)
+    plan = writing.plan_shards([0] * 110, 40)
+    paths = [folder / os.fsdecode(listing.names[n]) for n in (plan[1 - at_once][5], *plan[1][3:4], *plan[2][:29:28])]
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.write_bytes(b"garbage")
+    code, _, err = run(*arguments)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "4 of 110 images would be left out" in err
+    named = [line.split(" is not")[0] for line in (out / "problems.log").read_text().splitlines()]
+    assert named == sorted(map(str, paths))
+    assert [path.name for path in out.glob("*.tar")] == ["00000.tar"]
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert run(*arguments)[0] == 0
+    assert len(TarShards(out, 8)) == 110 - at_once  # what was left out of a shard that is whole stays left out
+
+
+@given(st.integers(0, 12), st.integers(0, 12))
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_allow_bad_is_the_percentage_that_may_be_left_out(run, folder, tmp_path_factory, allowed, bad):
+    out, images = tmp_path_factory.mktemp("out") / "packed", sorted(folder.rglob("*.png"))
+    whole = [path.read_bytes() for path in images[:bad]]
+    for path in images[:bad]:
+        path.write_bytes(b"garbage")
+    code, *_ = run("--data", folder, "--out", out, "--size", 2, "--workers", 1, "--allow-bad", allowed)
+    for path, content in zip(images, whole, strict=False):
+        path.write_bytes(content)
+    assert code == (0 if 100 * bad <= allowed * 110 else 2)
+    assert bad == (len((out / "problems.log").read_text().splitlines()) if (out / "problems.log").exists() else 0)
+
+
+def test_what_is_passed_over_and_the_classes_are_said(arguments, folder, capsys):
+    (folder / "x/phone.heic").touch()
+    (folder / "x/notes.csv").touch()
+    assert main(["data", "pack", *map(str, arguments)]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"passed over, of a kind that is not read: 1 image ({folder}/x/phone.heic). Convert")
+    assert second == CLASSES

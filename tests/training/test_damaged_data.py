@@ -6,7 +6,7 @@ from fuzzing import COUNTS, fuzz
 from image_data import pixels, png, write_tar
 
 from asymflow.data.folder import ImageFolder
-from asymflow.data.pack import pack
+from asymflow.data.pack import pack_folder
 from asymflow.data.shards import TarShards
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
@@ -23,7 +23,7 @@ def make_folder(folder):
 def make_packed(folder):
     (images := folder.parent / "images").mkdir()
     make_folder(images)
-    pack(images, folder, 8, 1, "png", 1)
+    pack_folder(ImageFolder(images, 8), folder, 1, "png", 1)
 
 
 def make_tar(folder):

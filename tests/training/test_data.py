@@ -151,6 +151,9 @@ def test_what_is_no_folder_of_classes_is_refused(folder, tmp_path):
     refused(tmp_path / "none", "is not a folder")
     refused(folder / "a/1.png", "is not a folder")
     refused(folder / "c", "c/0.png is in no class")
+    (folder / "d.heic").touch()
+    refused(folder, "d.heic is in no class")
+    (folder / "d.heic").unlink()
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "has no folders in it")
     (tmp_path / "empty/0.tar").touch()
@@ -234,7 +237,7 @@ def test_where_nothing_can_be_written_the_index_is_in_the_cache(shards, unread, 
         assert capsys.readouterr().err == ""
         check_shards(TarShards(shards, 8))
         said = capsys.readouterr().err
-        assert said.startswith("the index of 2 shards could not be kept, so the next start reads their headers again")
+        assert said.startswith("the index of 2 shards could not be kept, so the next start reads the headers again")
         assert (said.count("\n"), f"{shards / '00.tar'} (" in said) == (1, True)
     unread()
     check_shards(TarShards(shards, 8))

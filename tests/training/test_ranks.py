@@ -144,7 +144,7 @@ def gpus(rank, count):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_machine_with_too_few_gpus_ends_all(tmp_path, rank):
     launched = Launched(3, tmp_path / "run", "train.global_batch_size=9", patch=partial(gpus, rank, rank))
-    one_line(launched, f"rank {rank}: process {rank + 1} of this machine sees {rank} GPUs")
+    one_line(launched, f"rank {rank}: process {rank + 1} of this machine sees {('0 GPUs', '1 GPU')[rank]}:")
 
 
 def test_a_machine_with_other_hardware_ends_all(tmp_path):

@@ -1,5 +1,6 @@
 """Trainings that are starved and fed with rubbish, in real processes."""
 
+import ctypes
 import errno
 import json
 import os
@@ -95,6 +96,14 @@ def little_space_for_metrics(step):
             os.lseek(2, 0, os.SEEK_SET)
 
     before_step(limit, step)
+
+
+def small_shared_memory(rank, size):
+    """One rank and its workers have a /dev/shm of their own."""
+    if this_rank() == rank:
+        assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS
+        command = "mount --make-rprivate / && mount -t tmpfs -o size=$0 tmpfs /dev/shm"
+        subprocess.run(["sh", "-c", command, size], check=True)
 
 
 def vanishes(folder, step):
@@ -269,6 +278,17 @@ def test_a_checkpoint_that_one_rank_cannot_write(tmp_path, rank, name):
     assert "No space left on device" in launched.said()[1]
     assert everything(out) == there
     assert whole_steps(out) == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["4k", "40k"])  # too little for the locks of the workers; and for a batch
+def test_too_little_shared_memory(tmp_path, size):
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs to mount a file system")
+    launched = Launched(2, tmp_path / "run", "data.workers=1", patch=partial(small_shared_memory, 1, size))
+    parts = "rank 1: ", "through shared memory", "No space left on device", "make /dev/shm larger", "data.workers=0"
+    one_line(launched, *parts, code=1)
 
 
 @pytest.mark.slow

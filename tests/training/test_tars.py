@@ -26,10 +26,17 @@ def test_a_dot_in_a_key_is_said(tmp_path):
         data = TarShards(tmp_path / "t.tar", 8)
         assert len(data) == 3
         (remark,) = data.remarks
-        assert remark.startswith("of 5 images 2 are passed over, such as img.v2.png: WebDataset takes a name up to its")
+        said = "passed over, because of a dot in the name: 2 images (the first: img.v2.png). WebDataset takes a name up"
+        assert remark.startswith(said)
     write_tar(tmp_path / "u.tar", [*sample("img.v2"), *sample("img.v3")])
-    with pytest.raises(InputError, match=r"has no images: 2 are passed over, such as img\.v2\.png"):
+    with pytest.raises(InputError, match=r"has no images: passed over, because of a dot in the name: 2 images"):
         TarShards(tmp_path / "u.tar", 8)
+
+
+def test_images_of_kinds_that_are_not_read_are_said(tmp_path):
+    write_tar(tmp_path / "t.tar", [*sample("a"), ("b.heic", b"heic"), ("b.cls", b"0"), ("notes.csv", b"")])
+    (remark,) = TarShards(tmp_path / "t.tar", 8).remarks
+    assert remark.startswith("passed over, of a kind that is not read: 1 image (b.heic)")
 
 
 def test_an_index_that_does_not_say_what_was_passed_over_is_made_anew(tmp_path):

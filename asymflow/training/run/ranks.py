@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from asymflow.errors import InputError
+from asymflow.text import count
 
 PATIENCE = timedelta(minutes=30)  # timeout for a rank that hangs; a rank that dies is noticed at once
 
@@ -85,8 +86,8 @@ def join_group(store: dist.Store) -> torch.device:
     cuda, there = torch.cuda.is_available(), torch.cuda.device_count()
     if cuda and local >= there:
         raise InputError(
-            f"process {local + 1} of this machine sees {there} GPUs: start one for each GPU, and let all see all "
-            "of them (srun: --gpus-per-node, not --gpus-per-task)"
+            f"process {local + 1} of this machine sees {count(there, 'GPU')}: start one for each GPU, and let all see "
+            "all of them (srun: --gpus-per-node, not --gpus-per-task)"
         )
     backend = "nccl" if cuda else "gloo"
     if rank == 0:

@@ -233,5 +233,5 @@ def test_captions_that_are_cut_are_counted_and_listed(base, photos, tmp_path, ca
     words = ["data", "encode", "--base", base, "--data", data, "--out", tmp_path / "s", "--dtype", "float32"]
     words += ["--size", 64, "--per-shard", 4, "--batch", 3, "--max-length", LENGTH, "--workers", 2]
     assert main(list(map(str, words))) == 0
-    assert "2 captions are longer than --max-length, and were cut: see" in capsys.readouterr().err
+    assert "cut, because longer than --max-length: 2 captions, see" in capsys.readouterr().err
     assert (tmp_path / "s/cut_captions.log").read_text().splitlines() == listed
