@@ -293,8 +293,8 @@ print(f"loss: {losses[0]:.3f} at first, {smooth(losses)[-1]:.3f} after {len(loss
 
 # %% [markdown]
 # `generate` draws an image for each label: noise that depends only on the seed and the number of the image, then Heun's
-# method from $\sigma = 1$ to 0. Below, each row is a shape and each column a colour. First after 400 steps, then after 1,200
-# more.
+# method from $\sigma = 1$ to 0. Below, each row is a shape and each column a colour. First after 400 steps, then after
+# 1,200 more.
 
 # %%
 settings = dict(labels=range(16), seed=0, steps=20)  # one image of each class
@@ -302,6 +302,11 @@ early = generate(average.module.eval(), **settings, guidance=2.0)
 train_on_images(5 if QUICK else 1200)
 later = generate(average.module.eval(), **settings, guidance=2.0)
 show(after_400_steps=early, after_1600_steps=later)
+
+# %% [markdown]
+# After 400 steps there are only coloured patches, on a noisy ground. After 1,600 the colours are right, and most shapes
+# can be told, but they are rough, they touch, and some pictures have more than three. This is a small network after a
+# few minutes; the [gallery](gallery.md) shows what larger trainings draw.
 
 # %%
 plt.figure(figsize=(6, 3.2))
@@ -321,17 +326,20 @@ weak, strong = (generate(model, **settings, guidance=scale) for scale in (1.0, 6
 show(guidance_1=weak, guidance_2=later, guidance_6=strong)
 
 # %% [markdown]
-# TEXT
+# At scale 1 the images are paler, and there are fewer shapes. At 2 the colours are stronger. At 6 it is too much: the
+# colours are not those of the data, and noise and the edges of the patches show.
 #
-# **The interval** says at which noise levels guidance acts. Here is the scale 6 again, at all of them, at $\sigma > 0.5$ only, and at
-# $\sigma < 0.5$ only.
+# **The interval** says at which noise levels guidance acts. Here is the scale 6 again, at all of them, only above
+# $\sigma = 0.5$, and only below.
 
 # %%
 above, below = (generate(model, **settings, guidance=6.0, interval=ends) for ends in ((0.5, 1.0), (0.0, 0.5)))
 show(everywhere=strong, only_above_one_half=above, only_below_one_half=below)
 
 # %% [markdown]
-# TEXT
+# High noise levels decide what is in the picture: with guidance there, shapes are added, and the colours stay close to
+# those of the data. Low ones decide what it looks like: most shapes are where they were at scale 1, but with the strong
+# colours and the noise.
 #
 # **The number of steps** says how closely the path is followed. Each of Heun's steps evaluates the network twice (with
 # guidance: also without the class), but for the last.
@@ -344,7 +352,7 @@ five = generate(model, **settings, guidance=2.0)
 show(two_steps=two, five_steps=five, twenty_steps=later)
 
 # %% [markdown]
-# TEXT
+# With two steps many shapes are missing. With five the images are nearly those of twenty steps.
 #
 # ## 6. Where to go next
 #
