@@ -7,13 +7,9 @@
 The same command again continues where it stopped. See docs/training.md, and asymflow/configs for the configurations.
 """
 
-import os
 import sys
 
 from asymflow.packages import importing
-
-if __name__ == "__main__" and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-    print("loading torch and DeepSpeed", file=sys.stderr, flush=True)  # it takes seconds, and longer over a network
 
 with importing(__name__):
     from asymflow.training.start import main

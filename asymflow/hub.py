@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from asymflow.errors import InputError
 
+MODELS, PACKAGED = Path(__file__).parent / "models", ("shapes",)  # models that come with this package, by their names
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
@@ -17,8 +18,10 @@ def locate(path: str | Path, *names: str, what: str) -> Path:
         safetensors file `ORG/NAME/FILE`.
     what: what it should be, for the error message, such as "an adapter".
     Raises InputError if it is neither here nor on the Hub.
+
+    A name of `PACKAGED` is the model that comes with this package, unless there is such a path.
     """
-    path = Path(path)
+    path = packaged(Path(path))
     if path.exists():
         return path
     is_file = path.suffix == ".safetensors"
@@ -32,3 +35,8 @@ def locate(path: str | Path, *names: str, what: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise InputError(f"{path} is neither {what} here nor one that the Hub gave: {reason}") from None
+
+
+def packaged(path: Path) -> Path:
+    """The folder of a model that comes with this package, if `path` is its name and nothing has that path."""
+    return MODELS / path if str(path) in PACKAGED and not path.exists() else path

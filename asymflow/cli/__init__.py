@@ -48,7 +48,7 @@ Fourth, use it:
 examples:
   asymflow info JiT-H/16
   asymflow plot runs/shapes --out shapes.png
-  asymflow sample --model runs/shapes --out runs/samples
+  asymflow sample --model shapes --classes "red circle,blue cross" --out runs/first     a model that comes with this
 
 asymflow COMMAND --help says more about one of them, with examples."""
 

@@ -17,7 +17,10 @@ from asymflow.extensions import find, is_own
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow
 from asymflow.progress import progress_bar
 
-MODEL = "folder of save_pretrained, run of train_ddp.py, published file, or ORG/NAME or ORG/NAME/FILE on the Hub"
+MODEL = (
+    "folder of save_pretrained, run of train_ddp.py, published file, ORG/NAME or ORG/NAME/FILE on the Hub, or shapes, "
+    "which comes with this program"
+)
 
 
 def add_choice(parser) -> None:
@@ -49,14 +52,12 @@ class Choice(NamedTuple):
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
 
 
-MODELS = Path(__file__).parent.parent / "models"
-PACKAGED = ("shapes",)
-"""The models that come with this package, by their names."""
 CLASSES = "classes.json"  # in the folder of a run, or of a model that was exported from it
 
 
 def class_names(folder: Path) -> list[str]:
     """The names of the classes of a run or model, by number; empty if they are not known. InputError if damaged."""
+    folder = hub.packaged(folder)
     if not (folder / CLASSES).is_file():
         return []
     try:
@@ -87,8 +88,6 @@ def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
         return choice
     refuse_choice(path, step, ema)
     refuse_checkpoint(path)
-    if str(path) in PACKAGED and not path.exists():
-        return MODELS / path
     return hub.locate(path, CONFIG, WEIGHTS, what="a model")
 
 

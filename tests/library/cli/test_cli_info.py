@@ -102,7 +102,7 @@ def test_text_for_people(run):
     text = as_text(found)
     assert "JiT-tiny/16, float32, width 64, depth 4, heads 2" in text
     assert "rank 8 of 768" in text
-    assert f"{found['flops']['forward'] / 2e9:.1f} billion multiply-adds" in text
+    assert f"{found['flops']['forward'] / 2e9:.2g} billion multiply-adds" in text
     assert f"parameters     {found['parameters']['total']:,}\n" in text  # fewer than a million
     assert max(map(len, text.splitlines())) <= 120
     table = text.split("1 images on each\n")[1].split("\n\n")[0].splitlines()
