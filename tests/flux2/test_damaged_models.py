@@ -54,6 +54,7 @@ def test_a_damaged_base_is_read_or_refused_in_one_line(base, count, tmp_path):
     fuzz(folder, read, count // 2)
 
 
+@pytest.mark.slow
 def test_a_base_that_claims_a_million_layers_is_refused_before_they_are_made(base, tmp_path):
     folder, started = shutil.copytree(base, tmp_path / "base"), time.monotonic()
     path = folder / "transformer" / "config.json"

@@ -265,6 +265,7 @@ def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
         assert evaluation.few
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
     run(1, tmp_path / "run", *settings(classifier, every="null"))
     launched = run(1, tmp_path / "run", *settings(classifier))

@@ -100,7 +100,7 @@ FURTHER = [*product((1, 2), ["float32 sums"]), (2, "offload")]
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
-        pytest.param(*case, marks=[] if case in ((0, ""), (2, "float32 sums")) else pytest.mark.slow)
+        pytest.param(*case, marks=[] if case in ((0, ""),) else pytest.mark.slow)
         for case in [*product(range(4), ("", "bf16")), *FURTHER]
     ],
 )

@@ -221,6 +221,7 @@ def elsewhere(folder):
     os.chdir(folder / os.environ["RANK"])
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_was_trained_with_has_to_be_there(tmp_path):
     out, settings = tmp_path / "run", ("checkpoint.every=2", "data.workers=0")
     assert Launched(2, out, *settings, "train.steps=2").wait() == [0, 0]

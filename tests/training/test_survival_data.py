@@ -211,6 +211,7 @@ def test_corrupt_images_are_logged_once_and_replaced(tmp_path):
     assert metrics(straight) == metrics(resumed)
 
 
+@pytest.mark.slow
 def test_more_than_one_percent_of_corrupt_images_stop_the_run(tmp_path):
     out = tmp_path / "run"
     few, many = partial(corrupt_images, {5, 77}), partial(corrupt_images, {5, 77, *range(100, 130)})
