@@ -49,7 +49,7 @@ HALF = {
 }
 AUTOCAST = {f"autocast{number}": [*stage(number), "train.precision=bf16"] for number in range(4)}
 RESUMED = ("offload1", "offload2-fourtimes", "offload3-all", *HALF)
-QUICK = ("plain", "half2", "autocast1", "autocast3")
+QUICK = ("plain", "offload3-all", "half2", "autocast1", "autocast3")
 RECOMPUTED = {  # with dropout, whose draws have to be the same again
     name: [*stage(3), *DROPOUT, f"model.checkpoint_every={every}"] for name, every in (("kept", 0), ("recomputed", 1))
 }
