@@ -203,7 +203,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         (tmp_path / "data" / f"{i:03}.png").hardlink_to(tmp_path / "data" / "000.png")
     out = tmp_path / "out" / "s.safetensors"
     with start("asymflow", *PCA, "--data", tmp_path / "data", "--out", out) as process:
-        while "image/s" not in (shown := process.stderr.read(40)):
+        while not (shown := process.stderr.readline()).endswith(" left\n"):
             assert shown, "it ended by itself"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
@@ -242,5 +242,4 @@ def test_two_processes_find_what_one_finds(run, tmp_path):
     assert out.count("wrote") == 1
     assert "tokens       804" in out
     assert err.count("2 images could not be read") == 1
-    assert ("/102 [" in err, "/101 [" in err) == (True, False)  # one progress bar
     assert (tmp_path / "two.png").exists()
