@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -304,16 +304,16 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     return fit_pca(tokens, config.subspace.rank, **options)
 
 
-def readable(dataset, indices: Collection[int]) -> Iterator[Tensor]:
+def readable(dataset, indices: Iterable[int]) -> Iterator[Tensor]:
     """The images, (1, 3, H, W) in [-1, 1]. Those that cannot be read are left out here; training will report them.
 
     Raises InputError, with the last reason, if none can be read.
     """
-    problems = []
-    for i in indices:
+    problems, tried = [], 0
+    for tried, i in enumerate(indices, 1):
         try:
             yield dataset[int(i)].image[None].double() / 127.5 - 1
         except (InputError, OSError) as e:
             problems.append(e)
-    if problems and len(problems) == len(indices):
-        raise InputError(f"none of {len(indices)} images could be read; the last: {problems[-1]}")
+    if problems and len(problems) == tried:
+        raise InputError(f"none of {tried} images could be read; the last: {problems[-1]}")
