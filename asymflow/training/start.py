@@ -310,7 +310,8 @@ def readable(dataset, indices: Iterable[int]) -> Iterator[Tensor]:
     Raises InputError, with the last reason, if none can be read.
     """
     problems, tried = [], 0
-    for tried, i in enumerate(indices, 1):
+    for i in indices:
+        tried += 1
         try:
             yield dataset[int(i)].image[None].double() / 127.5 - 1
         except (InputError, OSError) as e:
