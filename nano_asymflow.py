@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     noise = torch.randn(POINTS, args.dim, generator=stream("sampling"), device=args.device)
     start, floor = distance(noise @ data.frame), distance(fresh)
     print(f"{args.toy} in D = {args.dim} dimensions, {args.steps} steps of {args.batch}, seed {args.seed}")
-    print(f"distance to fresh data in the plane: pure noise {start:.4f} (score 0 %), more of it {floor:.4f} (100 %)\n")
+    print(f"distance to the data in the plane: {start:.4f} of noise (score 0 %), {floor:.4f} of fresh data (100 %)\n")
     print("prediction   rank   score  noise left outside the plane  seconds")
     runs, panels = [], [(f"{args.toy}, seen in its plane", fresh[:1].cpu())]
     for prediction in PREDICTIONS if args.prediction == "all" else [args.prediction]:

@@ -61,6 +61,9 @@ class Lines:
             yield item
             self.update()
 
+    def __len__(self) -> int:
+        return len(self.iterable)
+
     def update(self, n: int = 1) -> None:
         self.n += n
         if (now := time.monotonic()) >= self.next:

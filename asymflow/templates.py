@@ -36,7 +36,7 @@ def check_chat_template(tokenizer, base: object) -> None:
 
 
 def run_limited(template: str, variables: dict) -> None:
-    """Run a template in a process with limits, for nothing but to see that it ends. InputError if it does not."""
+    """Run a template in a process with limits. InputError if it fails, or does not end within them."""
     command = [sys.executable, "-c", CHILD]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     given = json.dumps([template, variables]).encode()
@@ -45,7 +45,7 @@ def run_limited(template: str, variables: dict) -> None:
     except subprocess.TimeoutExpired:
         raise InputError(f"it does not end within {6 * MOST_SECONDS} s") from None
     if limited.returncode != 0:
-        said = limited.stderr.decode(errors="replace").strip().splitlines()
+        said = limited.stderr.decode(errors="backslashreplace").strip().splitlines()
         raise InputError(said[-1] if said else f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY:,} bytes")
 
 

@@ -216,7 +216,7 @@ def prepare(args: argparse.Namespace, folder) -> list[str]:
         if indices:
             pack_folder(folder.part(indices), out, 10_000, "png", os.cpu_count() or 1, allow_bad=100)
         if (out / PROBLEMS).exists():
-            problems = (out / PROBLEMS).read_text(errors="replace").splitlines()
+            problems = (out / PROBLEMS).read_text(errors="backslashreplace").splitlines()
             what = f"{count(len(problems), 'image')}, see {out / PROBLEMS}"
             print(f"left out, because unreadable: {what}", file=sys.stderr)
             left_out += problems

@@ -14,6 +14,7 @@ from asymflow import backbones, cost, hub, opening
 from asymflow.backbones.jit import SIZES, JiT, published
 from asymflow.cli import info_classes, info_flux2, info_memory
 from asymflow.cli.common import at_least, image_size
+from asymflow.cli.info_memory import few
 from asymflow.cli.models import (
     MODEL,
     Choice,
@@ -349,10 +350,6 @@ def work(flops: dict) -> dict[str, str]:
         "sampling": f"{plain}: {sampling['steps']} Heun steps, {passes['unguided']} passes",
         "guided": f"{guided}: {passes['guided']} passes, two where sigma is in [{low:g}, {high:g}]",
     }
-
-
-def few(x: float) -> str:
-    return f"{x:,.1f}" if x >= 10 else f"{x:.2g}"
 
 
 def aligned(lines: dict[str, str]) -> str:

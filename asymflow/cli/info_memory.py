@@ -77,6 +77,11 @@ def verdicts(fits: list[dict]) -> list[str]:
     return lines
 
 
+def few(x: float) -> str:
+    """A number with two digits at least, such as 363.9 or 0.032."""
+    return f"{x:,.1f}" if x >= 10 else f"{x:.2g}"
+
+
 def many(parameters: int) -> str:
     return f"{parameters / 1e6:,.1f} million" if parameters >= 10**6 else f"{parameters:,}"
 

@@ -55,3 +55,20 @@ def test_on_a_terminal_it_is_a_bar_which_is_removed(monkeypatch):
     assert list(progress_bar(range(3), "reading", "image")) == [0, 1, 2]
     assert "reading" in terminal.getvalue()
     assert terminal.getvalue().split("\r")[-1].strip() == ""
+
+
+@given(st.lists(st.integers(1, 5), max_size=9), st.booleans())
+def test_a_bar_and_lines_can_be_exchanged(steps, silent):
+    """Whether there is a terminal changes what is shown, and nothing else: a loop may rely on either."""
+    seen = []
+    for terminal in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            stream = io.StringIO()
+            stream.isatty = lambda terminal=terminal: terminal
+            patch.setattr(progress.sys, "stderr", stream)
+            bar = progress_bar(steps, "reading", "image", silent=silent)
+            with progress_bar(desc="adding", unit="image", total=sum(steps)) as other:
+                for n in steps:
+                    other.update(n)
+                seen.append((len(bar), list(bar), other.n, other.total, bar.total))
+    assert seen[0] == seen[1]

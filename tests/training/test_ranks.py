@@ -153,18 +153,18 @@ def test_a_machine_with_other_hardware_ends_all(tmp_path):
 
 
 def say_threads(given):
-    """Threads are as on a machine of three cores, with OMP_NUM_THREADS as given. They are said, then it ends."""
+    """Threads are as on a machine of six cores, with OMP_NUM_THREADS as given. They are said, then it ends."""
 
     def end(args, device):
         raise InputError(f"{torch.get_num_threads()} threads")
 
-    torch.set_num_threads(3)
+    torch.set_num_threads(6)
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ |= {"OMP_NUM_THREADS": given} if given else {}
     replace("build", end)
 
 
-@pytest.mark.parametrize(("ranks", "given", "used"), [(2, "", 1), (2, "3", 3), (1, "", 3)])
+@pytest.mark.parametrize(("ranks", "given", "used"), [(2, "", 3), (2, "4", 6), (1, "", 6), (3, "", 2)])
 def test_processes_of_a_cpu_do_not_get_in_each_others_way(tmp_path, ranks, given, used):
     one_line(Launched(ranks, tmp_path / "run", patch=partial(say_threads, given)), f"{used} threads")
 

@@ -101,8 +101,9 @@ def join_group(store: dist.Store) -> torch.device:
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = PATIENCE
         with rendezvous_errors():
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun does, and deepspeed does not: processes with several slow each other
+    if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, deepspeed does not
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))  # those of all processes share the cores
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
