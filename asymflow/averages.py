@@ -72,8 +72,8 @@ def power_of(sigma_rel: float) -> float:
     return (low + high) / 2
 
 
-def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float) -> tuple[np.ndarray, float]:
-    """How to combine snapshots (step, sigma_rel) to the average of width `sigma_rel` after `step`.
+def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, target: Profile) -> tuple[np.ndarray, float]:
+    """How to combine snapshots (step, sigma_rel) to the average `target` after `step`, a power function or a decay.
 
     Returns the coefficient of each snapshot, and the error: the norm of the difference between the combined profile and
     the target's, relative to the norm of the target's. It is minimized over all coefficients whose sum is 1, so weights
@@ -83,14 +83,14 @@ def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, sigma_rel:
     if not usable:
         raise InputError(f"there is no snapshot up to step {step}: the first is of step {min(snapshots)[0]}")
     # Coefficients sum to 1, so a combination is one snapshot plus multiples of the others' differences from it.
-    nearest = min(usable, key=lambda i: (step - snapshots[i][0], abs(snapshots[i][1] - sigma_rel)))
+    nearest = min(usable, key=lambda i: (step - snapshots[i][0], abs(snapshots[i][1] - (target.sigma_rel or 0))))
     others = [i for i in usable if i != nearest]
-    columns = [(taken, power_of(width)) for taken, width in (*(snapshots[i] for i in others), (step, sigma_rel))]
-    gram, norm = np.zeros((len(columns), len(columns))), 0.0
+    columns = [(taken, power_of(width)) for taken, width in (snapshots[i] for i in others)]
+    gram, norm = np.zeros((len(columns) + 1, len(columns) + 1)), 0.0
     block = 1 << 16
     for first in range(1, step + 1, block):  # in blocks: the profiles of a long training do not fit into memory
         t = np.arange(first, min(first + block, step + 1), dtype=np.float64)
-        profiles = np.stack([increments(t, end, a) for end, a in columns])
+        profiles = np.stack([*(increments(t, end, a) for end, a in columns), coefficients_of(target, t, step)])
         norm += profiles[-1] @ profiles[-1]
         profiles -= increments(t, snapshots[nearest][0], power_of(snapshots[nearest][1]))
         gram += profiles @ profiles.T
@@ -102,6 +102,16 @@ def reconstruction(snapshots: Sequence[tuple[int, float]], step: int, sigma_rel:
     coefficients[nearest] = 1 - multiples.sum()
     c = np.append(multiples, -1.0)
     return coefficients, math.sqrt(max(c @ gram @ c, 0) / norm)
+
+
+def coefficients_of(profile: Profile, t: np.ndarray, end: int) -> np.ndarray:
+    """The coefficients p(t) with which an average after step `end` holds the weights after the steps t."""
+    if profile.sigma_rel is not None:
+        return increments(t, end, power_of(profile.sigma_rel))
+    power, decay = power_of(EARLY_SIGMA_REL), profile.decay
+    early = min(max(math.floor(1 / -math.expm1(math.log(decay) / power)), 1), end) if decay else 1  # a power until then
+    later = (1 - decay) * decay ** np.maximum(end - t, 0.0)
+    return np.where(t > early, later, increments(t, early, power) * decay ** (end - early))
 
 
 def increments(t: np.ndarray, end: int, power: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -168,14 +168,39 @@ def read_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[
 
 def check_array(path: Path, archive: zipfile.ZipFile, name: str) -> None:
     """InputError if an array in an archive of numpy is too large, or larger than what the archive has of it."""
+    array = array_header(archive, name)
+    if not 0 <= array.size <= min(MOST_NUMBERS, array.there):
+        said = f"{path} has an array {name} of {array.size:,} bytes"
+        raise InputError(f"{said}: more than is in it, or than {MOST_NUMBERS:,}")
+
+
+class ArrayHeader(NamedTuple):
+    """What an array in an archive of numpy says of itself. size: its bytes, and there: those that follow `start`."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    start: int
+    size: int
+    there: int
+
+
+def array_header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        there = archive.getinfo(name).file_size - file.tell()
-    if not 0 <= size <= min(MOST_NUMBERS, there):
-        raise InputError(f"{path} has an array {name} of {size:,} bytes: more than is in it, or than {MOST_NUMBERS:,}")
+        shape, fortran_order, dtype = read(file)
+        start = file.tell()
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    return ArrayHeader(shape, fortran_order, dtype, start, size, archive.getinfo(name).file_size - start)
+
+
+def array_headers(path: str | Path) -> dict[str, ArrayHeader]:
+    """What the arrays in an npz file of numpy say of themselves. None of them is read."""
+    path = existing_file(path)
+    with reading(path, "an npz file of numpy"), zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".npy")]
+        return {name.removesuffix(".npy"): array_header(archive, name) for name in names}
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ MODULES = {  # of each command; a module is imported only for its commands
     "info": "info",
     "plot": "plot",
     "compare": "compare",
+    "evaluate": "evaluate",
     "export": "export",
     "ema": "export",
     "import": "import_",
@@ -38,6 +39,7 @@ Second, train. This is a program of its own:
 Third, look:
   plot      the curves and newest samples of one training or several, also while they go on
   compare   train asymmetric, x0- and u-prediction on your own images, and draw what came out
+  evaluate  FID, KID, Inception Score, precision and recall of a model or of any images, by a protocol
 
 Fourth, use it:
   export    make a folder of a model, from any checkpoint and average of a training

@@ -1,6 +1,7 @@
 """What the subcommands share: types of options, refusing to overwrite, devices and processes."""
 
 import argparse
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,17 @@ def image_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"it must be pixels, such as 256 or 256x384 (height x width), not {text!r}")
     height, _, width = text.partition("x")
     return int(height), int(width or height)
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The type of an option LOW,HIGH: noise levels within [0, 1]."""
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"it must be LOW,HIGH within 0 and 1, such as 0,0.88, but it is {text!r}")
+    return low, high
 
 
 def new_file(path: Path) -> Path:

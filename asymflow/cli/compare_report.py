@@ -19,12 +19,13 @@ from asymflow.data.shards import TarShards
 from asymflow.pictures import image_grid
 from asymflow.text import count
 from asymflow.training.config.reading import Config
+from asymflow.training.evaluate import protocol_of
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.run import folder as run
 
 DRAWS = 1024  # images with noise, for the held-out loss
-FEATURES = {"inception-v3-compat": 2048, "vgg16": 4096, "classifier": 128}
+FEATURES = {"inception-v3-compat": 2048, "vgg16": 4096, "dinov2": 1024, "classifier": 128}
 FEW = 2000  # images, below which a network of this kind learns them by heart
 TITLES = {"asymmetric": "asymmetric, rank {}", "x0": "x0-prediction", "u": "u-prediction"}
 COLORS = {"asymmetric": "C0", "x0": "C1", "u": "C3"}
@@ -94,7 +95,7 @@ def held_out_loss(folder: Path, config: Config, unseen: TarShards) -> float | No
 def frechet(folder: Path, config: Config) -> float | None:
     """Of the last step, if it was measured (evaluate.every)."""
     found = [entry for entry in entries(folder / run.EVALUATIONS) if entry["step"] == config.train.steps]
-    return found[-1]["frechet_distance"] if found else None
+    return found[-1].get("frechet_distance") if found else None
 
 
 # ---- Words -----------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def remarks(config: Config, images: int, unseen: int, left_out: list[str], rows:
 
 
 def frechet_words(config: Config, images: int, rows: list[dict]) -> str:
-    c = config.evaluate
+    c = protocol_of(config)
     features = FEATURES.get(c.extractor, 2048)
     than = f"are fewer than the {features:,} features of {c.extractor}"
     if any(row["frechet_distance"] is not None for row in rows):

@@ -2,25 +2,22 @@
 
 import argparse
 import shutil
-import sys
-from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
 
+from asymflow.averages import Profile
+from asymflow.cli import averages
 from asymflow.cli.common import new_folder, replacing_folder
 from asymflow.cli.models import (
     CLASSES,
     about,
     add_backbone,
     add_choice,
-    check_run,
     choose,
     make_model,
-    verified_reader,
 )
-from asymflow.errors import InputError
-from asymflow.progress import progress_bar
+from asymflow.text import count
 
 EXAMPLES = {
     "export": """\
@@ -80,50 +77,13 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_ema(args: argparse.Namespace) -> None:
-    from asymflow import averages as ema
-    from asymflow.training.run import checkpoint
-    from asymflow.training.run import folder as run
-
     new_folder(args.out)
-    check_run(args.folder)
-    folder = args.folder / run.SNAPSHOTS
-    steps = checkpoint.steps(folder)
-    if not steps:
-        raise InputError(f"{args.folder} has no snapshots: set ema.snapshot_every before training")
-    newest = max([*steps, *checkpoint.steps(args.folder / run.CHECKPOINTS)])
-    end = steps[-1] if args.step is None else args.step
-    if end > newest:
-        raise InputError(f"--step {end} is beyond step {newest}, to which {args.folder} has come")
-    snapshots = [
-        (step, name, sigma_rel)
-        for step in steps
-        if step <= end
-        for name, sigma_rel in checkpoint.read_state(checkpoint.folder_of(folder, step))["averages"].items()
-    ]
-    if not snapshots:
-        raise InputError(f"{args.folder} has no snapshot up to step {end}: the first is of step {steps[0]}")
-    coefficients, unmatched = ema.reconstruction([(step, width) for step, _, width in snapshots], end, args.sigma_rel)
-    used = [(step, name, c) for (step, name, _), c in zip(snapshots, coefficients.tolist(), strict=True) if c]
-    weights: dict[str, Tensor] = {}
-    with progress_bar(used, "adding up", "average") as bar:
-        for step, terms in groupby(bar, key=lambda term: term[0]):
-            reader = verified_reader(checkpoint.folder_of(folder, step))
-            for _, name, coefficient in terms:
-                for parameter, values in reader.full(checkpoint.average_kind(name)).items():
-                    term = coefficient * values.double()
-                    weights[parameter] = weights[parameter] + term if parameter in weights else term
-    save(args, {name: values.float() for name, values in weights.items()}, reader.folder)
-    print(f"sigma_rel {args.sigma_rel:g} at step {end} from {len(used)} average{'s' * (len(used) != 1)}: {args.out}")
-    print(f"of its profile, {unmatched:.2%} (of the norm) could not be matched")
-    if unmatched > ema.MISMATCH:
-        last = snapshots[-1][0]
-        widths = " or ".join(str(width) for step, _, width in snapshots if step == last)
-        print(
-            f"remark: that is as much as if the width were off by a tenth, or more. Matched exactly: --step {last} "
-            f"--sigma-rel {widths}. To match others better, train with more frequent snapshots (ema.snapshot_every), "
-            "or with widths nearer to them (ema.sigma_rel)",
-            file=sys.stderr,
-        )
+    rebuilt = averages.rebuild(args.folder, Profile(sigma_rel=args.sigma_rel), args.step)
+    save(args, rebuilt.weights(), rebuilt.folder)
+    used = len(rebuilt.terms)
+    print(f"sigma_rel {args.sigma_rel:g} at step {rebuilt.step} from {count(used, 'average')}: {args.out}")
+    print(f"of its profile, {rebuilt.unmatched:.2%} (of the norm) could not be matched")
+    rebuilt.warn()
 
 
 def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> None:

@@ -3,14 +3,15 @@
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from asymflow import hub, opening
+from asymflow import files, hub, opening
+from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
@@ -26,7 +27,10 @@ MODEL = (
 def add_choice(parser) -> None:
     """Add --step and --ema, which choose a model of a training run (see `choose`), and --backbone."""
     parser.add_argument("--step", type=int, help="of the checkpoint of a run, if not the newest")
-    ema = "of a run: an average by its name, such as 0.9999 or rel-0.050, or none (default: the first)"
+    ema = (
+        "of a run: an average by its name, such as 0.9999 or rel-0.050, or none (default: the first); or any other "
+        "decay or width, such as 0.07, which is put together from the snapshots of the run"
+    )
     parser.add_argument("--ema", help=ema)
     add_backbone(parser)
 
@@ -36,7 +40,8 @@ def add_backbone(parser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help=own)
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """A model of a training run. folder: of the checkpoint. average: the name of one of its averages, or "none"."""
 
     run: Path
@@ -50,6 +55,13 @@ class Choice(NamedTuple):
 
         reader = verified_reader(self.folder, partial(progress_bar, desc="checking", unit="file"))
         return reader.full("weights" if self.average == "none" else checkpoint.average_kind(self.average))
+
+    def identity(self) -> dict[str, object]:
+        """What determines the weights. The checksum is of the manifest, which has the checksums of all files."""
+        from asymflow.training.run.checkpoint import MANIFEST
+
+        checksum = files.sha256(self.folder / MANIFEST)
+        return {"checkpoint_sha256": checksum, "step": self.step, "average": self.average}
 
 
 CLASSES = "classes.json"  # in the folder of a run, or of a model that was exported from it
@@ -129,11 +141,12 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
     chosen = checkpoint.folder_of(checkpoints, step)
     averages = list(checkpoint.read_state(chosen)["averages"])
     average = ema or (averages[0] if averages else "none")
-    if average not in ("none", *averages):
-        raise InputError(
-            f"--ema {average} is not in the checkpoint: it has {', '.join(averages) or 'no averages'}, and none"
-        )
-    return Choice(folder, chosen, step, average)
+    if average in ("none", *averages):
+        return Choice(folder, chosen, step, average)
+    from asymflow.cli.averages import rebuilt
+
+    has = f"it has {', '.join(averages) or 'no averages'}, and none"
+    return rebuilt(folder, average, step, f"--ema {average} is not in the checkpoint: {has}")
 
 
 def verified_reader(folder: Path, progress: Callable = iter):
@@ -170,6 +183,28 @@ def model_of_run(choice: Choice, backbone: str | None, read: bool = True) -> Asy
             "--out ADAPTER makes an adapter of it, for asymflow sample --base BASE --adapter ADAPTER"
         )
     return make_model(config, subspace, choice.weights() if read else None, backbone)
+
+
+def load_model(found: Path | Choice, device: torch.device, backbone: str | None) -> AsymFlow:
+    """The model, with weights in float32, in eval mode. found: of `find_model`. backbone: the option --backbone."""
+    if isinstance(found, Choice):
+        flow = model_of_run(found, backbone)
+    elif found.is_dir():
+        own = own_backbone(backbone)
+        return AsymFlow.from_pretrained(found, backbone=own, dtype=torch.float32, device=device)
+    else:
+        flow = load_published(found)
+        if not isinstance(flow, AsymFlow):
+            raise InputError(f"{found} is a subspace, not a model: see asymflow subspace show {found}")
+    flow.backbone.float()
+    return flow.to(device).eval()
+
+
+def identity(found: Path | Choice) -> dict[str, object]:
+    """What determines the weights of a model: for a file or folder its checksum."""
+    if isinstance(found, Choice):
+        return found.identity()
+    return {"model_sha256": files.sha256(found / WEIGHTS if found.is_dir() else found)}
 
 
 def own_backbone(name: str | None):

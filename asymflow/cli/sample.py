@@ -14,20 +14,18 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from asymflow import files, packages
-from asymflow.backbones.jit.published import load_published
-from asymflow.cli.common import default_device, image_size
+from asymflow import packages
+from asymflow.cli.common import default_device, image_size, interval
 from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record, own_device
-from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, model_of_run, own_backbone
+from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, identity, load_model
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.extensions import check_name, find, is_own
-from asymflow.model import WEIGHTS, AsymFlow
+from asymflow.model import AsymFlow
 from asymflow.patches import token_grid
 from asymflow.precision import Precision, computing, usual_precision
 from asymflow.sampling import METHODS, generate, guided, sigma_grid
 from asymflow.text import count
-from asymflow.training.run.checkpoint import MANIFEST
 
 EXAMPLES = """\
 examples:
@@ -147,7 +145,7 @@ def run_classes(args: argparse.Namespace) -> None:
     device = own_device(args)
     args.precision = args.precision or usual_precision(device)
     found = find_model(args.model, args.step, args.ema)
-    flow = load(found, device, args.backbone)
+    flow = load_model(found, device, args.backbone)
     if missing := [name for name in ("num_classes", "grid") if not hasattr(flow.backbone, name)]:
         raise InputError(f"{type(flow.backbone).__name__} has no attribute {missing[0]}, which drawing needs")
     if flow.channels != 3 or not flow.backbone.num_classes:
@@ -172,21 +170,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--shift must be finite, but it is {args.shift}")
     sigma_grid(args.steps, args.shift)  # these two raise InputError if an option is out of range
     guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
-
-
-def load(found: Path | Choice, device: torch.device, backbone: str | None) -> AsymFlow:
-    """The model, with weights in float32. backbone: the option --backbone."""
-    if isinstance(found, Choice):
-        flow = model_of_run(found, backbone)
-    elif found.is_dir():
-        own = own_backbone(backbone)
-        return AsymFlow.from_pretrained(found, backbone=own, dtype=torch.float32, device=device)
-    else:
-        flow = load_published(found)
-        if not isinstance(flow, AsymFlow):
-            raise InputError(f"{found} is a subspace, not a model: see asymflow subspace show {found}")
-    flow.backbone.float()
-    return flow.to(device).eval()
 
 
 def draw(flow: AsymFlow, args: argparse.Namespace, labels: list[int], indices: list[int], progress: bool) -> Tensor:
@@ -230,14 +213,6 @@ def settings(args: argparse.Namespace, found: Path | Choice, flow: AsymFlow, cla
         "size": list(args.size),
         "precision": args.precision,
     }
-
-
-def identity(found: Path | Choice) -> dict:
-    """A checksum of the weights; for a checkpoint, of its manifest, which has the checksums of all its files."""
-    if isinstance(found, Choice):
-        manifest = files.sha256(found.folder / MANIFEST)
-        return {"checkpoint_sha256": manifest, "step": found.step, "average": found.average}
-    return {"model_sha256": files.sha256(found / WEIGHTS if found.is_dir() else found)}
 
 
 def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]:
@@ -295,13 +270,3 @@ def named(word: str, names: list[str]) -> int | None:
         how = "give the number of one" if exact else "write one as it is written there, or give its number"
         raise InputError(f"--classes {word!r:.60} may be {which}: {how}")
     return found[0] if found else None
-
-
-def interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(word) for word in text.split(","))
-    except ValueError:
-        low, high = math.nan, math.nan
-    if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"it must be LOW,HIGH within 0 and 1, such as 0,0.88, but it is {text!r}")
-    return low, high

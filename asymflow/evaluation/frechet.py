@@ -3,22 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.errors import InputError
-
-Statistics = dict[str, np.ndarray]
-
-
-"""mu (F,) and sigma (F, F) of features, float64."""
+from asymflow.evaluation.moments import Moments, Statistics
 
 
 def statistics(features: Tensor) -> Statistics:
     """Mean and covariance of features (n, F), n >= 2, in float64."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    return fid_features_to_statistics(features.cpu().double())
+    moments = Moments()
+    moments.add(features)
+    return moments.statistics()
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
@@ -26,6 +23,38 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
+
+
+class Influence:
+    """How much each sample moves the Fréchet distance of all samples from `reference`, to first order.
+
+    With `samples` moved a little towards one feature x, the distance changes in proportion to
+
+        2 (mu - mu') (x - mu)  +  (x - mu)^T (1 - T) (x - mu)  -  tr((1 - T) sigma),
+
+    where T = sigma'^(1/2) (sigma'^(1/2) sigma sigma'^(1/2))^(-1/2) sigma'^(1/2) maps one normal distribution to the
+    other. The standard deviation of these numbers, over the square root of their count, is the standard error that a
+    bootstrap over the samples would find. Directions in which the samples do not vary have no influence.
+    """
+
+    def __init__(self, samples: Statistics, reference: Statistics):
+        mu, sigma = (torch.from_numpy(samples[name]) for name in ("mu", "sigma"))
+        other_mu, other = (torch.from_numpy(reference[name]) for name in ("mu", "sigma"))
+        root = power(other, 0.5)
+        self.curve = torch.eye(len(mu), dtype=mu.dtype) - root @ power(root @ sigma @ root, -0.5) @ root
+        self.mu, self.slope, self.mean = mu, 2 * (mu - other_mu), (self.curve * sigma).sum()
+
+    def of(self, features: Tensor) -> Tensor:
+        """The influence (n,) of each of the features (n, F)."""
+        moved = features.cpu().double() - self.mu
+        return moved @ self.slope + ((moved @ self.curve) * moved).sum(1) - self.mean
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric matrix without negative eigenvalues; what is zero but for rounding stays zero."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    return (vectors * torch.where(kept, values.clamp(min=1e-300) ** exponent, 0)) @ vectors.mT
 
 
 def save_statistics(path: str | Path, of: Statistics, about: str) -> None:

@@ -1,6 +1,6 @@
-"""Evaluation in training: the Fréchet distance between samples of the model and the data."""
+"""Evaluation in training: samples of the model held against images, by the protocols of `asymflow evaluate`."""
 
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,16 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asymflow import files, streams
-from asymflow.errors import InputError
+from asymflow import streams
+from asymflow.evaluation import result
+from asymflow.evaluation.drawn import Drawn, quantized
 from asymflow.evaluation.features import load_extractor
-from asymflow.evaluation.frechet import Statistics, frechet_distance, load_statistics, save_statistics
-from asymflow.evaluation.frechet import statistics as statistics_of
+from asymflow.evaluation.frechet import load_statistics, save_statistics
+from asymflow.evaluation.measures import Measured, Reference, Sample
+from asymflow.evaluation.protocol import Protocol, load_protocol
+from asymflow.evaluation.reference import DATA, Opened
+from asymflow.evaluation.rows import Rows
 from asymflow.model import AsymFlow
 from asymflow.progress import progress_bar
+from asymflow.training.config.derived import sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import read_or_replace
-from asymflow.training.objectives.class_conditional import drawn
 from asymflow.training.run.ranks import all_or_raise, rank0_broadcast
 
 REFERENCE = "reference.npz"  # in the folder of the run
@@ -34,105 +38,133 @@ def all_gather_rows(values: Tensor) -> Tensor:
     return torch.cat(everyone)
 
 
+def protocol_of(config: Config) -> Protocol:
+    """The protocol that section `evaluate` names, or else what its keys and those of `sample` say. InputError."""
+    c, s = config.evaluate, config.sample
+    if c.protocol:
+        return load_protocol(c.protocol, {"weights": c.weights and str(c.weights)})
+    return Protocol(
+        name="training",
+        num=c.num,
+        seed=config.train.seed,
+        classes=c.labels,
+        method=s.method,
+        steps=s.steps,
+        extractor=c.extractor,
+        weights=c.weights and str(c.weights),
+        reference=str(c.reference) if c.reference else DATA,
+        measures=c.measures,
+    )
+
+
 class Evaluation:
-    """The Fréchet distance between samples of a model and the data. Each rank draws, and reads, its share of them."""
+    """Samples of a model held against images. Each rank draws, and reads, its share of them; rank 0 measures."""
 
     def __init__(self, config: Config, dataset, out: Path, device: torch.device):
-        """Raises AgreedError if the extractor or the reference cannot be used."""
+        """Raises AgreedError if the protocol, the extractor or the reference cannot be used."""
         self.config, self.dataset, self.path, self.device = config, dataset, out / REFERENCE, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.few = False  # whether there are fewer images than features, as far as is known
-        c = config.evaluate
-        load = lambda: load_extractor(c.extractor, c.weights, device)
+        self.reference: Reference | None = None  # known on rank 0 alone
+        self.protocol = p = all_or_raise(lambda: protocol_of(config), "evaluate")
+        load = lambda: load_extractor(p.extractor, p.weights, device)
         # Rank 0 loads first, and may download the weights; then the others find the file.
         all_or_raise(lambda: self.rank or load(), "evaluate")
         self.features = all_or_raise(load, "evaluate")
-        self.reference = all_or_raise(self.given_reference, "evaluate.reference") if c.reference else None
-        weights = rank0_broadcast(lambda: files.sha256(c.weights)[:16] if c.weights else "downloaded")
+        self.given = None if p.reference == DATA else all_or_raise(self.open_reference, "evaluate.reference")
         self.about = (
             f"{min(len(dataset), MOST)} training images ({getattr(dataset, 'digest', 'unknown')[:16]}), "
-            f"{config.model.image_size} px, {c.extractor}, {weights}"
+            f"{config.model.image_size} px, {p.extractor}, {self.features.weights[:16]}"
         )
 
-    def given_reference(self) -> Statistics:
-        """Read evaluate.reference. Raises InputError if it has no statistics, or of another number of features."""
-        c, size = self.config.evaluate, self.config.model.image_size
-        reference, _ = load_statistics(c.reference)
-        width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)).shape[1]
-        if len(reference["mu"]) != width:
-            found = len(reference["mu"])
-            raise InputError(f"{c.reference} has statistics of {found} features, but {c.extractor} has {width}")
-        return reference
+    def open_reference(self) -> Opened:
+        p, side = self.protocol, self.config.model.image_size
+        return Opened(p.reference or DATA, (side, side), p.crop, self.features.width(side))
 
-    def distance(self, flow: AsymFlow, stop: Stop) -> float | None:
-        """The Fréchet distance of samples of `flow`, in eval mode, from the data; None if `stop` said so.
+    def measured(self, flow: AsymFlow, stop: Stop) -> dict[str, Measured] | None:
+        """The measures of samples of `flow`, in eval mode, by their names; None if `stop` said so.
 
-        NaN if any sample has numbers that are not finite.
+        Without values if any sample has numbers that are not finite.
         """
-        c = self.config
-        if self.reference is None:
-            self.reference = self.of_data(stop)
-        if self.reference is None:
+        if not self.know_reference(stop):
             return None
+        c, p = self.config, self.protocol
+        guidance = dict(guidance=c.sample.guidance, interval=tuple(c.sample.interval))
+        label = self.label_of_data if p.classes == "data" else None
+        size, classes = (c.model.image_size,) * 2, c.model.num_classes
+        precision = sampling_precision(c, flow.subspace.basis.device) if p.precision == "usual" else p.precision
+        drawn = Drawn(flow, p, precision, guidance, sampler(p.method), size, classes, label)
 
-        def samples(indices: list[int]) -> Tensor:
-            images = drawn(flow, c, [self.label(i) for i in indices], indices)
-            features = self.features(images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
-            return features.masked_fill(~images.flatten(1).isfinite().all(1, keepdim=True), math.nan)
+        def samples(numbers: list[int]) -> list[Tensor]:
+            images = drawn.draw(numbers)
+            broken = ~images.flatten(1).isfinite().all(1, keepdim=True)
+            found = self.features.both(quantized(images, p.quantize))
+            return [values.masked_fill(broken, torch.nan) for values in found if values is not None]
 
-        features = self.measure(samples, c.evaluate.num, "evaluating", stop)
-        if features is None:
+        found = self.gather(samples, p.num, "evaluating", stop)
+        if found is None:
             return None
-        if features.isnan().any():
-            return math.nan
-        self.few = features.shape[1] > min(c.evaluate.num, MOST if c.evaluate.reference else len(self.dataset))
-        return rank0_broadcast(lambda: frechet_distance(statistics_of(features), self.reference))
+        if found[0].isnan().any():
+            remark = ("not measured: samples have numbers that are NaN or infinite",)
+            return {name: Measured(None, None, remark) for name in p.measures}
+        sample = Sample(*(Rows([values.cpu()]) for values in found))
+        return rank0_broadcast(lambda: result.measure(p.measures, sample, self.reference))
 
-    def label(self, index: int) -> int:
-        """The class of sample `index`: all classes in turn, or that of the training image of the same number."""
-        if self.config.evaluate.labels == "balanced":
-            return index % self.config.model.num_classes
-        return self.dataset.label(streams.image_index(self.config.train.seed, index, len(self.dataset)))
+    def label_of_data(self, number: int) -> int:
+        """The class of the training image of this number."""
+        return self.dataset.label(streams.image_index(self.config.train.seed, number, len(self.dataset)))
 
-    def of_data(self, stop: Stop) -> Statistics | None:
-        """Statistics of the training images, of at most `MOST` of them, chosen at random. They are kept in a file."""
+    def know_reference(self, stop: Stop) -> bool:
+        """See to it that rank 0 knows what samples are held against. False if `stop` said so."""
+        if rank0_broadcast(lambda: self.reference is not None):
+            return True
+        source = self.given.source if self.given else None
+        statistics = self.given.statistics if self.given else rank0_broadcast(self.kept, "evaluate")
+        needs_images = set(self.protocol.measures) & {"kid", "precision", "recall"}
+        if statistics is not None and not (needs_images and (source or not self.given)):
+            self.reference = Reference(statistics)
+            return True
+        replaced: list[str] = []
+        seed, count = self.config.train.seed, len(source) if source else min(len(self.dataset), MOST)
 
-        def kept() -> Statistics | None:
-            if not self.path.exists():
-                return None
-            found, about = load_statistics(self.path)
-            return found if about == self.about else None
+        def features_of(numbers: list[int]) -> list[Tensor]:
+            if source:
+                images = torch.cat([source.read(number, number + 1) for number in numbers])
+            else:
+                samples = (read_or_replace(self.dataset, seed, number, replaced) for number in numbers)
+                images = torch.stack([sample.image for sample in samples])
+            return [self.features(images.to(self.device))]
 
-        if (found := rank0_broadcast(kept, "evaluate")) is not None:
-            return found
+        found = self.gather(features_of, count, "reading the images to compare with", stop)
+        if found is None:
+            return False
+        for problem in dict.fromkeys(replaced):
+            print(f"evaluate: replaced by another image of the data: {problem}", file=sys.stderr)
+        sample = Sample(Rows([found[0].cpu()]))
+        self.reference = Reference(statistics or sample.statistics(), sample.features)
+        if not self.given:
+            rank0_broadcast(lambda: save_statistics(self.path, self.reference.statistics, self.about), "evaluate")
+        return True
 
-        def features_of(indices: list[int]) -> Tensor:
-            pictures = [read_or_replace(self.dataset, self.config.train.seed, i, []).image for i in indices]
-            return self.features(torch.stack(pictures).to(self.device))
-
-        title = "reading the images to compare with"
-        features = self.measure(features_of, min(len(self.dataset), MOST), title, stop)
-        if features is None:
+    def kept(self) -> dict | None:
+        """The statistics of the training images, if they were measured before."""
+        if not self.path.exists():
             return None
+        found, about = load_statistics(self.path)
+        return found if about == self.about else None
 
-        def measured() -> Statistics:
-            of = statistics_of(features)
-            save_statistics(self.path, of, self.about)
-            return of
+    def gather(
+        self, features_of: Callable[[list[int]], list[Tensor]], count: int, title: str, stop: Stop
+    ) -> list[Tensor] | None:
+        """What `features_of` returns of the images 0 to count - 1, each tensor (count, ...); None if `stop` said so.
 
-        return rank0_broadcast(measured, "evaluate")
-
-    def measure(self, features_of: Callable[[list[int]], Tensor], count: int, title: str, stop: Stop) -> Tensor | None:
-        """The features (count, F) of images 0 to count - 1, or None if `stop` said so.
-
-        features_of: returns the features of the images of the given numbers, (n, F).
+        features_of: of the numbers of images, tensors with a row for each.
         """
         each_rank = -(-count // self.world)  # as many on every rank: under ZeRO-3 all must take part in each call
         mine = [i % count for i in range(self.rank * each_rank, (self.rank + 1) * each_rank)]
-        size, features = self.config.evaluate.batch_size, []
+        size, parts = self.config.evaluate.batch_size, []
         starts = range(0, each_rank, size)
         for start in progress_bar(starts, title, "batch", silent=self.rank > 0):
             if stop():
                 return None
-            features.append(features_of(mine[start : start + size]))
-        return all_gather_rows(torch.cat(features))[:count]
+            parts.append(features_of(mine[start : start + size]))
+        return [all_gather_rows(torch.cat(kind))[:count] for kind in zip(*parts, strict=True)]

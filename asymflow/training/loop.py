@@ -17,6 +17,7 @@ from asymflow import files, streams
 from asymflow.averages import Profile
 from asymflow.cost import peak_flops
 from asymflow.errors import InputError
+from asymflow.evaluation.result import lines
 from asymflow.model import AsymFlow
 from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.progress import progress_bar
@@ -360,7 +361,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Compute the Fréchet distance, unless evaluations.jsonl has it for this step and these settings already.
+        """Measure samples, unless evaluations.jsonl has it for this step and these settings already.
 
         A signal interrupts it; the next start begins it anew.
         """
@@ -372,18 +373,19 @@ class Training:
         if rank0_broadcast(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
             return
         with self.model_to_show() as flow:
-            distance = self.evaluation.distance(flow, stop=self.signalled)
-        if self.rank == 0 and distance is not None:
-            found = distance if math.isfinite(distance) else None
-            self.journals[2].add({"step": self.step, "frechet_distance": found, **settings})
-            words = f"{c.evaluate.num} samples in {sampler['precision']}, {c.evaluate.extractor}"
-            shown = (
-                f"{found:.4g}" if found is not None else "not measured: samples have numbers that are NaN or infinite"
+            measured = self.evaluation.measured(flow, stop=self.signalled)
+        if self.rank == 0 and measured is not None:
+            found = {name: one.value for name, one in measured.items()}
+            uncertainty = {name: one.uncertainty for name, one in measured.items()}
+            self.journals[2].add({"step": self.step, **found, "uncertainty": uncertainty, **settings})
+            protocol = self.evaluation.protocol
+            tqdm.write(
+                f"step {self.step}, {protocol.num:,} samples in {sampler['precision']}, protocol {protocol.name}:\n"
+                + "\n".join(f"  {line}" for line in lines(measured, protocol.extractor)),
+                file=sys.stderr,
             )
-            words += "; of fewer images than features: compare it with nothing" if self.evaluation.few else ""
-            tqdm.write(f"step {self.step}: Fréchet distance {shown} ({words})", file=sys.stderr)
-            if found is not None:
-                self.engine.monitor.write_events([("evaluation/frechet_distance", found, self.step)])
+            events = [(f"evaluation/{name}", value, self.step) for name, value in found.items() if value is not None]
+            self.engine.monitor.write_events(events)
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymflow.averages import EARLY_SIGMA_REL, MISMATCH, Profile, increments, power_of, reconstruction
+from asymflow.averages import (
+    EARLY_SIGMA_REL,
+    MISMATCH,
+    Profile,
+    coefficients_of,
+    increments,
+    power_of,
+    reconstruction,
+)
 from asymflow.errors import InputError
 from asymflow.fitting import fit_pca
 from asymflow.patches import patchify
@@ -129,7 +137,7 @@ def test_any_width_is_put_together_from_snapshots_of_two():
     snapshots = [(step, p.sigma_rel) for step in taken_at for p in kept]
     plain = (weights[-1] - direct[2:][3]).norm()  # how far one can be off: the last weights against an average
     for width, expected in zip(wanted, direct[2:], strict=True):
-        coefficients, unmatched = reconstruction(snapshots, steps, width)
+        coefficients, unmatched = reconstruction(snapshots, steps, Profile(sigma_rel=width))
         found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
         assert coefficients.sum() == pytest.approx(1, abs=1e-12)
         assert (found - expected).norm() < 0.02 * plain, width
@@ -146,7 +154,7 @@ def profiles_of(snapshots, steps):
 @given(SNAPSHOTS, st.integers(0, 40), WIDTHS)
 def test_weights_that_never_changed_come_back_as_themselves(snapshots, later, width):
     """From any set of snapshots, for any width and step: the coefficients sum to 1, but for how these are rounded."""
-    coefficients, _ = reconstruction(snapshots, min(snapshots)[0] + later, width)
+    coefficients, _ = reconstruction(snapshots, min(snapshots)[0] + later, Profile(sigma_rel=width))
     assert abs(math.fsum(coefficients) - 1) <= len(snapshots) * EPS * abs(coefficients).sum()
 
 
@@ -159,13 +167,40 @@ def test_the_profile_of_an_average_is_the_share_of_each_step_in_it(width, end, m
     assert not profile[end:].any()
 
 
+@given(DECAYS, st.integers(1, 400))
+def test_the_coefficients_of_a_decay_are_those_of_its_steps(decay, end):
+    """By the recursion that a training follows: a young average first, then a constant decay."""
+    profile, expected = Profile(decay=decay), np.zeros(end)
+    for step in range(1, end + 1):
+        share = profile.share_at(step)
+        expected *= 1 - share
+        expected[step - 1] += share
+    found = coefficients_of(profile, np.arange(1.0, end + 1), end)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert found.sum() == pytest.approx(1)
+
+
+def test_a_decay_that_was_not_tracked_is_put_together_too():
+    """As JiT's 0.9996 instead of 0.9999, after the training. What is said to be unmatched is what is off."""
+    steps, kept = 4000, [Profile(sigma_rel=0.05), Profile(sigma_rel=0.10)]
+    taken_at, wanted = range(100, steps + 1, 100), [Profile(decay=0.995), Profile(decay=0.998), Profile(decay=0.999)]
+    weights = history(steps)
+    direct, taken = track(weights, [*kept, *wanted], at=taken_at)
+    snapshots = [(step, p.sigma_rel) for step in taken_at for p in kept]
+    for profile, expected in zip(wanted, direct[2:], strict=True):
+        coefficients, unmatched = reconstruction(snapshots, steps, profile)
+        found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
+        assert unmatched < MISMATCH
+        assert (found - expected).norm() < 0.1 * (weights[-1] - expected).norm(), profile
+
+
 def assert_none_is_nearer(snapshots, width):
     """The difference that is left is at right angles to all ways to change it: those between the snapshots.
 
     Of the size of these, 1e-5 of the largest is ignored, so as not to multiply rounding.
     """
     steps = max(snapshots)[0]
-    coefficients, unmatched = reconstruction(snapshots, steps, width)
+    coefficients, unmatched = reconstruction(snapshots, steps, Profile(sigma_rel=width))
     profiles, (target,) = profiles_of(snapshots, steps), profiles_of([(steps, width)], steps)
     left = target - coefficients @ profiles
     assert np.linalg.norm(left) == pytest.approx(unmatched * np.linalg.norm(target), rel=1e-6, abs=1e-7)
@@ -186,7 +221,7 @@ def test_nor_where_the_profiles_are_looked_at_in_several_blocks():
 @given(SNAPSHOTS, st.integers(0, 11))
 def test_what_is_among_the_snapshots_is_that_snapshot(snapshots, which):
     step, width = snapshots[which % len(snapshots)]
-    coefficients, unmatched = reconstruction(snapshots, step, width)
+    coefficients, unmatched = reconstruction(snapshots, step, Profile(sigma_rel=width))
     assert unmatched == 0
     assert [snapshots[i] for i in coefficients.nonzero()[0]] == [(step, width)]
     assert coefficients.sum() == 1
@@ -194,7 +229,7 @@ def test_what_is_among_the_snapshots_is_that_snapshot(snapshots, which):
 
 @given(st.floats(0.03, 0.15), st.sampled_from([0.9, 1.1]))
 def test_a_mismatch_that_is_remarked_on_is_that_of_a_width_off_by_a_tenth(width, factor):
-    _, unmatched = reconstruction([(1000, factor * width)], 1000, width)
+    _, unmatched = reconstruction([(1000, factor * width)], 1000, Profile(sigma_rel=width))
     assert 0.65 * MISMATCH < unmatched < 1.2 * MISMATCH
 
 
@@ -206,7 +241,7 @@ def test_snapshots_need_not_be_evenly_spaced():
     direct, taken = track(weights, [*kept, *(Profile(sigma_rel=w) for w in wanted)], at=taken_at)
     snapshots = [(step, p.sigma_rel) for step in taken_at for p in kept]
     for width, expected in zip(wanted, direct[2:], strict=True):
-        coefficients, unmatched = reconstruction(snapshots, steps, width)
+        coefficients, unmatched = reconstruction(snapshots, steps, Profile(sigma_rel=width))
         found = sum(c * taken[step, Profile(sigma_rel=w)] for c, (step, w) in zip(coefficients, snapshots, strict=True))
         assert unmatched < 0.05
         assert (found - expected).norm() < 0.02 * (weights[-1] - expected).norm()
@@ -214,17 +249,17 @@ def test_snapshots_need_not_be_evenly_spaced():
 
 def test_it_ends_where_it_is_asked_to_and_uses_nothing_later():
     snapshots = [(step, width) for step in (100, 200, 300) for width in (0.05, 0.1)]
-    coefficients, _ = reconstruction(snapshots, 200, 0.08)
+    coefficients, _ = reconstruction(snapshots, 200, Profile(sigma_rel=0.08))
     assert (coefficients[4:] == 0).all()
     assert (coefficients[:4] != 0).any()
     with pytest.raises(InputError, match="no snapshot up to step 99: the first is of step 100"):
-        reconstruction(snapshots, 99, 0.08)
+        reconstruction(snapshots, 99, Profile(sigma_rel=0.08))
 
 
 def test_a_long_training_is_no_problem():
     """750,000 steps, 64 snapshots: block by block, in seconds, and without overflow."""
     snapshots = [(step, width) for step in np.linspace(750_000 / 32, 750_000, 32).astype(int) for width in (0.05, 0.1)]
-    coefficients, unmatched = reconstruction(snapshots, 750_000, 0.075)
+    coefficients, unmatched = reconstruction(snapshots, 750_000, Profile(sigma_rel=0.075))
     assert np.isfinite(coefficients).all()
     assert unmatched < 0.02
 

@@ -17,6 +17,7 @@ from asymflow.errors import InputError
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.features import CLASSIFIER, load_extractor, register_classifier
 from asymflow.evaluation.frechet import frechet_distance, load_statistics, save_statistics, statistics
+from asymflow.evaluation.measures import Reference
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
 from asymflow.training import evaluate
@@ -103,14 +104,13 @@ def test_inception_from_a_file_has_torch_fidelitys_features(tmp_path, monkeypatc
 def test_what_cannot_be_used_is_one_line(tmp_path, classifier, monkeypatch):
     (tmp_path / "text").write_text("no tensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
-    monkeypatch.setattr(
-        "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
-        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
-    )
+    monkeypatch.setenv("ASYMFLOW_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, weights, said in [
         ("inception", None, "one of inception-v3-compat"),
         ("dinov2-vit-b-14", None, "one of"),
-        ("inception-v3-compat", None, "no network"),
+        ("inception-v3-compat", None, "weights of Inception.* put https"),
         ("inception-v3-compat", tmp_path / "missing", "does not exist"),
         ("inception-v3-compat", tmp_path / "text", "plain tensors"),
         ("inception-v3-compat", tmp_path / "other.pth", "does not hold the weights"),
@@ -245,31 +245,30 @@ def test_it_is_the_same_on_any_number_of_ranks_and_changes_nothing_else(tmp_path
 def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
     """Black images would have one."""
 
-    def drawn(flow, config, labels, indices):
-        images = torch.rand(len(indices), 3, 8, 8, generator=torch.Generator().manual_seed(indices[0])) * 2 - 1
+    def generate(flow, labels, indices, **options):
+        images = torch.rand(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(indices[0])) * 2 - 1
         return images.index_fill(0, torch.arange(broken), torch.nan) if indices[0] == 4 else images
 
-    monkeypatch.setattr(evaluate, "drawn", drawn)
+    class Means:
+        both = staticmethod(lambda pixels: (pixels.double().flatten(2).mean(2), None))
+
+    monkeypatch.setattr("asymflow.evaluation.drawn.generate", generate)
     monkeypatch.setattr(evaluate, "all_gather_rows", lambda rows: rows)
     monkeypatch.setattr(evaluate, "rank0_broadcast", lambda function, *_: function())
     evaluation = object.__new__(evaluate.Evaluation)
     evaluation.config = load_config("shapes_tiny", ["evaluate.num=12", "evaluate.batch_size=4"])
-    evaluation.features = lambda pixels: pixels.double().flatten(2).mean(2)
-    evaluation.reference, evaluation.rank, evaluation.world = statistics(torch.rand(9, 3)), 0, 1
-    evaluation.dataset = range(9)
-    assert math.isfinite(evaluation.distance(None, lambda: False)) == (not broken)
-    if not broken:
-        assert not evaluation.few
-        evaluation.dataset = range(2)  # images, for three features
-        evaluation.distance(None, lambda: False)
-        assert evaluation.few
+    evaluation.protocol, evaluation.features = evaluate.protocol_of(evaluation.config), Means()
+    evaluation.reference, evaluation.rank, evaluation.world = Reference(statistics(torch.rand(9, 3))), 0, 1
+    found = evaluation.measured(make_flow(evaluation.config, Subspace.random(48, 8)).eval(), lambda: False)
+    value = found["frechet_distance"].value
+    assert value is None if broken else math.isfinite(value)
 
 
 @pytest.mark.slow
 def test_a_finished_run_can_be_evaluated_and_is_only_once(tmp_path, classifier):
     run(1, tmp_path / "run", *settings(classifier, every="null"))
     launched = run(1, tmp_path / "run", *settings(classifier))
-    assert any("Fréchet distance" in line and "in float32" in line for line in launched.said())
+    assert any("22 samples in float32, protocol training" in line for line in launched.said())
     (first,) = evaluations(tmp_path / "run")
     assert (first["step"], first["sample"]["precision"]) == (4, "float32")
     run(1, tmp_path / "run", *settings(classifier))
@@ -293,14 +292,14 @@ def stopping():
     """SIGTERM comes as the evaluation of the first rank begins."""
     from asymflow.training.evaluate import Evaluation
 
-    measure = Evaluation.measure
+    gather = Evaluation.gather
 
     def replaced(self, images, count, title, stop):
         if self.rank == 0 and title == "evaluating":
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(self, images, count, title, stop)
+        return gather(self, images, count, title, stop)
 
-    Evaluation.measure = replaced
+    Evaluation.gather = replaced
 
 
 def test_a_signal_ends_an_evaluation_and_nothing_is_lost(tmp_path, classifier):
@@ -316,7 +315,7 @@ def failing():
     """The second rank fails at its second batch of samples."""
     from asymflow.training.evaluate import Evaluation
 
-    measure = Evaluation.measure
+    gather = Evaluation.gather
 
     def replaced(self, images, count, title, stop):
         def images_until(indices):
@@ -325,9 +324,9 @@ def failing():
             return images(indices)
 
         first = self.rank * -(-count // self.world)
-        return measure(self, images_until if self.rank == 1 and title == "evaluating" else images, count, title, stop)
+        return gather(self, images_until if self.rank == 1 and title == "evaluating" else images, count, title, stop)
 
-    Evaluation.measure = replaced
+    Evaluation.gather = replaced
 
 
 def test_an_evaluation_that_fails_on_one_rank_ends_them_all(tmp_path, classifier):
@@ -353,3 +352,24 @@ def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training
     assert launched.wait() == [2]
     (line,) = launched.said()
     assert "statistics of 5 features" in line
+
+
+@pytest.mark.slow
+def test_a_protocol_and_its_measures_are_those_of_the_command(tmp_path, classifier):
+    """The same numbers as `asymflow evaluate` finds of the same run."""
+    from asymflow.cli import main
+
+    protocol = tmp_path / "mine.yaml"
+    measures = "[frechet_distance, kid, inception_score, precision, recall]"
+    sampler = "steps: 2\nreference: data\nextractor: classifier"
+    protocol.write_text(f"num: 30\nprecision: float32\nmeasures: {measures}\n{sampler}\nweights: {classifier}\n")
+    both = ["evaluate.num=10000", "evaluate.extractor=inception-v3-compat", f"evaluate.protocol={protocol}"]
+    run(2, tmp_path / "run", *settings(classifier, every=4), *both)
+    (entry,) = evaluations(tmp_path / "run")
+    words = ["--model", tmp_path / "run", "--protocol", protocol, "--out", tmp_path / "out", "--device", "cpu"]
+    words += ["--guidance", 2.0, "--interval", "0,1"]
+    assert main(["evaluate", *map(str, words)]) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["measures"]
+    for name, one in found.items():
+        assert entry[name] == pytest.approx(one["value"], rel=2e-2, abs=2e-3), name  # a pixel may round otherwise
+        assert entry["uncertainty"][name] == pytest.approx(one["uncertainty"], rel=5e-2, abs=5e-3), name

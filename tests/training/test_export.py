@@ -124,6 +124,15 @@ def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys)
         assert torch.allclose(found, direct[name], rtol=0, atol=1e-5), name
 
 
+def test_an_average_that_was_not_tracked_is_put_together_wherever_a_run_is_named(run, tmp_path, capsys):
+    model = tmp_path / "model"
+    assert main(["export", "--run", str(run), "--ema", "0.07", "--out", str(model)]) == 0
+    assert "average rel-0.070 was not tracked: put together from" in capsys.readouterr().err
+    assert main(["ema", "--run", str(run), "--sigma-rel", "0.07", "--out", str(tmp_path / "same")]) == 0
+    same = state(tmp_path / "same")
+    assert all(torch.equal(value, same[name]) for name, value in state(model).items())
+
+
 def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path, capsys):
     """At step 9, with snapshots of step 5 alone: half of the steps that count most are in none of them."""
     ema = ["ema", "--run", str(run), "--out", str(tmp_path / "model")]
@@ -140,7 +149,7 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["export", "--ema", "0.3"], "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9"),
+        (["export", "--ema", "0.5x"], "--ema 0.5x is not in the checkpoint: it has 0.5, 0.9"),
         (["export", "--step", "7"], "has no step 7: it has 6, 12"),
         (["ema", "--sigma-rel", "0.4"], "sigma_rel must be between"),
         (["ema", "--sigma-rel", "0.1", "--step", "2"], "no snapshot up to step 2: the first is of step 5"),
@@ -273,7 +282,7 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
         return line
 
     copy = shutil.copytree(run, tmp_path / "run")
-    assert "--ema 0.3 is not in the checkpoint: it has 0.5, 0.9" in refused(copy, "--ema", "0.3")
+    assert "--ema 0.5x is not in the checkpoint: it has 0.5, 0.9" in refused(copy, "--ema", "0.5x")
     assert "has no step 7: it has 6, 12" in refused(copy, "--step", "7")
     assert f"give its run, {copy}, and --step 6" in refused(copy / "checkpoints/00000006")
     config = (copy / "config.yaml").read_text()

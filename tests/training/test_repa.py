@@ -15,6 +15,7 @@ from asymflow import AsymFlow
 from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.errors import InputError
+from asymflow.evaluation.features import load_extractor
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
 from asymflow.training.objectives.class_conditional import ClassConditional
@@ -326,3 +327,14 @@ def test_a_wrong_folder_ends_the_training_before_it_begins(tmp_path):
 def test_the_shipped_configuration_needs_only_the_folder():
     c = load_config("imagenet256_h16_repa", ["loss.repa.model=DIR", "data.path=x"])
     assert (c.loss.repa.model, c.loss.repa.weight, c.loss.repa.after, c.loss.repa.hidden) == ("DIR", 0.5, 8, 2048)
+
+
+def test_the_features_of_the_frechet_distance_are_a_plain_recomputation(tmp_path):
+    model = save_dinov2(tmp_path / "dino")
+    images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = load_extractor("dinov2", tmp_path / "dino")(images)
+    resized = torch.nn.functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = model((resized / 255 - mean) / std).pooler_output  # the class token after the last norm
+    assert torch.allclose(found, expected, atol=1e-5)

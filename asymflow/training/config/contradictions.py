@@ -16,7 +16,7 @@ from asymflow.training.config.faults import faults_of
 from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.sections import Options, Sections
-from asymflow.training.config.yaml12 import short, shown
+from asymflow.yaml12 import short, shown
 
 
 def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
@@ -49,6 +49,10 @@ def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
         yield "checkpoint.keep_every", f"must be a multiple of checkpoint.every, but it is {c.checkpoint.keep_every}"
     if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
         yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
+    if c.evaluate.protocol:
+        for key in ("num", "extractor", "labels", "reference", "measures"):
+            if getattr(c.evaluate, key) != type(c.evaluate).model_fields[key].default:
+                yield f"evaluate.{key}", "is what evaluate.protocol says: leave one of the two out"
     if c.sample.interval[0] > c.sample.interval[1]:
         yield "sample.interval", f"must have its low end first, but it is {list(c.sample.interval)}"
 

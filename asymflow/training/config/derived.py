@@ -17,7 +17,7 @@ from asymflow.extensions import accepted, called, find, is_own
 from asymflow.precision import Precision, usual_precision
 from asymflow.sampling import METHODS
 from asymflow.training.config.sections import Model, Sections
-from asymflow.training.config.yaml12 import shown
+from asymflow.yaml12 import shown
 
 
 def network(model: Model) -> dict:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from asymflow.training.config.sections import Sections
-from asymflow.training.config.yaml12 import in_yaml
+from asymflow.yaml12 import in_yaml
 
 MAY_CHANGE = (  # without making another training of it
     "train.steps",  # longer, or shorter: the learning rate does not depend on it

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 
 from asymflow.training.config.sections import Sections, known_keys
-from asymflow.training.config.yaml12 import Keys, Layer, Origin, dotted, short, shown
+from asymflow.yaml12 import Keys, Layer, Origin, dotted, short, shown
 
 EXPECTED = {
     "int_type": "a whole number",

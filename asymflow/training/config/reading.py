@@ -20,7 +20,7 @@ from asymflow.text import decode
 from asymflow.training.config.contradictions import contradictions, deepspeed_contradictions
 from asymflow.training.config.faults import first_fault
 from asymflow.training.config.sections import Sections
-from asymflow.training.config.yaml12 import Layer, Origin, in_yaml, one_line, parse, short, shown
+from asymflow.yaml12 import Layer, Origin, in_yaml, one_line, parse, short, shown
 
 CONFIGS = files("asymflow") / "configs"
 MOST_BASES = 20

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from asymflow.evaluation.measures import MEASURES
 from asymflow.precision import Precision
 from asymflow.sampling import METHODS
 
@@ -30,6 +31,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 RelativeWidth = Annotated[float, Field(ge=0.001, lt=math.sqrt(1 / 12))]  # see `ema.power_of`
 Text = Annotated[str, Field(min_length=1)]
+Measure = Literal[tuple(MEASURES)]
 
 
 class Section(BaseModel):
@@ -242,17 +244,21 @@ class SampleSection(Section):
 
 
 class Evaluate(Section):
-    """Fréchet distance between the data and samples drawn as in `sample`, by torch-fidelity, while it trains."""
+    """Samples held against images while it trains, by the protocols of `asymflow evaluate`."""
 
     every: Count | None = Field(None, description="steps between evaluations; null: none")
+    protocol: Text | None = Field(
+        None, description="of asymflow evaluate: its name or file; null: as the keys below and sample say"
+    )
     num: Annotated[int, Field(ge=2)] = Field(10_000, description="samples to draw; distances of other numbers differ")
     batch_size: Count = Field(64, description="samples at a time on a rank")
     extractor: Text = Field("inception-v3-compat", description="torch-fidelity's name, or classifier: of this package")
     weights: Place | None = Field(None, description="file of the weights of the extractor; null: downloaded")
     labels: Literal["balanced", "data"] = Field("balanced", description="classes to draw: all alike, or as in the data")
     reference: Place | None = Field(
-        None, description="npz file with mu and sigma; null: taken from the training images"
+        None, description="images, or an npz file with mu and sigma; null: the training images"
     )
+    measures: tuple[Measure, ...] = listed("frechet_distance", min_length=1, description="what is measured")
 
 
 class Sections(Section):

@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asymflow import opening
-from asymflow.errors import InputError
+from asymflow.evaluation import dinov2
+from asymflow.evaluation.dinov2 import MEAN, STD
 from asymflow.model import OPTIONS, AsymFlow
 
-CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}  # in the package transformers
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; DINOv2 expects pixels normalized by them
 AT_ONCE = 64  # images in one pass through DINOv2
 PROJECTOR = "projector."  # the prefix of the parameters that only training needs
 
@@ -80,7 +78,7 @@ class Encoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.model = load(Path(folder)).to(device, dtype)
+        self.model = dinov2.load(Path(folder)).to(device, dtype)
         config = self.model.config
         patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
         self.size = (grid[0] * patch, grid[1] * patch)
@@ -97,45 +95,3 @@ class Encoder:
         pixels = F.interpolate((x0 + 1) / 2, self.size, mode="bicubic", antialias=True)
         pixels = ((pixels - self.model.pixel_mean) / self.model.pixel_std).to(self.dtype)
         return self.model(pixels).last_hidden_state[:, self.not_patches :]
-
-
-def load(folder: Path) -> nn.Module:
-    """The DINOv2 in a folder, in eval mode and without gradients. Raises InputError."""
-    name = class_name(folder)
-    try:
-        import transformers
-    except ImportError:
-        raise InputError('REPA needs the package transformers: pip install -e ".[repa]"') from None
-    # No progress bars, and no table of missing weights: these raise an error below.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
-    try:
-        model, report = getattr(transformers, name).from_pretrained(folder, **options)
-    except Exception as e:  # a damaged file can raise many types of errors
-        reason = " ".join(str(e).split())
-        raise InputError(f"{folder} cannot be loaded as a {name} ({type(e).__name__}: {reason[:200]})") from None
-    misfits = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-    if misfits:  # transformers has initialized them at random
-        raise InputError(f"{folder} lacks weights of a {name}, or has them in another shape: {', '.join(misfits[:5])}")
-    return model.eval().requires_grad_(False)
-
-
-def class_name(folder: Path) -> str:
-    """The name of the class in `transformers` for a folder. Raises InputError if it is no DINOv2 in safetensors."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give that of a DINOv2, downloaded as from Hugging Face")
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json: give the folder of a DINOv2 of transformers")
-    try:
-        kind = opening.read_json(folder / "config.json")["model_type"]
-    except (ValueError, KeyError):
-        raise InputError(f"{folder / 'config.json'} is not the configuration of a model of transformers") from None
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise InputError(f"{folder} is no DINOv2: its model_type is {kind!r}, expected {' or '.join(CLASSES)}")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder} has no weights in safetensors, and pickles are not read: convert it with "
-            f'transformers.{CLASSES[kind]}.from_pretrained("{folder}").save_pretrained("NEW FOLDER")'
-        )
-    return CLASSES[kind]

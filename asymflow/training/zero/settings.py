@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from asymflow.errors import InputError
 from asymflow.training.config.derived import batch_sizes, disagreement, same
 from asymflow.training.config.sections import Sections, known_keys
-from asymflow.training.config.yaml12 import one_line, shown
 from asymflow.training.zero.internals import config_class, config_models
+from asymflow.yaml12 import one_line, shown
 
 
 def deepspeed_config(config: Sections, world: int) -> dict:

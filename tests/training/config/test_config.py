@@ -20,9 +20,9 @@ from asymflow.training.config.derived import batch_sizes, bf16_weights, network
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
 from asymflow.training.config.sections import SampleSection, known_keys
-from asymflow.training.config.yaml12 import parse as parse_yaml
 from asymflow.training.run.folder import differences_of_state
 from asymflow.training.start import parse
+from asymflow.yaml12 import parse as parse_yaml
 
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
 FINETUNING = ("asymflux2_klein_9b", "asymflux2_klein_4b", "asymflux2_tiny")

@@ -1,0 +1,227 @@
+"""`asymflow evaluate`: hold samples against images, by a protocol that can be repeated."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from asymflow import files, packages
+from asymflow.cli import evaluate_report
+from asymflow.cli.common import at_least, default_device, interval, this_process
+from asymflow.cli.drawing import own_device
+from asymflow.cli.models import MODEL, Choice, add_choice, find_model, identity, load_model, refuse_choice
+from asymflow.errors import InputError
+from asymflow.extensions import find, is_own
+from asymflow.pictures import GRID_WIDTH, image_grid
+from asymflow.precision import Precision, usual_precision
+from asymflow.sampling import METHODS, guided, sigma_grid
+from asymflow.text import count
+
+ABOUT = """Score the images of a model, of a folder, or of an .npz batch of samples, by a protocol: FID, KID, Inception
+Score, precision and recall, each with its uncertainty. OUT/result.json says how every number was made."""
+EXAMPLES = """\
+examples:
+  asymflow evaluate --model runs/shapes --out evals/shapes                  a look: 2,048 images against the training's
+  asymflow evaluate --model runs/h16 --ema 0.9999 --protocol adm --guidance 2.7 --interval 0,0.82 --out evals/h16
+  torchrun --nproc-per-node 8 -m -- asymflow evaluate --model runs/h16 --protocol adm --out evals/h16
+  asymflow evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --protocol adm --out evals/theirs
+  asymflow evaluate --images photos --reference more_photos --crop 256 --out evals/photos
+  asymflow evaluate report evals/*/result.json                              one table of several results
+
+Image i has the noise of its number, whatever the batch and the number of processes. Stopped, even by kill -9, the same
+command goes on. Features stay in OUT, 12 KB for each image; the images do not, but for --save-npz. What a protocol is:
+the files in asymflow/evaluation/protocols; --protocol also takes a file of your own."""
+RESULT, GRID = "result.json", "grid.png"
+FEATURES, REFERENCE = "features", "reference"
+CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", "weights", "reference", "crop")
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("evaluate", description=ABOUT, epilog=EXAMPLES)
+    evaluate_report.add_command(p.add_subparsers(dest="action", metavar="report", help="a table of several results"))
+    p.add_argument("--model", type=Path, help=f"what draws the images: {MODEL}")
+    add_choice(p)
+    p.add_argument("--images", type=Path, metavar="PATH", help="instead: a folder of images, or an .npz with arr_0")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, a grid and the features (needed)")
+    p.add_argument("--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, quick, or a YAML file")
+    p.add_argument("--guidance", type=float, default=2.3, help="its scale; 1 is none")
+    p.add_argument("--interval", type=interval, default=(0.0, 0.88), help="noise levels where guidance acts")
+    p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
+    p.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="images at a time")
+    p.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the images, as ADM's evaluator reads them")
+    p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
+
+    changes = p.add_argument_group("changes of the protocol, which its name in the result tells")
+    changes.add_argument("--reference", metavar="WHAT", help="images, .npz, data, adm-imagenet or jit-imagenet")
+    changes.add_argument("--extractor", help="inception-v3-compat, vgg16, dinov2 or classifier")
+    changes.add_argument("--weights", metavar="PATH", help="of the extractor")
+    changes.add_argument("--num", type=at_least(2), metavar="N", help="how many images are drawn")
+    changes.add_argument("--first", type=at_least(0), metavar="N", help="number of the first image")
+    changes.add_argument("--seed", type=at_least(0), metavar="N", help="with its number, fixes the noise of an image")
+    changes.add_argument("--steps", type=at_least(1), metavar="N", help="of the sampler")
+    changes.add_argument("--method", help=f"{', '.join(METHODS)}, or package.module:function of your own")
+    changes.add_argument("--precision", choices=get_args(Precision), help="of the model")
+    changes.add_argument("--crop", type=at_least(1), metavar="N", help="side to which images of folders are cropped")
+    changes.add_argument("--measures", metavar="A,B", help="such as frechet_distance,kid")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.images is None):
+        raise InputError("give one of --model, whose samples are scored, and --images, which are scored")
+    if args.out is None:
+        raise InputError("give --out, a folder for the result")
+    packages.need("pydantic", "yaml", "torch_fidelity")
+    from asymflow.evaluation.protocol import load_protocol
+
+    changes = {name: getattr(args, name) for name in CHANGES}
+    changes["measures"] = args.measures and [word.strip() for word in args.measures.split(",")]
+    protocol = load_protocol(args.protocol, changes)
+    check(args, protocol)
+    device = own_device(args)
+    subject = Scored(args, protocol, device)
+    evaluate(args, subject, device)
+
+
+def check(args: argparse.Namespace, protocol) -> None:
+    """Raise errors about options before anything is read."""
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file, where a folder is expected")
+    if args.save_npz and args.save_npz.suffix != ".npz":
+        raise InputError(f"--save-npz {args.save_npz} must end with .npz")
+    if args.images:
+        refuse_choice(args.images, args.step, args.ema)
+        return
+    if not is_own(protocol.method) and protocol.method not in METHODS:
+        raise InputError(f"--method must be one of {', '.join(METHODS)}, but it is {protocol.method!r}")
+    sigma_grid(protocol.steps, protocol.shift)
+    guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
+
+
+class Scored:
+    """What is scored: images of a folder, of an .npz, or drawn of a model. about: what determines them, for records."""
+
+    def __init__(self, args: argparse.Namespace, protocol, device: torch.device):
+        self.of, self.data, self.remarks = str(args.images or args.model), None, []
+        if args.images:
+            from asymflow.evaluation.images import open_source
+            from asymflow.evaluation.protocol import renamed
+
+            self.source = open_source(args.images, protocol.crop)
+            if len(self.source) < 2:
+                raise InputError(f"{args.images} has 1 image: at least 2 are needed")
+            self.protocol = renamed(protocol, num=len(self.source))
+            self.about = {"images": self.source.identity}
+            self.remarks.append("how these images were drawn is not known")
+        else:
+            self.protocol = protocol
+            self.draws(args, device)
+
+    def draws(self, args: argparse.Namespace, device: torch.device) -> None:
+        from asymflow.evaluation.drawn import Drawn
+
+        found, p = find_model(args.model, args.step, args.ema), self.protocol
+        flow = load_model(found, device, args.backbone)
+        check_model(args.model, flow)
+        options = {name: getattr(args, name) for name in ("guidance", "interval", "orthogonal")}
+        precision = usual_precision(device) if p.precision == "usual" else p.precision
+        method = find(p.method, {}, "--method") if is_own(p.method) else p.method
+        label = None
+        if isinstance(found, Choice) and (p.reference == "data" or p.classes == "data"):
+            self.data, label = training_images(found)
+        if p.classes == "data" and label is None:
+            raise InputError("classes: data means those of a training's images: give a run as --model, or balanced")
+        label = label if p.classes == "data" else None
+        self.source = Drawn(flow, p, precision, options, method, label=label)
+        self.about = identity(found) | options | {"precision": precision, "sigma_min": flow.sigma_min}
+
+
+def check_model(model: Path, flow) -> None:
+    """InputError unless it is a class-conditional model of RGB images."""
+    if missing := [name for name in ("num_classes", "grid") if not hasattr(flow.backbone, name)]:
+        raise InputError(f"{type(flow.backbone).__name__} has no attribute {missing[0]}, which drawing needs")
+    if flow.channels != 3 or not flow.backbone.num_classes:
+        has = f"{count(flow.channels, 'channel')} and {count(flow.backbone.num_classes, 'class')}"
+        raise InputError(f"{model} has {has}: images are drawn of models with 3 channels and at least one class")
+
+
+def training_images(choice: Choice):
+    """The images of a run's training, at most 50,000 of them in a random order, and the class of each number."""
+    from asymflow import streams
+    from asymflow.cli.models import about
+    from asymflow.evaluation.reference import Images
+    from asymflow.training.datasets import make_dataset
+    from asymflow.training.evaluate import MOST
+    from asymflow.training.loader import read_or_replace
+
+    config, _, _ = about(choice.run, choice.folder)
+    try:
+        dataset = make_dataset(config)
+    except InputError as e:
+        raise InputError(f"the images of the training of {choice.run}: {e}; or give --reference IMAGES") from None
+    seed, size = config.train.seed, (config.model.image_size,) * 2
+
+    def read(number: int, bad: list[str]) -> Tensor:
+        return read_or_replace(dataset, seed, number, bad).image
+
+    images = Images(read, min(len(dataset), MOST), size, getattr(dataset, "digest", "unknown"))
+    return images, lambda number: dataset.label(streams.image_index(seed, number, len(dataset)))
+
+
+def evaluate(args: argparse.Namespace, scored: Scored, device: torch.device) -> None:
+    """Compute what is missing, then measure and write the result. All processes call this; the first one measures."""
+    from asymflow.evaluation import reference, result
+    from asymflow.evaluation.blocks import Blocks
+    from asymflow.evaluation.features import load_extractor
+    from asymflow.evaluation.images import write_batch
+
+    protocol, source, started = scored.protocol, scored.source, time.time()
+    rank, world = this_process()
+    extractor = load_extractor(protocol.extractor, protocol.weights, device)
+    if protocol.reference is None:
+        raise InputError(f"the protocol {protocol.name} needs --reference: images, or an .npz file")
+    size = tuple(source.size)
+    against = reference.Opened(protocol.reference, size, protocol.crop, extractor.width(max(size)), scored.data)
+    about = {
+        "size": size,
+        "scored": scored.about,
+        "protocol": protocol.model_dump(mode="json", exclude={"name", "about", "weights", "reference", "measures"}),
+        "extractor": {"name": extractor.name, "weights_sha256": extractor.weights},
+    }
+    blocks = Blocks(args.out / FEATURES, len(source), about, keep_images=args.save_npz is not None)
+    if rank == 0 and (done := len(blocks) - len(blocks.missing())):
+        print(f"{done} of {count(len(blocks), 'block')} of images are in {args.out} already", file=sys.stderr)
+    title = "drawing" if args.model else "reading"
+    blocks.fill(source, extractor, args.batch, title, rank, world)
+    against.fill(args.out / REFERENCE, extractor, args.batch, rank, world)
+    if rank:
+        return
+    blocks.wait()
+    held = against.reference(device)
+    sample = blocks.sample(device)
+    if args.save_npz:
+        write_batch(args.save_npz, blocks.images(), len(source), size)
+    measured = result.measure(protocol.measures, sample, held)
+    found = about | {
+        "of": scored.of,
+        "protocol": protocol.model_dump(mode="json"),
+        "images": len(source),
+        "reference": {"name": protocol.reference, **against.identity},
+        "measures": result.as_json(measured),
+        "remarks": [*reference.remarks(held, against.replaced), *scored.remarks],
+        "versions": result.versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "seconds": round(blocks.seconds(), 1),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(started)),
+    }
+    result.write(args.out / RESULT, found)
+    with files.replacing(args.out / GRID) as beside:
+        image_grid(blocks.first_images().float() / 127.5 - 1, width=GRID_WIDTH).save(beside)
+    print(f"{scored.of}: {count(len(source), 'image')} of {size[1]} x {size[0]} pixels, protocol {protocol.name}")
+    remarks = [f"remark: {remark}" for remark in found["remarks"]]
+    print("\n".join(f"  {line}" for line in [*result.lines(measured, extractor.name), *remarks]))
+    print(f"written: {args.out / RESULT}, {args.out / GRID}")

@@ -1,0 +1,154 @@
+"""Images to be scored: a folder of them, or a batch of samples in an .npz file, as ADM's evaluator reads it.
+
+A source has `len`, a `size` (height, width), an `identity` for records, and `read(first, last)`: the images of these
+numbers, (n, 3, H, W), uint8.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asymflow import files, opening
+from asymflow.entries import Entry, find_images
+from asymflow.errors import InputError
+from asymflow.pixels import adm_crop, decoded, in_order, to_rgb
+from asymflow.text import count
+
+BATCH = "arr_0"  # the array of samples in a batch of ADM
+THREADS = 4
+
+
+class Source(Protocol):
+    """What can be scored."""
+
+    size: tuple[int, int]
+    identity: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, first: int, last: int) -> Tensor: ...
+
+
+class Folder:
+    """All images of a folder, and of the folders in it, sorted by their paths. They must have one size, or `crop`.
+
+    crop: None, or the side of the square that ADM's centre crop makes of each. Whatever is grey, transparent or a
+    palette becomes RGB (see `pixels.to_rgb`).
+    Raises InputError if there is no image; `read` does if one is damaged, of another size, or the folder has changed.
+    """
+
+    def __init__(self, path: str | Path, crop: int | None = None):
+        self.path, self.crop = Path(path), crop
+        if not self.path.is_dir():
+            raise InputError(f"{path} is not a folder of images")
+        self.entries = find_images([self.path])
+        self.listed = listing(self.entries)
+        first = self.entries[0]
+        self.size = (crop, crop) if crop else decoded(first, lambda image: (image.height, image.width))
+        self.identity = f"{count(len(self.entries), 'image')} ({self.listed[:16]})"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, first: int, last: int) -> Tensor:
+        if first == 0 or last == len(self):
+            self.check_unchanged()
+        found = []
+        for image in in_order(self.one, self.entries[first:last], THREADS):
+            if isinstance(image, InputError):
+                raise InputError(f"{image}: remove it, or wait if the folder is still being written") from None
+            found.append(image)
+        return torch.stack(found)
+
+    def one(self, entry: Entry) -> Tensor:
+        image = decoded(entry, lambda image: adm_crop(to_rgb(image), self.crop) if self.crop else to_rgb(image))
+        if (image.height, image.width) != self.size:
+            raise InputError(
+                f"{entry} has {image.width} x {image.height} pixels (width x height), but {self.entries[0]} has "
+                f"{self.size[1]} x {self.size[0]}: remove what is no sample, or crop all of them with --crop"
+            )
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+
+    def check_unchanged(self) -> None:
+        """InputError if images have come, gone or changed since the folder was listed."""
+        now = find_images([self.path])
+        if listing(now) != self.listed:
+            raise InputError(
+                f"{self.path} is still being written: it had {count(len(self), 'image')}, and has {len(now):,} now, or "
+                "others: wait until it is whole"
+            )
+
+
+def listing(entries: list[Entry]) -> str:
+    """A checksum of the names, sizes and times of change of files."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        about = Path(entry.path).stat()
+        digest.update(f"{entry} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class Batch:
+    """The samples of an .npz file: `arr_0`, (n, H, W, 3), uint8. They are read in parts, whatever their number.
+
+    Raises InputError if the file is damaged, or has another array.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, arrays = Path(path), opening.array_headers(path)
+        if BATCH not in arrays:
+            has = ", ".join(list(arrays)[:5]) or "nothing"
+            raise InputError(f"{path} has no array {BATCH}, as a batch of samples has: it has {has}")
+        shape, fortran_order, dtype, self.start, size, there = arrays[BATCH]
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
+            form = f"{dtype} {shape}{' in the order of Fortran' * fortran_order}"
+            raise InputError(f"{path}: {BATCH} must be uint8 (n, height, width, 3), but it is {form}")
+        if min(shape) < 1 or size > there:
+            raise InputError(f"{path}: {BATCH} says that it is {shape}, and has {there:,} bytes: it is not whole")
+        self.count, self.size = shape[0], (shape[1], shape[2])
+        self.identity = f"{self.count:,} images ({files.sha256(path)[:16]})"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, first: int, last: int) -> Tensor:
+        height, width = self.size
+        row = height * width * 3
+        with (
+            opening.reading(self.path, "a whole npz file of numpy"),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{BATCH}.npy") as file,
+        ):
+            file.seek(self.start + first * row)
+            content = file.read((last - first) * row)
+            if len(content) < (last - first) * row:
+                raise InputError(f"{self.path} is not whole: it ends within {BATCH}")
+        images = np.frombuffer(bytearray(content), np.uint8).reshape(-1, height, width, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def open_source(path: str | Path, crop: int | None = None) -> Source:
+    """The images of a folder or of an .npz file. Raises InputError."""
+    path = Path(path)
+    if path.is_dir() or path.suffix != ".npz":
+        return Folder(path, crop)
+    if crop:
+        raise InputError(f"{path}: --crop is for folders of images")
+    return Batch(path)
+
+
+def write_batch(path: Path, parts: Iterable[Tensor], count: int, size: tuple[int, int]) -> None:
+    """Write such an .npz file, whole or not at all. parts: uint8 (n, 3, H, W), together `count` images, in order."""
+    with files.replacing(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
+        info = zipfile.ZipInfo(f"{BATCH}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # so that the bytes are the same
+        with archive.open(info, "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in parts:
+                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())

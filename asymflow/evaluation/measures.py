@@ -1,0 +1,168 @@
+"""How good samples are, from features: Fréchet distance, KID, Inception Score, precision and recall.
+
+Each is defined as in torch-fidelity, and has its uncertainty: what it would vary by with other samples of the model, as
+one standard deviation. Features are read in parts, so that memory does not grow with the number of images.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asymflow.evaluation.frechet import Influence, frechet_distance
+from asymflow.evaluation.moments import Moments, Statistics
+from asymflow.evaluation.rows import Rows
+
+NEIGHBOURS = 3  # of precision and recall, as in Kynkaanniemi et al. 2019 and ADM
+SUBSETS, SUBSET = 100, 1000  # of KID: so many, of so many images
+SPLITS = 10  # of the Inception Score
+SEED = 2020  # torch-fidelity's, of subsets and splits
+RESAMPLES = 200  # of a bootstrap
+FEW = 5000  # images: of fewer, scores depend much on how many there are
+
+
+@dataclass(frozen=True)
+class Measured:
+    """value: None if it cannot be measured. uncertainty: one standard deviation. remarks: what to know before use."""
+
+    value: float | None
+    uncertainty: float | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class Sample:
+    """Features of images. logits: of a network that classifies them. device: on which distances are computed."""
+
+    features: Rows
+    logits: Rows | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def statistics(self) -> Statistics:
+        moments = Moments()
+        for part in self.features.chunks():
+            moments.add(part)
+        return moments.statistics()
+
+
+@dataclass
+class Reference:
+    """What samples are held against: mean and covariance of features, and the features of some images if known."""
+
+    statistics: Statistics
+    features: Rows | None = None
+
+
+def frechet(sample: Sample, reference: Reference) -> Measured:
+    """The Fréchet distance (Heusel et al. 2017), with Inception's features the FID."""
+    own, n = sample.statistics(), len(sample.features)
+    influence = Influence(own, reference.statistics)
+    effects = torch.cat([influence.of(part) for part in sample.features.chunks()])
+    few = f"fewer images ({n:,}) than features ({sample.features.width:,}): compare it with as many only"
+    remarks = (few,) if n <= sample.features.width else ()
+    return Measured(frechet_distance(own, reference.statistics), float(effects.std() / math.sqrt(n)), remarks)
+
+
+def kernel_distance(sample: Sample, reference: Reference) -> Measured:
+    """KID (Binkowski et al. 2018): the mean over subsets, which has no bias, and the spread of that mean."""
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    if reference.features is None:
+        return unknown("the reference has no images, only their mean and covariance")
+    size = min(SUBSET, len(sample.features), len(reference.features))
+    rng, values = np.random.RandomState(SEED), []
+    for _ in range(SUBSETS):
+        chosen = [rng.choice(len(rows), size, replace=False) for rows in (sample.features, reference.features)]
+        one, other = sample.features.take(chosen[0]), reference.features.take(chosen[1])
+        values.append(kernel_mmd(one.numpy(), other.numpy()))
+    remarks = (f"subsets of {size} images, not of {SUBSET:,}",) if size < SUBSET else ()
+    return Measured(float(np.mean(values)), float(np.std(values)), remarks)
+
+
+def inception_score(sample: Sample, reference: Reference | None = None) -> Measured:
+    """The Inception Score (Salimans et al. 2016): the mean over splits, and a bootstrap over the images."""
+    if sample.logits is None:
+        return unknown("the extractor has no classes")
+    n, classes = len(sample.logits), sample.logits.width
+    if n < SPLITS:
+        return unknown(f"{n} images cannot be split into {SPLITS}")
+    place = np.empty(n, np.int64)
+    place[np.random.RandomState(SEED).permutation(n)] = np.arange(n)  # where an image is after the shuffle
+    split = torch.from_numpy(np.searchsorted(np.array([i * n // SPLITS for i in range(1, SPLITS)]), place, "right"))
+    # In each split: exp of the mean over images of sum p log p, minus sum q log q with q the mean of p. The first row
+    # of weights is of all images once; the others are of a bootstrap, in which each comes as often as Poisson says.
+    generator = torch.Generator().manual_seed(SEED)
+    weight, own = torch.zeros(1 + RESAMPLES, SPLITS), torch.zeros(1 + RESAMPLES, SPLITS, dtype=torch.float64)
+    mean, done = torch.zeros(1 + RESAMPLES, SPLITS, classes, dtype=torch.float64), 0
+    for logits in sample.logits.chunks(512):
+        p = logits.double().softmax(1)
+        information = (p * logits.double().log_softmax(1)).sum(1)
+        drawn = torch.poisson(torch.ones(1 + RESAMPLES, len(p)), generator=generator).double()
+        drawn[0] = 1
+        for number in range(SPLITS):
+            inside = split[done : done + len(p)] == number
+            weight[:, number] += drawn[:, inside].sum(1)
+            own[:, number] += drawn[:, inside] @ information[inside]
+            mean[:, number] += drawn[:, inside] @ p[inside]
+        done += len(p)
+    mean /= weight[..., None]
+    scores = (own / weight - torch.xlogy(mean, mean).sum(2)).exp().mean(1)
+    resampled = scores[1:][scores[1:].isfinite()]  # of few images, a split of a resample may be empty
+    remarks = (f"of {n:,} images: with fewer it is lower, so compare it with as many only",) if n < FEW else ()
+    return Measured(scores[0].item(), resampled.std().item() if len(resampled) > 1 else None, remarks)
+
+
+def precision(sample: Sample, reference: Reference) -> Measured:
+    """The share of samples that lie among the images of the reference (Kynkaanniemi et al. 2019)."""
+    return inside(sample.features, reference.features, sample.device)
+
+
+def recall(sample: Sample, reference: Reference) -> Measured:
+    """The share of images of the reference that lie among the samples."""
+    return inside(reference.features, sample.features, sample.device)
+
+
+def inside(points: Rows | None, balls: Rows | None, device: torch.device) -> Measured:
+    """The share of points within the distance of any ball's centre to its third nearest neighbour."""
+    if points is None or balls is None:
+        return unknown("the reference has no images, only their mean and covariance")
+    if len(balls) <= NEIGHBOURS:
+        return unknown(f"{len(balls)} images are too few for {NEIGHBOURS} neighbours")
+    radii = [nearest(part.to(device), balls, device) for part in balls.chunks()]
+    hits = []
+    for part in points.chunks():
+        part = part.to(device)
+        within = torch.zeros(len(part), dtype=torch.bool, device=device)
+        for centers, radius in zip(balls.chunks(), radii, strict=True):
+            within |= (torch.cdist(part, centers.to(device)) <= radius).any(1)
+        hits.append(within.cpu())
+    share = torch.cat(hits).double().mean().item()
+    few = len(points) < FEW or len(balls) < FEW
+    remarks = (f"of {len(points):,} and {len(balls):,} images: compare it with as many only",) if few else ()
+    return Measured(share, math.sqrt(share * (1 - share) / len(points)), remarks)
+
+
+def nearest(part: Tensor, everyone: Rows, device: torch.device) -> Tensor:
+    """The distance of each row to its third nearest other one."""
+    kept = None
+    for others in everyone.chunks():
+        distances = torch.cdist(part, others.to(device))
+        together = distances if kept is None else torch.cat([kept, distances], 1)
+        kept = together.topk(min(NEIGHBOURS + 1, together.shape[1]), largest=False).values  # itself is one of them
+    return kept[:, NEIGHBOURS]
+
+
+def unknown(why: str) -> Measured:
+    return Measured(None, None, (f"not measured: {why}",))
+
+
+MEASURES: dict[str, Callable[[Sample, Reference], Measured]] = {
+    "frechet_distance": frechet,
+    "kid": kernel_distance,
+    "inception_score": inception_score,
+    "precision": precision,
+    "recall": recall,
+}

@@ -1,0 +1,130 @@
+"""What samples are held against: images, or the mean and covariance of the features of images that others publish."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asymflow import files, opening
+from asymflow.data.shapes import Shapes
+from asymflow.errors import InputError
+from asymflow.evaluation import assets
+from asymflow.evaluation.blocks import Blocks
+from asymflow.evaluation.features import Extractor
+from asymflow.evaluation.frechet import load_statistics
+from asymflow.evaluation.images import BATCH, Folder, Source, open_source
+from asymflow.evaluation.measures import Reference
+from asymflow.text import count
+
+PUBLISHED = ("adm-imagenet", "jit-imagenet")  # each for 256 and for 512 pixels
+DATA, SHAPES = "data", "shapes"
+PICTURES = 10_000  # generated ones, that "shapes" means
+
+
+class Opened:
+    """A reference before its features are computed.
+
+    identity: what determines it, for records. source: its images. statistics: published ones; one of the two may be
+    None. Raises InputError if it does not exist, or is of another size than `size`, or of other features.
+    """
+
+    def __init__(self, name: str, size: tuple[int, int], crop: int | None, width: int, data: Source | None = None):
+        """width: of the features. data: the images that "data" means."""
+        self.name, self.source, self.statistics, self.replaced = name, None, None, []
+        if name == DATA and not Path(name).exists():
+            if data is None:
+                raise InputError("--reference data means the images of a training: give --model RUN, or other images")
+            self.source, self.identity = data, {"images": data.identity}
+        elif name == SHAPES and not Path(name).exists():
+            pictures = Shapes(PICTURES, size[0])
+            read = lambda number, bad: pictures[number].image
+            self.source = Images(read, PICTURES, (size[0], size[0]), pictures.digest)
+            self.identity = {"images": self.source.identity}
+        else:
+            path = published(name, size) if name in PUBLISHED and not Path(name).exists() else Path(name)
+            if path.is_dir():
+                self.source = Folder(path, crop)
+                self.identity = {"images": self.source.identity}
+            else:
+                self.read(path, width)
+        if self.source and tuple(self.source.size) != tuple(size):
+            other, own = ("{1} x {0}".format(*sides) for sides in (self.source.size, size))
+            hint = ", or --crop" if isinstance(self.source, Folder) else ""
+            raise InputError(
+                f"the images of {name} have {other} pixels (width x height), but those to be scored {own}: give a "
+                f"reference of that size{hint}"
+            )
+
+    def read(self, path: Path, width: int) -> None:
+        arrays = opening.array_headers(path)
+        if "mu" in arrays and "sigma" in arrays:
+            self.statistics, _ = load_statistics(path)
+            if len(found := self.statistics["mu"]) != width:
+                raise InputError(f"{path} has statistics of {len(found):,} features, but the extractor has {width:,}")
+        if BATCH in arrays:
+            self.source = open_source(path)
+        if self.source is None and self.statistics is None:
+            raise InputError(f"{path} has neither mu and sigma, nor images in {BATCH}: it has {', '.join(arrays)}")
+        self.identity = {"file_sha256": files.sha256(path)}
+
+    def fill(self, folder: Path, extractor: Extractor, batch: int, rank: int = 0, world: int = 1) -> None:
+        """Compute the features of its images in `folder`, or of several processes the share of this one."""
+        if self.source:
+            about = {"reference": self.identity, "extractor": extractor.name, "weights_sha256": extractor.weights}
+            self.blocks = Blocks(folder, len(self.source), about)
+            self.blocks.fill(self.source, extractor, batch, "reading the reference", rank, world)
+
+    def reference(self, device: torch.device) -> Reference:
+        """The reference, when all processes have filled in their share. It waits for them."""
+        if self.source is None:
+            return Reference(self.statistics)
+        self.blocks.wait()
+        self.replaced = self.blocks.replaced()
+        sample = self.blocks.sample(device)
+        return Reference(self.statistics or sample.statistics(), sample.features)
+
+
+def published(name: str, size: tuple[int, int]) -> Path:
+    known = f"{name}{size[0]}"
+    if known not in assets.ASSETS or size[0] != size[1]:
+        sizes = " and ".join(k.removeprefix(name) for k in assets.ASSETS if k.startswith(name))
+        raise InputError(
+            f"{name} has references of {sizes} pixels, square, but the images have {size[1]} x {size[0]}: give "
+            "--reference IMAGES"
+        )
+    return assets.find(known)
+
+
+class Images:
+    """A source of at most `most` images of a data set, in an order that depends on the seed alone.
+
+    read_one: a function of the number of an image, which returns it as uint8 (3, H, W), and adds to a list what could
+    not be read and was replaced by another.
+    """
+
+    def __init__(self, read_one, count: int, size: tuple[int, int], digest: str):
+        self.read_one, self.count, self.size, self.replaced = read_one, count, size, []
+        self.identity = f"{count:,} images ({digest[:16]})"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, first: int, last: int) -> Tensor:
+        before = len(self.replaced)
+        images = torch.stack([self.read_one(i, self.replaced) for i in range(first, last)])
+        for problem in self.replaced[before:]:
+            print(f"replaced by another image of the data: {problem}", file=sys.stderr)
+        return images
+
+
+def remarks(reference: Reference, replaced: list[str]) -> list[str]:
+    """What to know of a reference before its numbers are used. replaced: what could not be read."""
+    if reference.features is None:
+        return ["the reference is mean and covariance alone"]
+    few = len(reference.features) <= reference.features.width
+    found = [f"the reference has {count(len(reference.features), 'image')}"] if few else []
+    if replaced:
+        said = f"{count(len(replaced), 'image')} of the reference could not be read, others took their place"
+        found.append(f"{said}: {'; '.join(replaced[:5])}{'; ...' if len(replaced) > 5 else ''}")
+    return found

@@ -1,0 +1,91 @@
+"""The result of an evaluation: one JSON file that says how each number was made."""
+
+import json
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from asymflow import files, opening
+from asymflow.errors import InputError
+from asymflow.evaluation.measures import MEASURES, Measured, Reference, Sample
+
+KIND = "asymflow evaluation 1"
+TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
+FRECHET = {"inception-v3-compat": "FID", "dinov2": "FD-DINOv2", "vgg16": "FD-VGG16"}
+DIGITS = {"kid": 5, "precision": 3, "recall": 3}
+
+
+def title(measure: str, extractor: str) -> str:
+    """What a measure is called: the Fréchet distance is an FID only in the features of Inception."""
+    if measure == "frechet_distance":
+        return FRECHET.get(extractor, f"FD ({extractor})")
+    return TITLES.get(measure, measure) + ("" if extractor == "inception-v3-compat" else f" ({extractor})")
+
+
+def measure(names: tuple[str, ...], sample: Sample, reference: Reference) -> dict[str, Measured]:
+    """Each of the measures, by its name."""
+    return {name: MEASURES[name](sample, reference) for name in names}
+
+
+def as_json(measured: dict[str, Measured]) -> dict[str, dict]:
+    return {
+        name: {"value": found.value, "uncertainty": found.uncertainty, "remarks": list(found.remarks)}
+        for name, found in measured.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("asymflow", "torch", "torch-fidelity", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write(path: Path, result: dict) -> None:
+    with files.replacing(path) as beside:
+        beside.write_text(json.dumps({"kind": KIND} | result, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> dict:
+    """A result, or that of a folder. Raises InputError if it is none."""
+    path = path / "result.json" if path.is_dir() else path
+    result = opening.read_json(path)
+    try:
+        for found in result["measures"].values():
+            value, uncertainty = found["value"], found["uncertainty"]
+            if not all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in (value, uncertainty)):
+                raise ValueError
+            list(map(str.strip, found["remarks"]))
+        whole = result["kind"] == KIND and isinstance(result["protocol"], dict) and str(result["protocol"]["name"])
+        whole = whole and str(result["extractor"]["name"]) and isinstance(result["of"], str)
+        whole = whole and isinstance(result["scored"], dict) and len(result["size"]) == 2
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is not a result of asymflow evaluate")
+    return result
+
+
+def shown(name: str, value: float | None, uncertainty: float | None) -> str:
+    """A value with as many digits as its uncertainty lets one see."""
+    if value is None:
+        return "-"
+    digits = DIGITS.get(name, 2)
+    if uncertainty:
+        digits = max(0, min(8, 1 - math.floor(math.log10(uncertainty))))
+        return f"{value:.{digits}f} ± {uncertainty:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def lines(measured: dict[str, Measured], extractor: str) -> list[str]:
+    """The measures for people, a line each, and what to know before use."""
+    wide = max(len(title(name, extractor)) for name in measured)
+    text = []
+    for name, one in measured.items():
+        remarks = f"   {'; '.join(one.remarks)}" if one.remarks else ""
+        text.append(f"{title(name, extractor):{wide}}   {shown(name, one.value, one.uncertainty)}{remarks}")
+    return text
