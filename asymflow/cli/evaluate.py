@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asymflow import files, packages
-from asymflow.cli import evaluate_report
+from asymflow.cli import evaluate_report, evaluate_search
 from asymflow.cli.common import at_least, default_device, interval, this_process
 from asymflow.cli.drawing import own_device
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, identity, load_model, refuse_choice
@@ -42,7 +42,9 @@ CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("evaluate", description=ABOUT, epilog=EXAMPLES)
-    evaluate_report.add_command(p.add_subparsers(dest="action", metavar="report", help="a table of several results"))
+    actions = p.add_subparsers(dest="action", metavar="ACTION")
+    evaluate_report.add_command(actions)
+    evaluate_search.add_command(actions)
     p.add_argument("--model", type=Path, help=f"what draws the images: {MODEL}")
     add_choice(p)
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: a folder of images, or an .npz with arr_0")
@@ -83,8 +85,9 @@ def run(args: argparse.Namespace) -> None:
     protocol = load_protocol(args.protocol, changes)
     check(args, protocol)
     device = own_device(args)
-    subject = Scored(args, protocol, device)
-    evaluate(args, subject, device)
+    found = evaluate(Scored(args, protocol, device), args.out, device, args.batch, args.save_npz)
+    if found:
+        say(found, args.out)
 
 
 def check(args: argparse.Namespace, protocol) -> None:
@@ -172,8 +175,19 @@ def training_images(choice: Choice):
     return images, lambda number: dataset.label(streams.image_index(seed, number, len(dataset)))
 
 
-def evaluate(args: argparse.Namespace, scored: Scored, device: torch.device) -> None:
-    """Compute what is missing, then measure and write the result. All processes call this; the first one measures."""
+def evaluate(
+    scored: Scored,
+    out: Path,
+    device: torch.device,
+    batch: int,
+    save_npz: Path | None = None,
+    reference_folder: Path | None = None,
+) -> dict[str, object] | None:
+    """Compute what is missing, then measure, and write the result. All processes call this; the first one measures.
+
+    Returns the result, and None to the other processes. save_npz: a file for the images. reference_folder: of the
+    features of the reference, if not within `out`.
+    """
     from asymflow.evaluation import reference, result
     from asymflow.evaluation.blocks import Blocks
     from asymflow.evaluation.features import load_extractor
@@ -192,19 +206,19 @@ def evaluate(args: argparse.Namespace, scored: Scored, device: torch.device) -> 
         "protocol": protocol.model_dump(mode="json", exclude={"name", "about", "weights", "reference", "measures"}),
         "extractor": {"name": extractor.name, "weights_sha256": extractor.weights},
     }
-    blocks = Blocks(args.out / FEATURES, len(source), about, keep_images=args.save_npz is not None)
+    blocks = Blocks(out / FEATURES, len(source), about, keep_images=save_npz is not None)
     if rank == 0 and (done := len(blocks) - len(blocks.missing())):
-        print(f"{done} of {count(len(blocks), 'block')} of images are in {args.out} already", file=sys.stderr)
-    title = "drawing" if args.model else "reading"
-    blocks.fill(source, extractor, args.batch, title, rank, world)
-    against.fill(args.out / REFERENCE, extractor, args.batch, rank, world)
+        print(f"{done} of {count(len(blocks), 'block')} of images are in {out} already", file=sys.stderr)
+    title = "reading" if "images" in scored.about else "drawing"
+    blocks.fill(source, extractor, batch, title, rank, world)
+    against.fill(reference_folder or out / REFERENCE, extractor, batch, rank, world)
     if rank:
-        return
+        return None
     blocks.wait()
     held = against.reference(device)
     sample = blocks.sample(device)
-    if args.save_npz:
-        write_batch(args.save_npz, blocks.images(), len(source), size)
+    if save_npz:
+        write_batch(save_npz, blocks.images(), len(source), size)
     measured = result.measure(protocol.measures, sample, held)
     found = about | {
         "of": scored.of,
@@ -218,10 +232,19 @@ def evaluate(args: argparse.Namespace, scored: Scored, device: torch.device) -> 
         "seconds": round(blocks.seconds(), 1),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(started)),
     }
-    result.write(args.out / RESULT, found)
-    with files.replacing(args.out / GRID) as beside:
+    result.write(out / RESULT, found)
+    with files.replacing(out / GRID) as beside:
         image_grid(blocks.first_images().float() / 127.5 - 1, width=GRID_WIDTH).save(beside)
-    print(f"{scored.of}: {count(len(source), 'image')} of {size[1]} x {size[0]} pixels, protocol {protocol.name}")
-    remarks = [f"remark: {remark}" for remark in found["remarks"]]
-    print("\n".join(f"  {line}" for line in [*result.lines(measured, extractor.name), *remarks]))
-    print(f"written: {args.out / RESULT}, {args.out / GRID}")
+    return found
+
+
+def say(found: dict, out: Path) -> None:
+    """Print a result for people."""
+    from asymflow.evaluation import result
+
+    width, height = reversed(found["size"])
+    name = found["protocol"]["name"]
+    print(f"{found['of']}: {count(found['images'], 'image')} of {width} x {height} pixels, protocol {name}")
+    for line in [*result.lines(found), *(f"remark: {remark}" for remark in found["remarks"])]:
+        print(f"  {line}")
+    print(f"written: {out / RESULT}, {out / GRID}")

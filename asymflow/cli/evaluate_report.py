@@ -7,7 +7,7 @@ from pathlib import Path
 from asymflow.text import count
 
 ABOUT = """A table of results of asymflow evaluate. Numbers of different protocols are never in one table."""
-UNCOMPARED = ("name", "about", "weights", "reference")
+UNCOMPARED = ("name", "about", "weights", "reference", "first")
 PAPER = {  # arXiv 2605.12964, ImageNet 256, 50,000 images, protocol adm
     "AsymFlow-H/16, rank 8, 600 epochs": {"frechet_distance": 1.76, "inception_score": 312.0},
     "JiT-H/16, 600 epochs": {"frechet_distance": 1.90, "inception_score": 300.8},

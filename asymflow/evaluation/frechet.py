@@ -1,5 +1,6 @@
 """The Fréchet distance between samples and data, by torch-fidelity. With Inception's features it is the FID."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,36 +26,55 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
-class Influence:
-    """How much each sample moves the Fréchet distance of all samples from `reference`, to first order.
+class Target:
+    """A reference that many samples are held against: each distance then takes one decomposition of a matrix.
 
-    With `samples` moved a little towards one feature x, the distance changes in proportion to
-
-        2 (mu - mu') (x - mu)  +  (x - mu)^T (1 - T) (x - mu)  -  tr((1 - T) sigma),
-
-    where T = sigma'^(1/2) (sigma'^(1/2) sigma sigma'^(1/2))^(-1/2) sigma'^(1/2) maps one normal distribution to the
-    other. The standard deviation of these numbers, over the square root of their count, is the standard error that a
-    bootstrap over the samples would find. Directions in which the samples do not vary have no influence.
+    device: where that is done.
     """
 
-    def __init__(self, samples: Statistics, reference: Statistics):
-        mu, sigma = (torch.from_numpy(samples[name]) for name in ("mu", "sigma"))
-        other_mu, other = (torch.from_numpy(reference[name]) for name in ("mu", "sigma"))
-        root = power(other, 0.5)
-        self.curve = torch.eye(len(mu), dtype=mu.dtype) - root @ power(root @ sigma @ root, -0.5) @ root
-        self.mu, self.slope, self.mean = mu, 2 * (mu - other_mu), (self.curve * sigma).sum()
+    def __init__(self, reference: Statistics, device: torch.device | str = "cpu"):
+        self.mu, self.sigma = (torch.from_numpy(reference[name]).to(device) for name in ("mu", "sigma"))
+        self.root = power(self.sigma, 0.5)
 
-    def of(self, features: Tensor) -> Tensor:
-        """The influence (n,) of each of the features (n, F)."""
-        moved = features.cpu().double() - self.mu
-        return moved @ self.slope + ((moved @ self.curve) * moved).sum(1) - self.mean
+    def distance(self, samples: Statistics) -> tuple[float, Callable[[Tensor], Tensor]]:
+        """The Fréchet distance of the samples, and their influence: how much each of them moves it, to first order.
+
+        With the samples moved a little towards one feature x, the distance changes in proportion to
+
+            2 (mu - mu') (x - mu)  +  (x - mu)^T (1 - T) (x - mu)  -  tr((1 - T) sigma),
+
+        where T = sigma'^(1/2) (sigma'^(1/2) sigma sigma'^(1/2))^(-1/2) sigma'^(1/2) maps one normal distribution to the
+        other. The standard deviation of these numbers, over the square root of their count, is the standard error that
+        a bootstrap over the samples would find. Directions in which the samples do not vary have no influence.
+        """
+        mu, sigma = (torch.from_numpy(samples[name]).to(self.mu.device) for name in ("mu", "sigma"))
+        values, vectors = eigen(self.root @ sigma @ self.root)
+        moved = mu - self.mu
+        distance = moved @ moved + sigma.trace() + self.sigma.trace() - 2 * values.sqrt().sum()
+        inverse = torch.where(values > 0, values.clamp(min=1e-300) ** -0.5, 0)
+        curve = torch.eye(len(mu), dtype=mu.dtype, device=mu.device)
+        curve = curve - self.root @ (vectors * inverse) @ vectors.mT @ self.root
+        mean = (curve * sigma).sum()
+
+        def influence(features: Tensor) -> Tensor:
+            """Of each of the features (n, F), (n,)."""
+            centered = features.to(mu.device).double() - mu
+            return (centered @ (2 * moved) + ((centered @ curve) * centered).sum(1) - mean).cpu()
+
+        return distance.item(), influence
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix without negative ones; what is zero but for rounding is 0."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(kept, values, 0), vectors
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric matrix without negative eigenvalues; what is zero but for rounding stays zero."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * torch.where(kept, values.clamp(min=1e-300) ** exponent, 0)) @ vectors.mT
+    """A positive power of such a matrix."""
+    values, vectors = eigen(matrix)
+    return (vectors * values**exponent) @ vectors.mT
 
 
 def save_statistics(path: str | Path, of: Statistics, about: str) -> None:

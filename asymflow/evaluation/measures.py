@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asymflow.evaluation.frechet import Influence, frechet_distance
+from asymflow.evaluation.frechet import Target, frechet_distance
 from asymflow.evaluation.moments import Moments, Statistics
 from asymflow.evaluation.rows import Rows
 
@@ -59,8 +59,8 @@ class Reference:
 def frechet(sample: Sample, reference: Reference) -> Measured:
     """The Fréchet distance (Heusel et al. 2017), with Inception's features the FID."""
     own, n = sample.statistics(), len(sample.features)
-    influence = Influence(own, reference.statistics)
-    effects = torch.cat([influence.of(part) for part in sample.features.chunks()])
+    _, influence = Target(reference.statistics, sample.device).distance(own)
+    effects = torch.cat([influence(part) for part in sample.features.chunks()])
     few = f"fewer images ({n:,}) than features ({sample.features.width:,}): compare it with as many only"
     remarks = (few,) if n <= sample.features.width else ()
     return Measured(frechet_distance(own, reference.statistics), float(effects.std() / math.sqrt(n)), remarks)

@@ -21,7 +21,7 @@ from asymflow.evaluation.measures import MEASURES
 
 PROTOCOLS = files("asymflow.evaluation") / "protocols"
 MOST_BYTES = 50_000  # of a file
-UNSAID = ("weights", "reference")  # changes that are told by their checksums
+UNSAID = ("weights", "reference", "first")  # changes that are told by their checksums
 Count = Annotated[int, Field(ge=1, lt=2**40)]
 
 

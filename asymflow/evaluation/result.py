@@ -81,11 +81,12 @@ def shown(name: str, value: float | None, uncertainty: float | None) -> str:
     return f"{value:.{digits}f}"
 
 
-def lines(measured: dict[str, Measured], extractor: str) -> list[str]:
-    """The measures for people, a line each, and what to know before use."""
-    wide = max(len(title(name, extractor)) for name in measured)
+def lines(result: dict) -> list[str]:
+    """The measures of a result for people, a line each, and what to know before use."""
+    extractor, found = result["extractor"]["name"], result["measures"]
+    wide = max(len(title(name, extractor)) for name in found)
     text = []
-    for name, one in measured.items():
-        remarks = f"   {'; '.join(one.remarks)}" if one.remarks else ""
-        text.append(f"{title(name, extractor):{wide}}   {shown(name, one.value, one.uncertainty)}{remarks}")
+    for name, one in found.items():
+        remarks = f"   {'; '.join(one['remarks'])}" if one["remarks"] else ""
+        text.append(f"{title(name, extractor):{wide}}   {shown(name, one['value'], one['uncertainty'])}{remarks}")
     return text

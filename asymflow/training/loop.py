@@ -17,7 +17,7 @@ from asymflow import files, streams
 from asymflow.averages import Profile
 from asymflow.cost import peak_flops
 from asymflow.errors import InputError
-from asymflow.evaluation.result import lines
+from asymflow.evaluation.result import as_json, lines
 from asymflow.model import AsymFlow
 from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.progress import progress_bar
@@ -379,9 +379,10 @@ class Training:
             uncertainty = {name: one.uncertainty for name, one in measured.items()}
             self.journals[2].add({"step": self.step, **found, "uncertainty": uncertainty, **settings})
             protocol = self.evaluation.protocol
+            shown = {"extractor": {"name": protocol.extractor}, "measures": as_json(measured)}
             tqdm.write(
                 f"step {self.step}, {protocol.num:,} samples in {sampler['precision']}, protocol {protocol.name}:\n"
-                + "\n".join(f"  {line}" for line in lines(measured, protocol.extractor)),
+                + "\n".join(f"  {line}" for line in lines(shown)),
                 file=sys.stderr,
             )
             events = [(f"evaluation/{name}", value, self.step) for name, value in found.items() if value is not None]

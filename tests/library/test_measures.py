@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from asymflow.evaluation.frechet import Influence, frechet_distance, statistics
+from asymflow.evaluation.frechet import Target, frechet_distance, statistics
 from asymflow.evaluation.measures import (
     MEASURES,
     Reference,
@@ -124,7 +124,9 @@ def test_the_influence_is_the_derivative_of_the_distance(seed, width):
     """With a share h of the samples replaced by copies of one of them, the distance moves by h times its influence."""
     one, other = drawn(80, width, seed).double(), statistics(drawn(90, width, seed + 1, 1.3, 0.4))
     own = {"mu": one.mean(0).numpy(), "sigma": torch.cov(one.mT, correction=0).reshape(width, width).numpy()}
-    influence = Influence(own, other).of(one)
+    distance, influence_of = Target(other).distance(own)
+    assert distance == pytest.approx(frechet_distance(own, other), rel=1e-9)
+    influence = influence_of(one)
     assert influence.mean().item() == pytest.approx(0, abs=1e-9)
 
     def tilted(h, row):
