@@ -20,7 +20,7 @@ from asymflow.evaluation.branches import Branches, Guidance
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import load_extractor
 from asymflow.evaluation.frechet import Target
-from asymflow.evaluation.measures import Sample
+from asymflow.evaluation.measures import Samples
 from asymflow.evaluation.protocol import Protocol, renamed
 from asymflow.evaluation.rows import Rows
 from asymflow.evaluation.search import Point, Score
@@ -143,7 +143,7 @@ class Store:
         if features.isfinite().all():
             if self.target is None:
                 self.target = Target(self.against.reference(self.device).statistics, self.extractor.device)
-            value, effect = self.target.distance(Sample(Rows([features])).statistics())
+            value, effect = self.target.distance(Samples(Rows([features])).statistics())
             influence = effect(features).numpy()
         with files.replacing(self.file(point, images)) as beside:
             np.savez(beside, value=value, influence=influence)

@@ -36,8 +36,8 @@ from asymflow.subspace import Subspace
 from asymflow.text import count
 
 TEXT = """Say what a model is, and what it costs to run and to train. Its weights are not read, and need not even exist:
-operations and memory are counted on tensors without numbers. It takes seconds. A model that is on the Hugging Face Hub,
-and not here, is downloaded first."""
+operations and memory are counted on tensors without numbers. It takes seconds, of a FLUX.2 about twenty. A model that
+is on the Hugging Face Hub, and not here, is downloaded first."""
 
 EXAMPLES = f"""\
 examples:

@@ -16,7 +16,7 @@ from asymflow import files, opening
 from asymflow.errors import InputError
 from asymflow.evaluation.features import Extractor
 from asymflow.evaluation.images import Source
-from asymflow.evaluation.measures import Sample
+from asymflow.evaluation.measures import Samples
 from asymflow.evaluation.rows import Rows
 from asymflow.progress import progress_bar
 
@@ -97,14 +97,14 @@ class Blocks:
             raise InputError(f"{self.file(number)} is not what was written there: remove it, and run the command again")
         return tensors, metadata
 
-    def sample(self, device: torch.device) -> Sample:
+    def sample(self, device: torch.device) -> Samples:
         """All features. InputError if one is not finite."""
         parts = [self.read(number)[0] for number in range(len(self))]
         for number, tensors in enumerate(parts):
             opening.check_numbers({k: t for k, t in tensors.items() if k != "images"}, self.file(number))
         logits = Rows([tensors["logits"] for tensors in parts]) if "logits" in parts[0] else None
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        return Sample(Rows([tensors["features"] for tensors in parts]), logits, device)
+        return Samples(Rows([tensors["features"] for tensors in parts]), logits, device)
 
     def seconds(self) -> float:
         """What all blocks took together, however often the work was stopped."""

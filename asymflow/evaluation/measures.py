@@ -34,7 +34,7 @@ class Measured:
 
 
 @dataclass
-class Sample:
+class Samples:
     """Features of images. logits: of a network that classifies them. device: on which distances are computed."""
 
     features: Rows
@@ -56,7 +56,7 @@ class Reference:
     features: Rows | None = None
 
 
-def frechet(sample: Sample, reference: Reference) -> Measured:
+def frechet(sample: Samples, reference: Reference) -> Measured:
     """The Fréchet distance (Heusel et al. 2017), with Inception's features the FID."""
     own, n = sample.statistics(), len(sample.features)
     _, influence = Target(reference.statistics, sample.device).distance(own)
@@ -66,7 +66,7 @@ def frechet(sample: Sample, reference: Reference) -> Measured:
     return Measured(frechet_distance(own, reference.statistics), float(effects.std() / math.sqrt(n)), remarks)
 
 
-def kernel_distance(sample: Sample, reference: Reference) -> Measured:
+def kernel_distance(sample: Samples, reference: Reference) -> Measured:
     """KID (Binkowski et al. 2018): the mean over subsets, which has no bias, and the spread of that mean."""
     from torch_fidelity.metric_kid import kernel_mmd
 
@@ -82,7 +82,7 @@ def kernel_distance(sample: Sample, reference: Reference) -> Measured:
     return Measured(float(np.mean(values)), float(np.std(values)), remarks)
 
 
-def inception_score(sample: Sample, reference: Reference | None = None) -> Measured:
+def inception_score(sample: Samples, reference: Reference | None = None) -> Measured:
     """The Inception Score (Salimans et al. 2016): the mean over splits, and a bootstrap over the images."""
     if sample.logits is None:
         return unknown("the extractor has no classes")
@@ -115,12 +115,12 @@ def inception_score(sample: Sample, reference: Reference | None = None) -> Measu
     return Measured(scores[0].item(), resampled.std().item() if len(resampled) > 1 else None, remarks)
 
 
-def precision(sample: Sample, reference: Reference) -> Measured:
+def precision(sample: Samples, reference: Reference) -> Measured:
     """The share of samples that lie among the images of the reference (Kynkaanniemi et al. 2019)."""
     return inside(sample.features, reference.features, sample.device)
 
 
-def recall(sample: Sample, reference: Reference) -> Measured:
+def recall(sample: Samples, reference: Reference) -> Measured:
     """The share of images of the reference that lie among the samples."""
     return inside(reference.features, sample.features, sample.device)
 
@@ -159,7 +159,7 @@ def unknown(why: str) -> Measured:
     return Measured(None, None, (f"not measured: {why}",))
 
 
-MEASURES: dict[str, Callable[[Sample, Reference], Measured]] = {
+MEASURES: dict[str, Callable[[Samples, Reference], Measured]] = {
     "frechet_distance": frechet,
     "kid": kernel_distance,
     "inception_score": inception_score,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asymflow import files, opening
 from asymflow.errors import InputError
-from asymflow.evaluation.measures import MEASURES, Measured, Reference, Sample
+from asymflow.evaluation.measures import MEASURES, Measured, Reference, Samples
 
 KIND = "asymflow evaluation 1"
 TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
@@ -23,7 +23,7 @@ def title(measure: str, extractor: str) -> str:
     return TITLES.get(measure, measure) + ("" if extractor == "inception-v3-compat" else f" ({extractor})")
 
 
-def measure(names: tuple[str, ...], sample: Sample, reference: Reference) -> dict[str, Measured]:
+def measure(names: tuple[str, ...], sample: Samples, reference: Reference) -> dict[str, Measured]:
     """Each of the measures, by its name."""
     return {name: MEASURES[name](sample, reference) for name in names}
 

@@ -13,7 +13,7 @@ from asymflow.evaluation import result
 from asymflow.evaluation.drawn import Drawn, quantized
 from asymflow.evaluation.features import load_extractor
 from asymflow.evaluation.frechet import load_statistics, save_statistics
-from asymflow.evaluation.measures import Measured, Reference, Sample
+from asymflow.evaluation.measures import Measured, Reference, Samples
 from asymflow.evaluation.protocol import Protocol, load_protocol
 from asymflow.evaluation.reference import DATA, Opened
 from asymflow.evaluation.rows import Rows
@@ -106,7 +106,7 @@ class Evaluation:
         if found[0].isnan().any():
             remark = ("not measured: samples have numbers that are NaN or infinite",)
             return {name: Measured(None, None, remark) for name in p.measures}
-        sample = Sample(*(Rows([values.cpu()]) for values in found))
+        sample = Samples(*(Rows([values.cpu()]) for values in found))
         return rank0_broadcast(lambda: result.measure(p.measures, sample, self.reference))
 
     def label_of_data(self, number: int) -> int:
@@ -139,7 +139,7 @@ class Evaluation:
             return False
         for problem in dict.fromkeys(replaced):
             print(f"evaluate: replaced by another image of the data: {problem}", file=sys.stderr)
-        sample = Sample(Rows([found[0].cpu()]))
+        sample = Samples(Rows([found[0].cpu()]))
         self.reference = Reference(statistics or sample.statistics(), sample.features)
         if not self.given:
             rank0_broadcast(lambda: save_statistics(self.path, self.reference.statistics, self.about), "evaluate")

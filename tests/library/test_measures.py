@@ -16,7 +16,7 @@ from asymflow.evaluation.frechet import Target, frechet_distance, statistics
 from asymflow.evaluation.measures import (
     MEASURES,
     Reference,
-    Sample,
+    Samples,
     frechet,
     inception_score,
     kernel_distance,
@@ -39,7 +39,7 @@ def cut(rows, seed):
 
 
 def sample_of(features, logits=None, seed=0):
-    return Sample(cut(features, seed), None if logits is None else cut(logits, seed + 1))
+    return Samples(cut(features, seed), None if logits is None else cut(logits, seed + 1))
 
 
 def reference_of(features):
