@@ -5,7 +5,6 @@ one standard deviation. Features are read in parts, so that memory does not grow
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,7 +158,7 @@ def unknown(why: str) -> Measured:
     return Measured(None, None, (f"not measured: {why}",))
 
 
-MEASURES: dict[str, Callable[[Samples, Reference], Measured]] = {
+MEASURES = {
     "frechet_distance": frechet,
     "kid": kernel_distance,
     "inception_score": inception_score,
