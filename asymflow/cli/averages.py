@@ -84,10 +84,8 @@ def rebuilt(run_folder: Path, name: str, step: int | None, absent: str) -> Rebui
         raise InputError(f"{absent} ({e})") from None
     if found.unmatched > MISMATCH:
         raise InputError(f"{absent} (of its profile, {found.unmatched:.0%} cannot be matched by the snapshots)")
-    said = (
-        f"average {profile.name} was not tracked: put together from {count(len(found.terms), 'average')} of snapshots"
-    )
-    print(f"{said}; {found.unmatched:.2%} of its profile could not be matched", file=sys.stderr)
+    said = f"average {found.average} was not tracked: put together from {count(len(found.terms), 'average')}"
+    print(f"{said} of snapshots; {found.unmatched:.2%} of its profile could not be matched", file=sys.stderr)
     return found
 
 
@@ -119,4 +117,5 @@ def rebuild(run_folder: Path, profile: Profile, step: int | None = None) -> Rebu
     last = snapshots[-1][0]
     exact = f"--step {last} --sigma-rel {' or '.join(str(width) for step, width in widths if step == last)}"
     newest_used = checkpoint.folder_of(folder, terms[-1][0])
-    return Rebuilt(run_folder, newest_used, end, profile.name, terms, unmatched, exact)
+    name = profile.name if profile.sigma_rel is None else f"rel-{profile.sigma_rel:.10g}"  # not rounded, as there
+    return Rebuilt(run_folder, newest_used, end, name, terms, unmatched, exact)

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
     changes = {name: getattr(args, name) for name in ("reference", "extractor", "weights", "steps")}
     protocol = load_protocol(args.protocol, changes)
-    axes = Axes(averages(args.ema), args.guidance, args.interval)
+    axes = Axes(averages(args.model, args.step, args.ema), args.guidance, args.interval)
     store = Store(args, protocol, axes, own_device(args))
     if this_process()[0] == 0:
         begin(args, axes)
@@ -130,13 +130,29 @@ class Axes:
         return self.averages[point[0]], self.scales[point[1]], self.intervals[point[2]]
 
 
-def averages(text: str | None) -> tuple[str | None, ...]:
+def averages(model: Path, step: int | None, text: str | None) -> tuple[str | None, ...]:
+    """The averages that --ema means. Those that the run cannot give are left out, and listed. InputError if all are."""
+    from asymflow.cli.models import choose
+
     if text is None:
         return (None,)
     try:
-        return tuple(f"{value:.6g}" for value in values(text))
+        names = [f"{value:.6g}" for value in values(text)]
     except argparse.ArgumentTypeError as e:
         raise InputError(f"--ema: {e}") from None
+    found, errors = [], []
+    for name in names:
+        try:
+            choose(model, step, name)
+            found.append(name)
+        except InputError as e:
+            errors.append(e)
+    if not found:
+        raise errors[0]
+    if this_process()[0] == 0:
+        for error in errors:
+            print(f"left out: {error}", file=sys.stderr)
+    return tuple(found)
 
 
 def begin(args: argparse.Namespace, axes: Axes) -> None:

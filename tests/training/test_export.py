@@ -127,7 +127,7 @@ def test_an_average_of_a_snapshot_is_that_snapshot(run, tmp_path, width, capsys)
 def test_an_average_that_was_not_tracked_is_put_together_wherever_a_run_is_named(run, tmp_path, capsys):
     model = tmp_path / "model"
     assert main(["export", "--run", str(run), "--ema", "0.07", "--out", str(model)]) == 0
-    assert "average rel-0.070 was not tracked: put together from" in capsys.readouterr().err
+    assert "average rel-0.07 was not tracked: put together from" in capsys.readouterr().err
     assert main(["ema", "--run", str(run), "--sigma-rel", "0.07", "--out", str(tmp_path / "same")]) == 0
     same = state(tmp_path / "same")
     assert all(torch.equal(value, same[name]) for name, value in state(model).items())
