@@ -10,8 +10,8 @@ the same noise:
     pixel     the pixel model, finetuned
     scratch   a pixel model of the same size, trained from scratch for as many steps
 
-What they drew is read by an oracle (toy/oracle.py): how often it is what the caption says, and how sharp it
-is. Everything that takes long is kept in --out, and not done again. The last two are trained at the same time.
+What they drew is read by an oracle (asymflow/evaluation/oracle.py): how often it is what the caption says, and how
+sharp it is. Everything that takes long is kept in --out, and not done again. The last two are trained at the same time.
 The adapters are there as well, each with its base: pixel-adapter goes with pixel-base, scratch-adapter with
 scratch-base. The folder autoencoder is a base whose transformer knows nothing yet, and no adapter's.
 
@@ -49,6 +49,7 @@ with importing(__name__):
     from asymflow.data.sample import Sample
     from asymflow.data.shapes import Shapes
     from asymflow.errors import InputError
+    from asymflow.evaluation.oracle import detail, score
     from asymflow.flow_matching import flow_matching_loss, noise_level, noisy
     from asymflow.model import AsymFlow
     from asymflow.patches import patchify, unpatchify
@@ -61,7 +62,6 @@ with importing(__name__):
     from asymflow.training.objectives.finetuning import Finetuned, make_finetuned, trained
     from asymflow.training.objectives.latent_to_pixel import LatentToPixel
     from toy.common import main
-    from toy.oracle import detail, score
     from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
 SIZE, PATCH = 32, 8  # pixels; 4 x 4 tokens of D = 192

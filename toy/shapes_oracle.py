@@ -3,8 +3,8 @@
     python -m toy.shapes_oracle            # minutes
     python -m toy.shapes_oracle --quick    # seconds: a look at the code path, not a result
 
-Setup. Nothing is trained. `toy/oracle.py` reads from pixels alone what is in a picture of coloured shapes,
-and so tells how often a text-to-image model drew what its caption says (`toy/asymflux2_tiny.py`). Here it reads
+Setup. Nothing is trained. `asymflow/evaluation/oracle.py` reads from pixels alone what is in a picture of coloured
+shapes, and so tells how often a text-to-image model drew what its caption says (`toy/asymflux2_tiny.py`). Here it reads
 pictures whose captions are known, and everything that it gets wrong is its own mistake: clean ones of several sizes,
 then those of 64 x 64 pixels with more and more noise, or blur.
 
@@ -25,8 +25,8 @@ with importing(__name__):
     from torch import Tensor
 
     from asymflow.data.shapes import Scene, make_scene, render
+    from asymflow.evaluation.oracle import PARTS, blurred, detail, score
     from toy.common import main
-    from toy.oracle import PARTS, blurred, detail, score
 
 SIZE = 64  # pixels, of the pictures with noise and with blur
 SIZES = (24, 32, 48, 64, 96, 128)

@@ -196,10 +196,11 @@ def evaluate(
     protocol, source, started = scored.protocol, scored.source, time.time()
     rank, world = this_process()
     extractor = load_extractor(protocol.extractor, protocol.weights, device)
-    if protocol.reference is None:
-        raise InputError(f"the protocol {protocol.name} needs --reference: images, or an .npz file")
-    size = tuple(source.size)
-    against = reference.Opened(protocol.reference, size, protocol.crop, extractor.width(max(size)), scored.data)
+    size, against = tuple(source.size), None
+    if not extractor.columns:
+        if protocol.reference is None:
+            raise InputError(f"the protocol {protocol.name} needs --reference: images, or an .npz file")
+        against = reference.Opened(protocol.reference, size, protocol.crop, extractor.width(max(size)), scored.data)
     about = {
         "size": size,
         "scored": scored.about,
@@ -211,12 +212,13 @@ def evaluate(
         print(f"{done} of {count(len(blocks), 'block')} of images are in {out} already", file=sys.stderr)
     title = "reading" if "images" in scored.about else "drawing"
     blocks.fill(source, extractor, batch, title, rank, world)
-    against.fill(reference_folder or out / REFERENCE, extractor, batch, rank, world)
+    if against:
+        against.fill(reference_folder or out / REFERENCE, extractor, batch, rank, world)
     if rank:
         return None
     blocks.wait()
-    held = against.reference(device)
-    sample = blocks.sample(device)
+    held = against.reference(device) if against else None
+    sample = blocks.sample(device, extractor.columns)
     if save_npz:
         write_batch(save_npz, blocks.images(), len(source), size)
     measured = result.measure(protocol.measures, sample, held)
@@ -224,9 +226,9 @@ def evaluate(
         "of": scored.of,
         "protocol": protocol.model_dump(mode="json"),
         "images": len(source),
-        "reference": {"name": protocol.reference, **against.identity},
+        "reference": {"name": protocol.reference, **against.identity} if against else {},
         "measures": result.as_json(measured),
-        "remarks": [*reference.remarks(held, against.replaced), *scored.remarks],
+        "remarks": [*(reference.remarks(held, against.replaced) if against else []), *scored.remarks],
         "versions": result.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": round(blocks.seconds(), 1),

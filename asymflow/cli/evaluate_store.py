@@ -92,13 +92,13 @@ class Store:
         mine = [number for number in numbers if number % self.world == self.rank]
         branches = Branches(self.scored(average).source, self.args.orthogonal) if mine else None
         title = f"drawing {len(points)} settings" + (f" of average {average}" if average else "")
-        with progress_bar(desc=title, unit="block", total=len(mine), silent=self.rank > 0) as bar:
-            for number in mine:
-                wanted = [guidance for guidance in stores if number in missing[guidance]]
-                self.draw_block(branches, number, {guidance: stores[guidance] for guidance in wanted})
-                bar.update()
+        wanted = {number: [g for g in stores if number in missing[g]] for number in mine}
+        total = SIZE * sum(map(len, wanted.values()))
+        with progress_bar(desc=title, unit="image", total=total, silent=self.rank > 0) as bar:
+            for number, settings in wanted.items():
+                self.draw_block(branches, number, {guidance: stores[guidance] for guidance in settings}, bar)
 
-    def draw_block(self, branches: Branches, number: int, stores: dict[Guidance, Blocks]) -> None:
+    def draw_block(self, branches: Branches, number: int, stores: dict[Guidance, Blocks], bar) -> None:
         first, parts = number * SIZE, {guidance: [] for guidance in stores}
         for start in range(first, first + SIZE, self.args.batch):
             numbers = range(start, min(start + self.args.batch, first + SIZE))
@@ -106,6 +106,7 @@ class Store:
                 broken = ~images.flatten(1).isfinite().all(1, keepdim=True)
                 features = self.extractor(quantized(images, self.protocol.quantize))
                 parts[guidance].append(features.masked_fill(broken.to(features.device), torch.nan).cpu())
+            bar.update(len(numbers) * len(stores))
         for guidance, blocks in stores.items():
             empty = torch.empty(0, 3, *branches.drawn.size, dtype=torch.uint8)
             tensors = {"features": torch.cat(parts[guidance]), "images": empty}

@@ -71,7 +71,7 @@ class Blocks:
                 started, parts, replaced = time.monotonic(), [], len(getattr(source, "replaced", ()))
                 for start in range(first, last, batch):
                     pixels = source.read(start, min(start + batch, last))
-                    features, logits = extractor.both(pixels)
+                    features, logits = extractor.both(pixels, labels_of(source, range(start, start + len(pixels))))
                     parts.append({"features": features, "logits": logits, "images": pixels})
                     bar.update(len(pixels))
                 tensors = {name: together(parts, name) for name in parts[0] if parts[0][name] is not None}
@@ -97,14 +97,14 @@ class Blocks:
             raise InputError(f"{self.file(number)} is not what was written there: remove it, and run the command again")
         return tensors, metadata
 
-    def sample(self, device: torch.device) -> Samples:
-        """All features. InputError if one is not finite."""
+    def sample(self, device: torch.device, columns: tuple[str, ...] = ()) -> Samples:
+        """All features. InputError if one is not finite. columns: their names, if they are of the oracle."""
         parts = [self.read(number)[0] for number in range(len(self))]
         for number, tensors in enumerate(parts):
             opening.check_numbers({k: t for k, t in tensors.items() if k != "images"}, self.file(number))
         logits = Rows([tensors["logits"] for tensors in parts]) if "logits" in parts[0] else None
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        return Samples(Rows([tensors["features"] for tensors in parts]), logits, device)
+        return Samples(Rows([tensors["features"] for tensors in parts]), logits, device, columns)
 
     def seconds(self) -> float:
         """What all blocks took together, however often the work was stopped."""
@@ -125,6 +125,11 @@ class Blocks:
             if len(images) < last - first:
                 raise InputError(f"{self.folder} was begun without --save-npz, and has no images: choose another --out")
             yield images
+
+
+def labels_of(source: Source, numbers: range) -> list[int] | None:
+    """The classes of images, if the source knows them."""
+    return [source.label(number) for number in numbers] if getattr(source, "label", None) else None
 
 
 def together(parts: list[dict], name: str) -> Tensor:

@@ -55,7 +55,7 @@ class Branches:
         drawn, flow = self.drawn, self.drawn.flow
         numbers = [drawn.protocol.first + number for number in numbers]
         device = flow.subspace.basis.device
-        labels = torch.as_tensor(list(map(drawn.label, numbers))).to(device)
+        labels = torch.as_tensor(list(map(drawn.class_of, numbers))).to(device)
         nothing = torch.full_like(labels, drawn.options["null_label"])
         shape = (flow.channels, *drawn.size)
         x = flow.noise_scale * image_noise(drawn.protocol.seed, numbers, shape, device)

@@ -35,18 +35,22 @@ class Drawn:
         self.flow, self.protocol, self.precision = flow, protocol, precision
         self.size = size or tuple(n * flow.patch_size for n in flow.backbone.grid)
         classes = num_classes or flow.backbone.num_classes
-        self.label = label or (lambda number: protocol.label(number, classes))
+        self.class_of = label or (lambda number: protocol.label(number, classes))
         self.options = guidance | dict(method=method or protocol.method, steps=protocol.steps, shift=protocol.shift)
         self.options |= dict(seed=protocol.seed, size=self.size, null_label=classes)
 
     def __len__(self) -> int:
         return self.protocol.num
 
+    def label(self, number: int) -> int:
+        """The class of an image, counted from the protocol's first."""
+        return self.class_of(self.protocol.first + number)
+
     def draw(self, numbers: Sequence[int]) -> Tensor:
         """Images (n, 3, H, W) in [-1, 1] of these numbers, counted from the protocol's first."""
         numbers = [self.protocol.first + number for number in numbers]
         with computing(self.flow, self.precision):
-            images = generate(self.flow, list(map(self.label, numbers)), numbers, **self.options)
+            images = generate(self.flow, list(map(self.class_of, numbers)), numbers, **self.options)
         return oklab_to_rgb(images) if self.flow.subspace.color_space == "oklab" else images
 
     def read(self, first: int, last: int) -> Tensor:
@@ -54,7 +58,7 @@ class Drawn:
         wrong = ~images.flatten(1).isfinite().all(1)
         if wrong.any():
             number = self.protocol.first + first + int(wrong.nonzero()[0])
-            raise InputError(f"image {number}, of class {self.label(number)}, has numbers that are NaN or infinite")
+            raise InputError(f"image {number}, of class {self.class_of(number)}, has numbers that are NaN or infinite")
         return quantized(images, self.protocol.quantize)
 
 

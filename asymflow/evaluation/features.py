@@ -1,22 +1,25 @@
 """Features of images, by torch-fidelity's extractors, by DINOv2, or by a small classifier."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from asymflow import files, opening
+from asymflow.data.shapes import COLORS, COUNTS
 from asymflow.errors import InputError
-from asymflow.evaluation import assets
+from asymflow.evaluation import assets, measures, oracle
 from asymflow.evaluation.classifier import Classifier
 
-CLASSIFIER, DINOV2 = "classifier", "dinov2"
+CLASSIFIER, DINOV2, ORACLE = "classifier", "dinov2", "oracle"
 LAYERS = {  # of torch-fidelity's extractors: that of the features, then that of the logits if there is one
     "inception-v3-compat": ("2048", "logits_unbiased"),
     "vgg16": ("fc2_relu",),
     CLASSIFIER: ("pooled", "logits"),
 }
-EXTRACTORS = (*LAYERS, DINOV2)  # torch-fidelity has others, which run downloaded code
+EXTRACTORS = (*LAYERS, DINOV2, ORACLE)  # torch-fidelity has others, which run downloaded code
 
 
 class Extractor:
@@ -29,12 +32,13 @@ class Extractor:
         self.name, self.weights, self.device = name, weights, torch.device(device)
         self.module = module.requires_grad_(False).eval().to(device)
         self.has_logits = len(LAYERS.get(name, ())) == 2
+        self.columns: tuple[str, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.both(images)[0]
 
     @torch.no_grad()
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def both(self, images: Tensor, labels: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         """The features, and the logits (B, classes) of a network that classifies, else None."""
         features, *logits = self.module(images.to(self.device))
         return features.float(), logits[0].float() if logits else None
@@ -44,7 +48,38 @@ class Extractor:
         return self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
 
 
-def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+class Oracle:
+    """In place of an extractor: what the oracle of `asymflow.data.shapes` finds in pictures, and whether it is right.
+
+    columns: what it finds of a picture. count: whether there are one to three things. color, shape: whether all have
+    those of the class. right: the three together. sharpness, residual: see `oracle.Fit`; -1 if no shape is recognized.
+    """
+
+    name, weights, has_logits, columns = ORACLE, "none", False, tuple(measures.ORACLE)
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+
+    def both(self, images: Tensor, labels: Sequence[int] | None = None) -> tuple[Tensor, None]:
+        """What it finds (B, 6), float32. images: (B, 3, size, size), uint8, of the classes `labels`. InputError."""
+        if labels is None:
+            raise InputError("the oracle needs the class of each image: give a model, or the OUT of asymflow sample")
+        return torch.tensor([self.one(*pair) for pair in zip(images.cpu(), labels, strict=True)]), None
+
+    def one(self, image: Tensor, label: int) -> list[float]:
+        reading, fit = oracle.read_scene(image), oracle.fit_scene(image)
+        shape, color = divmod(label, len(COLORS))
+        right = [1 <= reading.count <= len(COUNTS), reading.color == color, reading.shape == shape]
+        detail = [-1.0, -1.0] if math.isnan(fit.blur) else [fit.sharpness, fit.residual]
+        return [*map(float, right), float(all(right)), *detail]
+
+    def width(self, size: int = 32) -> int:
+        return len(self.columns)
+
+
+def load_extractor(
+    name: str, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> Extractor | Oracle:
     """The extractor of a name. With the features of "inception-v3-compat" the Fréchet distance is the FID.
 
     name: one of `EXTRACTORS`.
@@ -54,6 +89,8 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     """
     if name not in EXTRACTORS:
         raise InputError(f"the extractor must be one of {', '.join(EXTRACTORS)}, but it is {name!r}")
+    if name == ORACLE:
+        return Oracle(device)
     if name == DINOV2:
         from asymflow.evaluation.dinov2 import ClassToken
 

@@ -6,7 +6,7 @@ numbers, (n, 3, H, W), uint8.
 
 import hashlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from asymflow.text import count
 
 BATCH = "arr_0"  # the array of samples in a batch of ADM
 THREADS = 4
+RECORD = "samples.json"  # of asymflow sample
 
 
 class Source(Protocol):
@@ -52,6 +53,20 @@ class Folder:
         first = self.entries[0]
         self.size = (crop, crop) if crop else decoded(first, lambda image: (image.height, image.width))
         self.identity = f"{count(len(self.entries), 'image')} ({self.listed[:16]})"
+        self.label = self.recorded_classes()
+
+    def recorded_classes(self) -> Callable[[int], int] | None:
+        """The class of an image, if the folder is that of `asymflow sample`, or the one in it; else None."""
+        record = next((f / RECORD for f in (self.path, self.path.resolve().parent) if (f / RECORD).is_file()), None)
+        if record is None:
+            return None
+        try:
+            images = opening.read_json(record)["images"]
+            found = {(record.parent / one["file"]).resolve(): int(one["class"]) for one in images}
+            classes = [found[Path(entry.path).resolve()] for entry in self.entries]
+        except (KeyError, TypeError, ValueError):  # a record of prompts, or of other images
+            return None
+        return classes.__getitem__
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -5,6 +5,7 @@ one standard deviation. Features are read in parts, so that memory does not grow
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,25 +21,34 @@ SUBSETS, SUBSET = 100, 1000  # of KID: so many, of so many images
 SPLITS = 10  # of the Inception Score
 SEED = 2020  # torch-fidelity's, of subsets and splits
 RESAMPLES = 200  # of a bootstrap
+QUANTILE = 1.959964  # of a normal distribution: 2.5 % are above
 FEW = 5000  # images: of fewer, scores depend much on how many there are
 
 
 @dataclass(frozen=True)
 class Measured:
-    """value: None if it cannot be measured. uncertainty: one standard deviation. remarks: what to know before use."""
+    """value: None if it cannot be measured. uncertainty: one standard deviation. remarks: what to know before use.
+
+    interval: of a share, the range that holds the true one in 95 of 100 cases (Wilson 1927).
+    """
 
     value: float | None
     uncertainty: float | None = None
     remarks: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 @dataclass
 class Samples:
-    """Features of images. logits: of a network that classifies them. device: on which distances are computed."""
+    """Features of images. logits: of a network that classifies them. device: on which distances are computed.
+
+    columns: names of the features, if they are what the oracle of the shapes found (see `features.Oracle`).
+    """
 
     features: Rows
     logits: Rows | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    columns: tuple[str, ...] = ()
 
     def statistics(self) -> Statistics:
         moments = Moments()
@@ -138,10 +148,36 @@ def inside(points: Rows | None, balls: Rows | None, device: torch.device) -> Mea
         for centers, radius in zip(balls.chunks(), radii, strict=True):
             within |= (torch.cdist(part, centers.to(device)) <= radius).any(1)
         hits.append(within.cpu())
-    share = torch.cat(hits).double().mean().item()
     few = len(points) < FEW or len(balls) < FEW
     remarks = (f"of {len(points):,} and {len(balls):,} images: compare it with as many only",) if few else ()
-    return Measured(share, math.sqrt(share * (1 - share) / len(points)), remarks)
+    return share_of(torch.cat(hits), remarks)
+
+
+def share_of(hits: Tensor, remarks: tuple[str, ...] = ()) -> Measured:
+    """The share of hits (n,), which are 0 or 1, with Wilson's interval."""
+    n, share = len(hits), hits.double().mean().item()
+    middle, z = (share + QUANTILE**2 / (2 * n)) / (1 + QUANTILE**2 / n), QUANTILE
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Measured(share, math.sqrt(share * (1 - share) / n), remarks, (middle - half, middle + half))
+
+
+def of_oracle(name: str, share: bool) -> "Measure":
+    """A measure of pictures of shapes: the mean of what the oracle found in those in which it found it."""
+
+    def measure(samples: Samples, reference: Reference | None = None) -> Measured:
+        if name not in samples.columns:
+            return unknown("the extractor is not the oracle")
+        column = samples.columns.index(name)
+        found = torch.cat([part[:, column] for part in samples.features.chunks()]).double()
+        known = found[found >= 0]
+        if len(known) < 2:
+            return unknown("no shape was recognized")
+        if share:
+            return share_of(known)
+        remark = f"of the {len(known):,} of {len(found):,} images in which a shape was recognized"
+        return Measured(known.mean().item(), known.std().item() / math.sqrt(len(known)), (remark,))
+
+    return measure
 
 
 def nearest(part: Tensor, everyone: Rows, device: torch.device) -> Tensor:
@@ -158,10 +194,16 @@ def unknown(why: str) -> Measured:
     return Measured(None, None, (f"not measured: {why}",))
 
 
-MEASURES = {
+Measure = Callable[[Samples, Reference], Measured]
+FEATURES = {
     "frechet_distance": frechet,
     "kid": kernel_distance,
     "inception_score": inception_score,
     "precision": precision,
     "recall": recall,
 }
+"""Measures of features, by their names."""
+ORACLE = {name: of_oracle(name, share=True) for name in ("count", "color", "shape", "right")}
+ORACLE |= {name: of_oracle(name, share=False) for name in ("sharpness", "residual")}
+"""Measures of generated pictures of shapes, which need no reference."""
+MEASURES = FEATURES | ORACLE

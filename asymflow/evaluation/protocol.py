@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from asymflow import opening, yaml12
 from asymflow.errors import InputError
 from asymflow.evaluation.features import EXTRACTORS
-from asymflow.evaluation.measures import MEASURES
+from asymflow.evaluation.measures import FEATURES, MEASURES
 
 PROTOCOLS = files("asymflow.evaluation") / "protocols"
 MOST_BYTES = 50_000  # of a file
@@ -53,7 +53,7 @@ class Protocol(BaseModel):
         None, description="images, an .npz, data (the training images), or a published one: adm-imagenet, jit-imagenet"
     )
     measures: Annotated[tuple[Literal[tuple(MEASURES)], ...], Field(min_length=1, strict=False)] = Field(
-        tuple(MEASURES), description="what is measured"
+        tuple(FEATURES), description="what is measured"
     )
 
     def label(self, number: int, num_classes: int) -> int:

@@ -8,10 +8,16 @@ from pathlib import Path
 
 from asymflow import files, opening
 from asymflow.errors import InputError
-from asymflow.evaluation.measures import MEASURES, Measured, Reference, Samples
+from asymflow.evaluation.measures import MEASURES, ORACLE, Measured, Reference, Samples
 
 KIND = "asymflow evaluation 1"
-TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
+TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"} | {
+    "count": "right count",
+    "color": "right colour",
+    "shape": "right shape",
+    "right": "all right",
+    "residual": "residual, grey levels",
+}
 FRECHET = {"inception-v3-compat": "FID", "dinov2": "FD-DINOv2", "vgg16": "FD-VGG16"}
 DIGITS = {"kid": 5, "precision": 3, "recall": 3}
 
@@ -20,10 +26,11 @@ def title(measure: str, extractor: str) -> str:
     """What a measure is called: the Fréchet distance is an FID only in the features of Inception."""
     if measure == "frechet_distance":
         return FRECHET.get(extractor, f"FD ({extractor})")
-    return TITLES.get(measure, measure) + ("" if extractor == "inception-v3-compat" else f" ({extractor})")
+    plain = measure in ORACLE or extractor == "inception-v3-compat"
+    return TITLES.get(measure, measure) + ("" if plain else f" ({extractor})")
 
 
-def measure(names: tuple[str, ...], sample: Samples, reference: Reference) -> dict[str, Measured]:
+def measure(names: tuple[str, ...], sample: Samples, reference: Reference | None) -> dict[str, Measured]:
     """Each of the measures, by its name."""
     return {name: MEASURES[name](sample, reference) for name in names}
 
@@ -31,6 +38,7 @@ def measure(names: tuple[str, ...], sample: Samples, reference: Reference) -> di
 def as_json(measured: dict[str, Measured]) -> dict[str, dict]:
     return {
         name: {"value": found.value, "uncertainty": found.uncertainty, "remarks": list(found.remarks)}
+        | ({"interval": found.interval} if found.interval else {})
         for name, found in measured.items()
     }
 

@@ -70,7 +70,8 @@ class Evaluation:
         # Rank 0 loads first, and may download the weights; then the others find the file.
         all_or_raise(lambda: self.rank or load(), "evaluate")
         self.features = all_or_raise(load, "evaluate")
-        self.given = None if p.reference == DATA else all_or_raise(self.open_reference, "evaluate.reference")
+        has_own = p.reference != DATA and not self.features.columns
+        self.given = all_or_raise(self.open_reference, "evaluate.reference") if has_own else None
         self.about = (
             f"{min(len(dataset), MOST)} training images ({getattr(dataset, 'digest', 'unknown')[:16]}), "
             f"{config.model.image_size} px, {p.extractor}, {self.features.weights[:16]}"
@@ -97,7 +98,7 @@ class Evaluation:
         def samples(numbers: list[int]) -> list[Tensor]:
             images = drawn.draw(numbers)
             broken = ~images.flatten(1).isfinite().all(1, keepdim=True)
-            found = self.features.both(quantized(images, p.quantize))
+            found = self.features.both(quantized(images, p.quantize), list(map(drawn.label, numbers)))
             return [values.masked_fill(broken, torch.nan) for values in found if values is not None]
 
         found = self.gather(samples, p.num, "evaluating", stop)
@@ -106,7 +107,7 @@ class Evaluation:
         if found[0].isnan().any():
             remark = ("not measured: samples have numbers that are NaN or infinite",)
             return {name: Measured(None, None, remark) for name in p.measures}
-        sample = Samples(*(Rows([values.cpu()]) for values in found))
+        sample = Samples(*(Rows([values.cpu()]) for values in found), columns=self.features.columns)
         return rank0_broadcast(lambda: result.measure(p.measures, sample, self.reference))
 
     def label_of_data(self, number: int) -> int:
@@ -115,7 +116,7 @@ class Evaluation:
 
     def know_reference(self, stop: Stop) -> bool:
         """See to it that rank 0 knows what samples are held against. False if `stop` said so."""
-        if rank0_broadcast(lambda: self.reference is not None):
+        if self.features.columns or rank0_broadcast(lambda: self.reference is not None):
             return True
         source = self.given.source if self.given else None
         statistics = self.given.statistics if self.given else rank0_broadcast(self.kept, "evaluate")

@@ -20,6 +20,7 @@ from asymflow import AsymFlow, fit_pca, flow_matching_loss, generate, noise_leve
 from asymflow.data.shapes import Shapes
 from asymflow.pictures import image_grid
 
+torch.set_num_threads(1)  # with so small a network, more threads wait for each other
 CLASSES, SIDE, PATCH = 16, 8, 4  # 8 x 8 tokens of 4 x 4 pixels: images of 32 x 32
 
 

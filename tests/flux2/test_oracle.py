@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from asymflow.data.shapes import COLORS, SHAPES, Scene, make_scene, render
 from asymflow.errors import InputError
-from toy.oracle import PARTS, Thing, agreement, detail, fit_scene, parse_caption, read_scene, score
+from asymflow.evaluation.oracle import PARTS, Thing, agreement, detail, fit_scene, parse_caption, read_scene, score
 
 SEED = 31_337  # of scenes that no training here draws
 

@@ -17,6 +17,7 @@ from test_cli_sample import save_model
 from torch_fidelity import calculate_metrics
 
 from asymflow.cli import main
+from asymflow.data.shapes import Shapes
 from asymflow.evaluation import assets
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.features import CLASSIFIER, register_classifier
@@ -172,7 +173,7 @@ def test_killed_at_any_time_it_goes_on_and_counts_no_image_twice(made, tmp_path)
 
 # ---- Protocols -------------------------------------------------------------------------------------------------------
 def test_every_shipped_protocol_is_whole_and_says_what_it_is():
-    assert shipped() == ["adm", "edm2-dino", "jit", "quick"]
+    assert shipped() == ["adm", "edm2-dino", "jit", "quick", "shapes"]
     for name in shipped():
         protocol = load_protocol(name)
         assert protocol.name == name
@@ -214,6 +215,36 @@ def test_a_protocol_that_cannot_be_used_is_one_line(tmp_path, made, capsys, text
     assert main(words(made, tmp_path / "out", model=made / "model", protocol=tmp_path / "mine.yaml")) == 2
     assert said in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+def test_the_oracle_reads_what_is_right_by_the_same_command(tmp_path, capsys):
+    """Generated pictures, of which a few are said to be of another class; and the model that comes with the code."""
+    pictures, out = Shapes(30, 32, seed=3), tmp_path / "samples"
+    (out / "images").mkdir(parents=True)
+    entries = []
+    for i in range(30):
+        tensor_to_pil(pictures[i].image.float() / 127.5 - 1).save(out / "images" / f"{i:06d}.png")
+        wrong = 1 if i < 6 else 0  # the next colour
+        label = pictures[i].label
+        entries.append({"file": f"images/{i:06d}.png", "index": i, "class": label - label % 4 + (label + wrong) % 4})
+    (out / "samples.json").write_text(json.dumps({"settings": {}, "images": entries}))
+    words = ["--images", str(out / "images"), "--protocol", "shapes", "--out"]
+    assert main(["evaluate", *words, str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["measures"]
+    assert [found[name]["value"] for name in ("count", "color", "shape", "right")] == [1, 0.8, 1, 0.8]
+    low, high = found["color"]["interval"]
+    assert (low, high) == pytest.approx((0.627, 0.905), abs=1e-3)  # Wilson's, of 24 of 30
+    assert 0 < found["count"]["interval"][0] < 1
+    assert found["sharpness"]["value"] > 0.9
+    assert found["residual"]["value"] < 3
+    capsys.readouterr()
+    shutil.move(out / "samples.json", tmp_path)
+    assert main(["evaluate", *words, str(tmp_path / "again")]) == 2
+    assert "the oracle needs the class of each image" in capsys.readouterr().err
+    model = ["--model", "shapes", "--num", "16", "--steps", "8", "--out", str(tmp_path / "m")]
+    assert main(["evaluate", *model, "--protocol", "shapes"]) == 0
+    drawn = json.loads((tmp_path / "m" / "result.json").read_text())["measures"]
+    assert drawn["right"]["value"] > 0.3
 
 
 # ---- What cannot be scored -------------------------------------------------------------------------------------------
