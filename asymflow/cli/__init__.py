@@ -23,6 +23,7 @@ MODULES = {  # of each command; a module is imported only for its commands
     "export": "export",
     "ema": "export",
     "import": "import_",
+    "card": "card",
     "sample": "sample",
 }
 
@@ -45,6 +46,7 @@ Fourth, use it:
   export    make a folder of a model, from any checkpoint and average of a training
   ema       the same of an average of any length, after training
   import    the same of published weights, which are downloaded if they are on the Hugging Face Hub
+  card      the README of a model for the Hub: configuration, curves, samples, results
   sample    draw images from a training, a model or published weights
 
 examples:

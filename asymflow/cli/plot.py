@@ -36,6 +36,7 @@ Then evaluations, and the newest grid of samples of each run."""
 # The names of asymflow.training.run.folder, whose import needs more than the extra [library] installs.
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "evaluations.jsonl", "samples"
 MOST_JOURNAL = 2**33  # bytes
+UNCERTAINTY = "uncertainty"  # of evaluations: not drawn
 SMOOTHED = 25  # the mean is over the steps of the run, divided by this
 SPEED, NORM, RATE = "images_per_second", "grad_norm", "lr"
 NOT_TERMS = ("step", NORM, RATE, SPEED, "waiting", "mfu", "gpu_memory")  # all other keys are terms of the loss
@@ -157,7 +158,10 @@ def read_evaluations(folder: Path, run: Run) -> None:
     """The numbers in evaluations.jsonl, for each key, and apart for each kind of settings."""
     entries, remarks = read_journal(folder / EVALUATIONS)
     run.remarks += remarks
-    settings = [flat({key: value for key, value in entry.items() if isinstance(value, dict)}) for entry in entries]
+    settings = [
+        flat({key: value for key, value in entry.items() if isinstance(value, dict) and key != UNCERTAINTY})
+        for entry in entries
+    ]
     same = [key for key in {k: 0 for s in settings for k in s} if len({repr(s.get(key)) for s in settings}) > 1]
     keys = {key: 0 for entry in entries for key in entry if key != "step" and not isinstance(entry[key], dict)}
     for key in keys:
@@ -169,7 +173,7 @@ def read_evaluations(folder: Path, run: Run) -> None:
                 points.steps.append(entry["step"])
                 points.values.append(value)
             elif key in entry:
-                run.remarks.append(f"{run.label}: the {title(key)} of step {entry['step']} was not finite: not drawn")
+                run.remarks.append(f"{run.label}: the {title(key)} of step {entry['step']} was not measured: not drawn")
         if kinds := [points for points in kinds.values() if points.steps]:
             run.evaluations[key] = kinds
 

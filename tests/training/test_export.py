@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from processes import train, words
 
@@ -16,6 +17,7 @@ from asymflow import AsymFlow
 from asymflow.cli import main
 from asymflow.cli.models import class_names
 from asymflow.data.shapes import Shapes
+from asymflow.evaluation.classifier import Classifier
 from asymflow.pixels import tensor_to_pil
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
@@ -302,3 +304,30 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
     (copy / "config.yaml").unlink()
     assert "--ema is for a training run, but" in refused(copy, "--ema", "0.5")
     assert "--step is for a training run, but" in refused("JiT-B/16", "--step", "5")
+
+
+# ---- The card --------------------------------------------------------------------------------------------------------
+def test_a_card_has_what_a_reader_needs_and_nothing_of_this_machine(run, tmp_path, capsys):
+    Classifier(16, width=8).save(tmp_path / "c.safetensors")
+    words = ["--num", "12", "--steps", "1", "--extractor", "classifier", "--weights", str(tmp_path / "c.safetensors")]
+    assert main(["evaluate", "--model", str(run), "--device", "cpu", *words, "--out", str(tmp_path / "scored")]) == 0
+    card = ["card", "--run", str(run), "--license", "apache-2.0", "--name", "me/mine", "--data-name", "My Shapes"]
+    assert main([*card, "--result", str(tmp_path / "scored"), "--out", str(tmp_path / "card")]) == 0
+    written = sorted(path.name for path in (tmp_path / "card").iterdir())
+    assert written == ["README.md", "config.yaml", "curves.png", "samples.png"]
+    result = json.loads((tmp_path / "scored" / "result.json").read_text())
+    loaded = ModelCard.load(tmp_path / "card" / "README.md")
+    found = {one.metric_type: one.metric_value for one in loaded.data.eval_results}
+    assert found["fd-classifier"] == result["measures"]["frechet_distance"]["value"]
+    assert "fid" not in found  # it is no FID in other features
+    assert loaded.data.license == "apache-2.0"
+    assert load_config(tmp_path / "card" / "config.yaml").model == load_config(run / "config.yaml").model
+    for name in ("README.md", "config.yaml"):
+        assert str(tmp_path.parent) not in (tmp_path / "card" / name).read_text()
+    # A result of another run is refused.
+    result["scored"]["checkpoint_sha256"] = "0" * 64
+    (tmp_path / "scored" / "result.json").write_text(json.dumps(result))
+    capsys.readouterr()
+    assert main([*card, "--result", str(tmp_path / "scored"), "--out", str(tmp_path / "other")]) == 2
+    assert "is of a checkpoint that is not, or no longer, in" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -116,13 +116,14 @@ def test_a_step_that_was_taken_twice_counts_once_and_one_that_is_missing_is_said
 def test_evaluations_are_apart_by_the_settings_that_differ(tmp_path):
     def evaluation(step, distance, guidance):
         settings = {"evaluate": {"num": 10}, "sample": {"steps": 5, "guidance": guidance}}
+        settings["uncertainty"] = {"frechet_distance": distance and distance / 100}  # which is no setting
         return json.dumps({"step": step, "frechet_distance": distance, **settings}) + "\n"
 
     folder = make_run(tmp_path / "run", [line(step) for step in range(1, 21)])
     entries = [evaluation(20, 4.0, 1.0), evaluation(10, 9.0, 1.0), evaluation(20, 3.0, 2.5), evaluation(10, None, 2.5)]
     (folder / "evaluations.jsonl").write_text("".join(entries))
     found = read_run(folder, "run")
-    assert any("step 10 was not finite" in remark for remark in found.remarks)
+    assert any("step 10 was not measured" in remark for remark in found.remarks)
     panel = next(axis for axis in draw([found]).axes if axis.get_title() == "Fréchet distance")
     drawn = {of.get_label(): (list(of.get_xdata()), list(of.get_ydata())) for of in panel.lines}
     assert drawn == {"guidance 1.0": ([10, 20], [9, 4]), "guidance 2.5": ([20], [3])}
