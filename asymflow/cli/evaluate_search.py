@@ -96,17 +96,24 @@ def run(args: argparse.Namespace) -> None:
     from asymflow.cli.drawing import own_device
     from asymflow.cli.evaluate_store import Store
     from asymflow.evaluation.protocol import load_protocol
-    from asymflow.evaluation.search import search
+    from asymflow.evaluation.search import coarse, search
 
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file, where a folder is expected")
     changes = {name: getattr(args, name) for name in ("reference", "extractor", "weights", "steps")}
     protocol = load_protocol(args.protocol, changes)
+    if protocol.extractor == "oracle" or not protocol.reference:
+        raise InputError(f"a search needs a Fréchet distance: the protocol {protocol.name} has no --reference for it")
     axes = Axes(averages(args.model, args.step, args.ema), args.guidance, args.interval)
     store = Store(args, protocol, axes, own_device(args))
     if this_process()[0] == 0:
         begin(args, axes)
-    found = search(axes.sizes, store.score, args.start, args.budget, axes.same)
+    first = len(dict.fromkeys(map(axes.same, coarse(axes.sizes))))
+    start = max(min(args.start, args.budget // (2 * first)), 2)
+    if start < args.start and this_process()[0] == 0:
+        words = "so that half of the budget is left for the close ones"
+        print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
+    found = search(axes.sizes, store.score, start, args.budget, axes.same)
     report(args, axes, store, found)
 
 

@@ -41,9 +41,8 @@ class Store:
         self.extractor = load_extractor(protocol.extractor, protocol.weights, device)
         self.title = result.title("frechet_distance", protocol.extractor)
         size = tuple(first.source.size)
-        self.against = reference.Opened(
-            protocol.reference or "", size, protocol.crop, self.extractor.width(max(size)), first.data
-        )
+        width = self.extractor.width(max(size))
+        self.against = reference.Opened(protocol.reference, size, protocol.crop, width, first.data)
         self.against.fill(args.out / REFERENCE, self.extractor, args.batch, self.rank, self.world)
         self.target: Target | None = None
 

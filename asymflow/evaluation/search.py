@@ -53,9 +53,8 @@ def search(
     """
     sizes = tuple(sizes)
     tried = Tried(score, budget, same)
-    steps = [2 ** max(0, math.floor(math.log2((size - 1) / (LEAST - 1)))) if size >= LEAST else 1 for size in sizes]
-    lattice = [sorted({*range(0, size, step), size - 1}) for size, step in zip(sizes, steps, strict=True)]
-    tried.add(itertools.product(*lattice), start, needed=True)
+    steps = coarse_steps(sizes)
+    tried.add(coarse(sizes), start, needed=True)
     while max(steps) > 1:
         steps = [max(1, step // 2) for step in steps]
         around = [near for point in tried.close(start)[:KEPT] for near in neighbours(point, steps, sizes)]
@@ -68,6 +67,17 @@ def search(
         images *= 2
         rivals = [point for point in tried.close(images) if point in set(rivals)]
     return Found(rivals[0], rivals, tried.best_known(), tried.images, not tried.refused)
+
+
+def coarse(sizes: tuple[int, ...]) -> list[Point]:
+    """The first grid."""
+    pairs = zip(sizes, coarse_steps(sizes), strict=True)
+    return list(itertools.product(*(sorted({*range(0, size, step), size - 1}) for size, step in pairs)))
+
+
+def coarse_steps(sizes: tuple[int, ...]) -> list[int]:
+    """How far apart the values of the first grid are along each axis: powers of 2, to be halved again and again."""
+    return [2 ** max(0, math.floor(math.log2((size - 1) / (LEAST - 1)))) if size >= LEAST else 1 for size in sizes]
 
 
 class Tried:

@@ -32,19 +32,21 @@ from asymflow.subspace import Subspace
 class NormalFlow:
     """Data that is normal, and a model of it that is too broad, the more so the farther its average is from 0.08.
 
-    Guidance away from a still broader model makes up for that. All velocities are linear, so the samples are normal,
+    Guidance away from a still broader model makes up for that, but not for a mean that is wrong in the last dimension:
+    so the best distance is not 0, as it never is. All velocities are linear, so the samples are normal,
     with a mean and a covariance that are known but for rounding: the samples of 0 and of the unit vectors.
     """
 
     lengths, scales, highs = np.geomspace(0.02, 0.25, 5), np.arange(1, 2.6, 0.1), np.arange(0.3, 1.01, 0.05)
-    data, broad = torch.tensor([1.5, 0.6, 0.2]).double(), torch.tensor([1.05, 1.15, 1.3]).double()
-    without = torch.tensor([2.2, 1.2, 0.4]).double()
-    offset = torch.tensor([0.6, 0.2, 0.0]).double()
+    data, broad = torch.tensor([1.5, 0.6, 0.2, 0.3]).double(), torch.tensor([1.05, 1.15, 1.3, 1.0]).double()
+    mean = torch.tensor([0.0, 0.0, 0.0, 0.2]).double()
+    without = torch.tensor([2.2, 1.2, 0.4, 0.3]).double()
+    offset = torch.tensor([0.6, 0.2, 0.0, 0.2]).double()
     levels = sigma_grid(8).tolist()
 
     def __init__(self):
         self.sizes = (len(self.lengths), len(self.scales), len(self.highs))
-        self.target = Target({"mu": np.zeros(3), "sigma": torch.diag(self.data**2).numpy()})
+        self.target = Target({"mu": np.zeros(4), "sigma": torch.diag(self.data**2).numpy()})
 
     def velocity(self, mean, std, x, sigma):
         """The mean of eps - x0 at x, for x0 normal."""
@@ -57,7 +59,7 @@ class NormalFlow:
         own = self.data * self.broad * (1 + 0.15 * math.log(length / 0.08) ** 2)
 
         def u(x, sigma):
-            guided = self.velocity(torch.zeros(3), own, x, sigma)
+            guided = self.velocity(self.mean, own, x, sigma)
             if sigma <= high:
                 guided = guided + (scale - 1) * (guided - self.velocity(self.offset, self.without, x, sigma))
             return guided
@@ -73,13 +75,13 @@ class NormalFlow:
         """The distance of each setting, of infinitely many samples."""
         found = np.empty(self.sizes)
         for point in np.ndindex(self.sizes):
-            mean = self.draw(torch.zeros(1, 3).double(), point)[0]
-            matrix = self.draw(torch.eye(3).double(), point) - mean
+            mean = self.draw(torch.zeros(1, 4).double(), point)[0]
+            matrix = self.draw(torch.eye(4).double(), point) - mean
             found[point] = self.target.distance({"mu": mean.numpy(), "sigma": (matrix.mT @ matrix).numpy()})[0]
         return found
 
     def scorer(self, seed):
-        noise = torch.randn(2**16, 3, generator=torch.Generator().manual_seed(seed)).double()
+        noise = torch.randn(2**16, 4, generator=torch.Generator().manual_seed(seed)).double()
 
         def score(points, images):
             found = {}
@@ -108,7 +110,7 @@ def found_by(flow, seed):
 
 
 def is_found(truth, point):
-    """Whether it is the best, or as good but for 5 %: the mean of the grid is a hundred times as far from the data."""
+    """Whether it is the best, or as good but for 5 %: the mean of the grid is several times as far from the data."""
     return truth[point] <= 1.05 * truth.min()
 
 
@@ -117,7 +119,7 @@ def test_the_best_setting_is_found_for_a_tenth_of_the_images(normal):
     flow, truth = normal
     best = np.unravel_index(truth.argmin(), truth.shape)
     assert all(0 < at < size - 1 for at, size in zip(best, flow.sizes, strict=True))  # within, not at an edge
-    assert truth.mean() > 30 * truth.min()
+    assert truth.mean() > 4 * truth.min()
     assert is_found(truth, found_by(flow, 0))
 
 
