@@ -114,11 +114,12 @@ def test_so_it_is_with_the_features_of_inception(made, tmp_path, monkeypatch):
     weights.parent.mkdir(parents=True)
     torch.save(inception.state_dict(), weights)
     monkeypatch.setenv("ASYMFLOW_CACHE", str(tmp_path / "cache"))  # where it is found without being named
-    options = ["--images", made / "one", "--reference", made / "other", "--out", tmp_path / "out"]
+    few = {name: pictures(tmp_path / name, 14, seed, shift=0.3 * seed) for seed, name in enumerate(("one", "other"))}
+    options = ["--images", few["one"], "--reference", few["other"], "--out", tmp_path / "out"]
     assert main(["evaluate", *map(str, options)]) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    check_equal(values(found), theirs(made, "inception-v3-compat", weights, 70))
-    assert "fewer images (70) than features (2,048)" in found["measures"]["frechet_distance"]["remarks"][0]
+    check_equal(values(found), theirs(tmp_path, "inception-v3-compat", weights, 14))
+    assert "fewer images (14) than features (2,048)" in found["measures"]["frechet_distance"]["remarks"][0]
 
 
 # ---- The same, however it is done ------------------------------------------------------------------------------------
