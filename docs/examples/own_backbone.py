@@ -3,7 +3,7 @@
     python docs/examples/own_backbone.py         # a small vision transformer, written here
     python docs/examples/own_backbone.py dit     # a transformer of diffusers, unchanged
 
-Three minutes on one CPU core. It draws images of coloured shapes, one of each class, to runs/own_backbone.png.
+Ten minutes on one CPU core. It draws images of coloured shapes, one of each class, to runs/own_backbone.png.
 """
 
 import sys
