@@ -35,6 +35,7 @@ examples:
 Image i has the noise of its number, whatever the batch and the number of processes. Stopped, even by kill -9, the same
 command goes on. Features stay in OUT, 12 KB for each image; the images do not, but for --save-npz. What a protocol is:
 the files in asymflow/evaluation/protocols; --protocol also takes a file of your own."""
+ACTIONS = "instead: a table of several results, or the best guidance, interval and average; each has its own --help"
 RESULT, GRID = "result.json", "grid.png"
 FEATURES, REFERENCE = "features", "reference"
 CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", "weights", "reference", "crop")
@@ -42,24 +43,26 @@ CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("evaluate", description=ABOUT, epilog=EXAMPLES)
-    actions = p.add_subparsers(dest="action", metavar="ACTION")
+    actions = p.add_subparsers(dest="action", metavar="[report | search]", help=ACTIONS)
     evaluate_report.add_command(actions)
     evaluate_search.add_command(actions)
     p.add_argument("--model", type=Path, help=f"what draws the images: {MODEL}")
     add_choice(p)
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: a folder of images, or an .npz with arr_0")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, a grid and the features (needed)")
-    p.add_argument("--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, quick, or a YAML file")
+    p.add_argument(
+        "--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, shapes, quick, or a YAML file"
+    )
     p.add_argument("--guidance", type=float, default=2.3, help="its scale; 1 is none")
-    p.add_argument("--interval", type=interval, default=(0.0, 0.88), help="noise levels where guidance acts")
+    p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels where guidance acts")
     p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
     p.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="images at a time")
     p.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the images, as ADM's evaluator reads them")
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
 
     changes = p.add_argument_group("changes of the protocol, which its name in the result tells")
-    changes.add_argument("--reference", metavar="WHAT", help="images, .npz, data, adm-imagenet or jit-imagenet")
-    changes.add_argument("--extractor", help="inception-v3-compat, vgg16, dinov2 or classifier")
+    changes.add_argument("--reference", metavar="WHAT", help="images, .npz, data, shapes, adm-imagenet or jit-imagenet")
+    changes.add_argument("--extractor", help="inception-v3-compat, vgg16, dinov2, classifier or oracle")
     changes.add_argument("--weights", metavar="PATH", help="of the extractor")
     changes.add_argument("--num", type=at_least(2), metavar="N", help="how many images are drawn")
     changes.add_argument("--first", type=at_least(0), metavar="N", help="number of the first image")

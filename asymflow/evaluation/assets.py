@@ -74,7 +74,7 @@ def find(name: str) -> Path:
 
 
 def missing(asset: Asset) -> str:
-    return f"{asset.what} are needed: put {asset.url} into {cache_folder()}"
+    return f"not here: {asset.what}. Put {asset.url} into {cache_folder()}"
 
 
 def download(asset: Asset, file: Path) -> None:

@@ -331,7 +331,7 @@ class Answer:
 def test_a_file_that_is_not_here_is_downloaded_whole_or_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ASYMFLOW_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"JiT's statistics .* put https://.*jit_in256_stats.npz into .*evaluation"):
+    with pytest.raises(ValueError, match=r"JiT's statistics .* Put https://.*jit_in256_stats.npz into .*evaluation"):
         assets.find("jit-imagenet256")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     answers = [Answer(b"abc", 10), Answer(b"abcdefghij", 10)]

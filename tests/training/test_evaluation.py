@@ -110,7 +110,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path, classifier, monkeypatch):
     for name, weights, said in [
         ("inception", None, "one of inception-v3-compat"),
         ("dinov2-vit-b-14", None, "one of"),
-        ("inception-v3-compat", None, "weights of Inception.* put https"),
+        ("inception-v3-compat", None, "weights of Inception.* Put https"),
         ("inception-v3-compat", tmp_path / "missing", "does not exist"),
         ("inception-v3-compat", tmp_path / "text", "plain tensors"),
         ("inception-v3-compat", tmp_path / "other.pth", "does not hold the weights"),
@@ -250,7 +250,8 @@ def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
         return images.index_fill(0, torch.arange(broken), torch.nan) if indices[0] == 4 else images
 
     class Means:
-        both = staticmethod(lambda pixels: (pixels.double().flatten(2).mean(2), None))
+        columns = ()
+        both = staticmethod(lambda pixels, labels: (pixels.double().flatten(2).mean(2), None))
 
     monkeypatch.setattr("asymflow.evaluation.drawn.generate", generate)
     monkeypatch.setattr(evaluate, "all_gather_rows", lambda rows: rows)
