@@ -245,6 +245,7 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_search_as_one(made, tmp_path, monkeypatch):
     import threading
 

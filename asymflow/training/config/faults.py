@@ -34,6 +34,8 @@ def first_fault(error: ValidationError, layer: Layer) -> str:
         type_, loc = e["type"], e["loc"]
         if type_ == "missing" and isinstance(loc[-1], int):  # an element of a list
             type_, loc, e["ctx"] = "too_short", loc[:-1], {"length": loc[-1]}
+        if type_ == "too_short":  # pydantic's own has the least length
+            e["ctx"].setdefault("length", e["ctx"].get("min_length", 1) - 1)
         if type_ == "value_error":  # of `contradictions`
             for key, reason in e["ctx"]["error"].args[0]:
                 faults[tuple(key.split("."))] = [f"{key} {reason}"] if reason else []
