@@ -88,7 +88,7 @@ def main(network: str = "vit", steps: int = 1500, out: str = "runs/own_backbone.
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     drawn = generate(average.module.eval(), labels=range(CLASSES), seed=0, guidance=2.0, progress=True)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(drawn).save(out)
+    image_grid(drawn, width=512).save(out)
     print(f"wrote {out}")
 
 
