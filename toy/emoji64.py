@@ -61,10 +61,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ---- The judge -------------------------------------------------------------------------------------------------------
-def load(dataset: TarShards) -> tuple[Tensor, Tensor]:
-    """All images (n, 3, 64, 64), uint8, and their classes (n,)."""
-    if dataset.num_classes > CLASSES:
-        raise InputError(f"{dataset.path} has {dataset.num_classes} classes, and this is for {CLASSES}")
+def load(dataset) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, H, W), uint8, and their classes (n,)."""
     samples = [dataset[i] for i in tqdm(range(len(dataset)), desc="reading", unit="image", leave=False)]
     return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
 
@@ -74,7 +72,9 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
     torch.manual_seed(0)
     count = min(KEPT, len(images) // 5)
     kept, used = torch.randperm(len(images)).split([count, len(images) - count])
-    classifier = Classifier(CLASSES)
+    classifier = Classifier(int(labels.max()) + 1)
+    side = images.shape[-1]
+    far = side // 10  # pixels that an image is shifted by at most
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     steps = epochs * (len(used) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -82,8 +82,8 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
         if step % (len(used) // 64) == 0:
             order = used[torch.randperm(len(used))]
         batch = order[step % (len(used) // 64) * 64 :][:64]
-        dx, dy = torch.randint(-6, 7, (2,)).tolist()
-        shifted = F.pad(images[batch], (6, 6, 6, 6), value=255)[:, :, 6 + dy : 70 + dy, 6 + dx : 70 + dx]
+        x, y = torch.randint(0, 2 * far + 1, (2,)).tolist()
+        shifted = F.pad(images[batch], (far, far, far, far), value=255)[:, :, y : y + side, x : x + side]
         loss = F.cross_entropy(classifier(shifted), labels[batch], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -94,7 +94,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
     return classifier, torch.cat(right).double().mean().item()
 
 
-def judge_in(folder: Path, dataset: TarShards, images: Tensor, labels: Tensor, epochs: int) -> tuple[Classifier, float]:
+def judge_in(folder: Path, dataset, images: Tensor, labels: Tensor, epochs: int) -> tuple[Classifier, float]:
     """The classifier that is kept in a folder, and its accuracy; it is trained if there is none.
 
     InputError if it was trained on other images, or for another number of epochs: distances would not compare.
@@ -204,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     ranks, seeds = args.ranks.split(","), args.seeds.split(",")
     try:
         images, labels = load(dataset := TarShards(args.data, SIZE))
+        if dataset.num_classes > CLASSES:
+            raise InputError(f"{dataset.path} has {dataset.num_classes} classes, and this is for {CLASSES}")
         classifier, accuracy = judge_in(args.out, dataset, images, labels, args.epochs)
         results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
         results["floor"] = floor(classifier, images, args.samples)

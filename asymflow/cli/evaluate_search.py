@@ -77,7 +77,7 @@ def add_command(commands) -> None:
     p.add_argument("--interval", type=intervals, default=DEFAULTS["interval"], metavar="LOW,RANGE", help="to try")
     p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
     p.add_argument("--budget", type=at_least(2), default=200_000, metavar="N", help="images to draw before the final")
-    p.add_argument("--start", type=at_least(2), default=2048, metavar="N", help="images of each setting at first")
+    p.add_argument("--start", type=at_least(2), default=2048, metavar="N", help="images of each setting at first, in 64s")
     p.add_argument("--final", type=at_least(0), metavar="N", help="images of the winner (default: the protocol's)")
     p.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="times that the winner is drawn")
     p.add_argument("--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, quick, or a YAML file")
@@ -94,7 +94,7 @@ def add_command(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     packages.need("pydantic", "yaml", "torch_fidelity")
     from asymflow.cli.drawing import own_device
-    from asymflow.cli.evaluate_store import Store
+    from asymflow.cli.evaluate_store import UNIT, Store
     from asymflow.evaluation.protocol import load_protocol
     from asymflow.evaluation.search import coarse, search
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     if this_process()[0] == 0:
         begin(args, axes)
     first = len(dict.fromkeys(map(axes.same, coarse(axes.sizes))))
-    start = max(min(args.start, args.budget // (2 * first)), 2)
+    start = max(min(-(-args.start // UNIT), args.budget // (2 * first * UNIT)), 1) * UNIT
     if start < args.start and this_process()[0] == 0:
         words = "so that half of the budget is left for the close ones"
         print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
@@ -229,7 +229,7 @@ def report(args: argparse.Namespace, axes: Axes, store, found) -> None:
             table.writerow((row["average"], row["guidance"], *row["interval"], *scores))
         beside.write_text(text.getvalue())
     with files.replacing(args.out / PICTURE) as beside:
-        picture(axes, found, store.title).savefig(beside, dpi=100, format="png")
+        picture(summary, store.title).savefig(beside, dpi=100, format="png")
     say(summary, store)
     print(f"written: {args.out / RESULT}, {args.out / TABLE}, {args.out / PICTURE}")
 
@@ -255,40 +255,39 @@ def say(summary: dict, store) -> None:
     )
 
 
-def picture(axes: Axes, found, title: str):
-    """A map of guidance by interval for each average, and the least distance over the averages."""
+def picture(summary: dict, title: str):
+    """A map of guidance by interval for each average, and the least distance over the averages. summary: search.json."""
     from matplotlib.figure import Figure
 
-    shown = sorted({point[0] for point in found.scores})
+    rows, best = [row for row in summary["scores"] if row["value"] is not None], summary["best"]
+    shown = sorted({row["average"] for row in rows}, key=lambda name: float(name or 0))
     columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    curve = len(shown) > 1
-    figure = Figure(figsize=(4.2 * columns, 3.4 * (rows + curve)), layout="constrained")
-    panels = figure.subplots(rows + curve, columns, squeeze=False)
-    values = [one.value for one in found.scores.values() if math.isfinite(one.value)]
+    lines, curve = -(-len(shown) // columns), len(shown) > 1
+    figure = Figure(figsize=(4.2 * columns, 3.4 * (lines + curve)), layout="constrained")
+    panels = figure.subplots(lines + curve, columns, squeeze=False)
+    values = [row["value"] for row in rows]
     least = min(values)
     most = max(float(np.quantile(values, 0.6)), least * 1.001)
     for panel in panels.flat:
         panel.set_axis_off()
-    for panel, number in zip(panels.flat, shown, strict=False):
+    for panel, average in zip(panels.flat, shown, strict=False):
         panel.set_axis_on()
-        own = {
-            point: one.value for point, one in found.scores.items() if point[0] == number and math.isfinite(one.value)
-        }
-        x, y = [axes.at(p)[1] for p in own], [axes.at(p)[2][1] for p in own]
-        drawn = panel.scatter(x, y, c=list(own.values()), cmap="viridis_r", vmin=least, vmax=most, s=36, marker="s")
-        panel.set(xlim=padded(axes.scales), ylim=padded([high for _, high in axes.intervals]))
+        own = [row for row in rows if row["average"] == average]
+        x, y = [row["guidance"] for row in own], [row["interval"][1] for row in own]
+        colors = [row["value"] for row in own]
+        drawn = panel.scatter(x, y, c=colors, cmap="viridis_r", vmin=least, vmax=most, s=36, marker="s")
+        panel.set(xlim=padded([row["guidance"] for row in rows]), ylim=padded([row["interval"][1] for row in rows]))
         panel.set(xlabel="guidance", ylabel="upper end of the interval")
-        panel.set_title(f"average {axes.averages[number]}" if axes.averages[number] else title, fontsize=9)
-        if number == found.best[0]:
-            _, scale, interval = axes.at(found.best)
-            panel.plot(scale, interval[1], "o", markersize=12, markerfacecolor="none", markeredgecolor="#d1495b")
+        panel.set_title(f"average {average}" if average else title, fontsize=9)
+        if average == best["average"]:
+            ring = dict(markersize=12, markerfacecolor="none", markeredgecolor="#d1495b")
+            panel.plot(best["guidance"], best["interval"][1], "o", **ring)
     figure.colorbar(drawn, ax=panels, label=f"{title}, after so many images as each was given", shrink=0.6)
     if curve:
         panel = panels[-1, 0]
         panel.set_axis_on()
-        best = [min(one.value for point, one in found.scores.items() if point[0] == number) for number in shown]
-        panel.plot([float(axes.averages[number]) for number in shown], best, "o-", color="0.25")
+        lowest = [min(row["value"] for row in rows if row["average"] == average) for average in shown]
+        panel.plot([float(average) for average in shown], lowest, "o-", color="0.25")
         panel.set(xlabel="average: width, or decay", ylabel=f"least {title}", xscale="log")
     return figure
 

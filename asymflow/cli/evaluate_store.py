@@ -15,7 +15,7 @@ from asymflow import files, opening
 from asymflow.cli.common import this_process
 from asymflow.cli.evaluate import REFERENCE, Scored, evaluate
 from asymflow.evaluation import reference, result
-from asymflow.evaluation.blocks import SIZE, Blocks
+from asymflow.evaluation.blocks import Blocks
 from asymflow.evaluation.branches import Branches, Guidance
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import load_extractor
@@ -27,6 +27,7 @@ from asymflow.evaluation.search import Point, Score
 from asymflow.progress import progress_bar
 
 VARIED = ("average", "guidance", "interval")
+UNIT = 64  # images: a setting gets so many, or a multiple
 
 
 class Store:
@@ -63,6 +64,9 @@ class Store:
         name = f"{guidance.scale:g}-{guidance.low:g}-{guidance.high:g}"
         return self.args.out / "features" / (average or "as-it-is") / name
 
+    def blocks(self, average: str | None, guidance: Guidance, images: int) -> Blocks:
+        return Blocks(self.folder(average, guidance), images, self.identity(average), size=UNIT)
+
     def guidance(self, point: Point) -> Guidance:
         _, scale, (low, high) = self.axes.at(point)
         return Guidance(scale, low, high)
@@ -85,22 +89,22 @@ class Store:
         stores = {}
         for point in points:
             guidance = self.guidance(point)
-            stores[guidance] = Blocks(self.folder(average, guidance), -(-images // SIZE) * SIZE, self.identity(average))
+            stores[guidance] = self.blocks(average, guidance, images)
         missing = {guidance: set(blocks.missing()) for guidance, blocks in stores.items()}
         numbers = sorted(set().union(*missing.values()))
         mine = [number for number in numbers if number % self.world == self.rank]
         branches = Branches(self.scored(average).source, self.args.orthogonal) if mine else None
         title = f"drawing {len(points)} settings" + (f" of average {average}" if average else "")
         wanted = {number: [g for g in stores if number in missing[g]] for number in mine}
-        total = SIZE * sum(map(len, wanted.values()))
+        total = UNIT * sum(map(len, wanted.values()))
         with progress_bar(desc=title, unit="image", total=total, silent=self.rank > 0) as bar:
             for number, settings in wanted.items():
                 self.draw_block(branches, number, {guidance: stores[guidance] for guidance in settings}, bar)
 
     def draw_block(self, branches: Branches, number: int, stores: dict[Guidance, Blocks], bar) -> None:
-        first, parts = number * SIZE, {guidance: [] for guidance in stores}
-        for start in range(first, first + SIZE, self.args.batch):
-            numbers = range(start, min(start + self.args.batch, first + SIZE))
+        first, parts = number * UNIT, {guidance: [] for guidance in stores}
+        for start in range(first, first + UNIT, self.args.batch):
+            numbers = range(start, min(start + self.args.batch, first + UNIT))
             for guidance, images in branches.draw(numbers, list(stores)).items():
                 broken = ~images.flatten(1).isfinite().all(1, keepdim=True)
                 features = self.extractor(quantized(images, self.protocol.quantize))
@@ -135,7 +139,7 @@ class Store:
     def measure(self, point: Point, images: int) -> None:
         """Write the score of a setting by its first images. One with a sample that is not finite is infinitely bad."""
         average, *_ = self.axes.at(point)
-        blocks = Blocks(self.folder(average, self.guidance(point)), -(-images // SIZE) * SIZE, self.identity(average))
+        blocks = self.blocks(average, self.guidance(point), images)
         blocks.wait(lambda _: time.sleep(0.2))
         rows = Rows([blocks.read(number)[0]["features"] for number in range(len(blocks))])
         features = rows.take(range(images))

@@ -29,11 +29,11 @@ class Blocks:
     """A folder with the features of the images of a source.
 
     about: what they are of, which must be the same when they are gone on with. keep_images: whether the pixels are kept
-    as well. Raises InputError if the folder holds features of something else.
+    as well. size: images of a block. Raises InputError if the folder holds features of something else.
     """
 
-    def __init__(self, folder: Path, count: int, about: dict, keep_images: bool = False):
-        self.folder, self.count, self.keep_images = folder, count, keep_images
+    def __init__(self, folder: Path, count: int, about: dict, keep_images: bool = False, size: int = SIZE):
+        self.folder, self.count, self.keep_images, self.size = folder, count, keep_images, size
         file = folder / ABOUT
         about = json.loads(json.dumps(about))  # as it is read again: tuples are lists
         if file.exists() and (before := opening.read_json(file)) != about:
@@ -48,14 +48,14 @@ class Blocks:
             beside.write_text(json.dumps(about, indent=1) + "\n")
 
     def __len__(self) -> int:
-        return -(-self.count // SIZE)
+        return -(-self.count // self.size)
 
     def file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 
     def span(self, number: int) -> tuple[int, int]:
         """The numbers of the first image of a block, and of that after the last."""
-        return number * SIZE, min((number + 1) * SIZE, self.count)
+        return number * self.size, min((number + 1) * self.size, self.count)
 
     def missing(self) -> list[int]:
         there = {file.name for file in self.folder.glob("*.safetensors")}

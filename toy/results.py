@@ -1,0 +1,180 @@
+"""How much do guidance, its interval and the moving average matter? Two small models, searched in full on a CPU.
+
+    python -m toy.results shapes                          # an hour on one core; may be stopped and started again
+    python -m toy.results emoji64 --data emoji64.tar      # an hour and a half; for the file see docs/emoji64.md
+    python -m toy.results write                           # docs/results.md and its figures, from the JSON files
+
+`pip install -e ".[train]"` is needed. Each study is a chain of commands, which are printed: `train_ddp.py` trains a
+model, `asymflow evaluate search` looks for its best setting, and `asymflow evaluate` measures usual settings beside it.
+All use the features of a small classifier that is trained here first (see toy/emoji64.py): the distances can be
+compared with each other, within a study, and are not FIDs."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from asymflow.packages import importing, need
+
+with importing(__name__):
+    need("deepspeed", "torch_fidelity")  # of the commands, an hour later
+    import torch
+
+    from asymflow import opening
+    from asymflow.cli.evaluate_search import picture
+    from asymflow.data.shapes import Shapes
+    from asymflow.data.shards import TarShards
+    from asymflow.errors import InputError
+    from asymflow.evaluation import result
+    from asymflow.files import replacing
+    from toy.emoji64 import JUDGE, SIZE, judge_in, load
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ABOUT, PROTOCOL = "about.json", "protocol.yaml"
+USUAL = {  # beside the setting that the search finds; all with the average that the configuration names first
+    "no guidance": (1.0, "0,1"),
+    "guidance 2, as in the configuration": (2.0, "0,1"),
+    "guidance 2.3 on [0, 0.88], as in the paper": (2.3, "0,0.88"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and its search. settings: of the training. steps: of the sampler. oracle: whether the truth is known."""
+
+    title: str
+    config: str
+    settings: tuple[str, ...]
+    steps: int
+    budget: int
+    oracle: bool
+
+
+STUDIES = {
+    "shapes": Study("Generated shapes, 32 x 32", "shapes_tiny", (), 8, 30_000, True),
+    "emoji64": Study(
+        "Emoji, 64 x 64",
+        "emoji64",
+        ("train.precision=fp32", "train.steps=3000", "sample.every=null", "data.workers=1"),
+        10,
+        20_000,
+        False,
+    ),
+}
+RANGES = {"--ema": "0.02,0.03,0.05,0.08,0.13,0.2", "--guidance": "1:3:0.25", "--interval": "0,0.5:1:0.1"}
+QUICK = {"--ema": "0.1", "--guidance": "1,2", "--interval": "0,0.5,1"}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser("toy.results", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("what", choices=[*STUDIES, "write"], help="a study, or to write the page from what they left")
+    p.add_argument("--data", type=Path, help="emoji64.tar, for emoji64")
+    p.add_argument("--out", type=Path, default=Path("runs/toy/results"), help="folder of the studies")
+    p.add_argument("--docs", type=Path, default=DOCS, help="folder of the page")
+    p.add_argument("--quick", action="store_true", help="minutes: a look at whether it runs, no results")
+    return p.parse_args(argv)
+
+
+# ---- A study ---------------------------------------------------------------------------------------------------------
+def study(args: argparse.Namespace) -> None:
+    """All commands of a study. Each goes on where it was stopped, and leaves alone what is there."""
+    plan, folder, started = STUDIES[args.what], args.out / args.what, time.time()
+    if args.what == "emoji64" and args.data is None:
+        raise InputError("emoji64 needs --data emoji64.tar")
+    data = TarShards(args.data, SIZE) if args.data else Shapes(10_000, 32)
+    num, epochs = (64, 1) if args.quick else (2048, 12)
+    _, accuracy = judge_in(folder, data, *load(data), epochs)
+    print(f"the classifier is right about {accuracy:.1%} of the images that were kept from it", flush=True)
+    protocol = {
+        "name": f"{args.what}, {num:,} images",
+        "about": f"{num:,} images, of classes as in the training, in the features of a small classifier",
+        "num": num,
+        "classes": "data",
+        "steps": plan.steps,
+        "precision": "float32",
+        "extractor": "classifier",
+        "weights": str((folder / JUDGE).resolve()),
+        "reference": "data",
+    }
+    with replacing(folder / PROTOCOL) as beside:
+        beside.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in protocol.items()))
+
+    run, commands = folder / "run", []
+    settings = [*plan.settings, *([f"data.path={args.data}"] if args.data else [])]
+    settings += ["train.steps=40", "ema.snapshot_every=10"] if args.quick else []
+    asked = [sys.executable, "train_ddp.py", "--config", plan.config, "--out", run]
+    command(commands, *asked, *(f"--set={setting}" for setting in settings))
+    common = ["--model", run, "--protocol", folder / PROTOCOL]
+    budget, start = (512, 64) if args.quick else (plan.budget, 256)
+    ranges = QUICK if args.quick else RANGES
+    options = [word for pair in ranges.items() for word in pair]
+    evaluate = [sys.executable, "-m", "asymflow", "evaluate"]
+    search = [*evaluate, "search", *common, *options, "--budget", budget, "--start", start]
+    command(commands, *search, "--out", folder / "search")
+    best = opening.read_json(folder / "search" / "search.json")["best"]
+    settings = USUAL | {"the search's": (best["guidance"], ",".join(map(str, best["interval"])))}
+    for number, (name, (guidance, interval)) in enumerate(settings.items()):
+        chosen = ["--guidance", guidance, "--interval", interval]
+        ema = ["--ema", best["average"]] if name not in USUAL else []
+        found = [folder / f"usual-{number}"] if name in USUAL else [folder / "search" / "final-0"]
+        if name in USUAL:
+            command(commands, *evaluate, *common, *chosen, "--out", *found)
+        if plan.oracle:
+            oracle = ["--protocol", "shapes", "--steps", plan.steps, "--num", num, "--precision", "float32"]
+            command(commands, *evaluate, "--model", run, *oracle, *chosen, *ema, "--out", folder / f"oracle-{number}")
+    about = {
+        "title": plan.title,
+        "settings": list(settings),
+        "accuracy": accuracy,
+        "commands": commands,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "hours": round((time.time() - started) / 3600, 2),
+        "quick": args.quick,
+    }
+    if not (folder / ABOUT).exists():  # started again, it would say fewer hours
+        with replacing(folder / ABOUT) as beside:
+            beside.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def command(commands: list[str], *words) -> None:
+    """Run a command, and add it to those that the page shows. InputError if it failed."""
+    words = [str(word) for word in words]
+    shown = ["python" if word == sys.executable else word for word in words]
+    commands.append(" ".join(shown).replace("python -m asymflow", "asymflow"))
+    print(commands[-1], flush=True)
+    if subprocess.run(words, check=False).returncode:
+        raise InputError("this command failed; see above")
+
+
+def output(*words: str) -> str:
+    found = subprocess.run(words, capture_output=True, text=True, check=False, cwd=DOCS.parent)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "a CPU"
+
+
+def write(args: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        write(args) if args.what == "write" else study(args)
+    except (InputError, OSError) as e:
+        print(f"toy.results: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
