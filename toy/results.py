@@ -24,11 +24,9 @@ with importing(__name__):
     import torch
 
     from asymflow import opening
-    from asymflow.cli.evaluate_search import picture
     from asymflow.data.shapes import Shapes
     from asymflow.data.shards import TarShards
     from asymflow.errors import InputError
-    from asymflow.evaluation import result
     from asymflow.files import replacing
     from toy.emoji64 import JUDGE, SIZE, judge_in, load
 

@@ -36,8 +36,10 @@ def own_device(args: argparse.Namespace) -> torch.device:
 
 def draw_missing(
     args: argparse.Namespace, plan: list[tuple[int, object]], draw: Callable[[list, list, bool], Iterable[Tensor]]
-) -> None:
+) -> bool:
     """Draw and save those images of the plan that do not exist yet, then the grid. After `open_record`.
+
+    Returns whether all of the plan exist now: of several processes, the last one to finish knows it.
 
     plan: (index, class or prompt) of each image. draw: a function of indices, classes or prompts, and whether to show
     progress; it returns images (3, H, W) in [-1, 1].
@@ -59,7 +61,7 @@ def draw_missing(
                 with files.replacing(args.images / name(i)) as beside:
                     tensor_to_pil(image).save(beside)
             bar.update(len(indices))
-    finish(args, plan)
+    return finish(args, plan)
 
 
 @contextmanager
@@ -138,9 +140,9 @@ def with_precision(settings: dict) -> dict:
     return settings | {"precision": "float32"} if old else settings
 
 
-def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
+def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> bool:
     """Draw the grid, if no image of the plan is missing. Of several processes, the last one to finish does it."""
-    if all((args.images / name(i)).exists() for i, _ in plan):
+    if whole := all((args.images / name(i)).exists() for i, _ in plan):
         entries = opening.read_json(args.out / RECORD, most=MOST_RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
         with files.replacing(args.out / "grid.png") as beside:
@@ -148,6 +150,7 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> None:
             image_grid(images, width=GRID_WIDTH).save(beside)
         drawn = "1 image is" if len(plan) == 1 else f"{len(plan)} images are"
         print(f"{drawn} in {args.images}, grid.png and {RECORD} in {args.out}")
+    return whole
 
 
 def read_png(path: Path) -> Tensor:

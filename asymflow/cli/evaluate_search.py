@@ -77,7 +77,7 @@ def add_command(commands) -> None:
     p.add_argument("--interval", type=intervals, default=DEFAULTS["interval"], metavar="LOW,RANGE", help="to try")
     p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
     p.add_argument("--budget", type=at_least(2), default=200_000, metavar="N", help="images to draw before the final")
-    p.add_argument("--start", type=at_least(2), default=2048, metavar="N", help="images of each setting at first, in 64s")
+    p.add_argument("--start", type=at_least(2), default=2048, metavar="N", help="images of each setting at first")
     p.add_argument("--final", type=at_least(0), metavar="N", help="images of the winner (default: the protocol's)")
     p.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="times that the winner is drawn")
     p.add_argument("--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, quick, or a YAML file")
@@ -256,7 +256,7 @@ def say(summary: dict, store) -> None:
 
 
 def picture(summary: dict, title: str):
-    """A map of guidance by interval for each average, and the least distance over the averages. summary: search.json."""
+    """A map of guidance by interval for each average, and the least distance over the averages. summary: the result."""
     from matplotlib.figure import Figure
 
     rows, best = [row for row in summary["scores"] if row["value"] is not None], summary["best"]

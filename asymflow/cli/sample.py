@@ -18,6 +18,7 @@ from asymflow import packages
 from asymflow.cli.common import default_device, image_size, interval
 from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record, own_device
 from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, identity, load_model
+from asymflow.cli.prompts import KINDS, SCORERS
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.errors import InputError
 from asymflow.extensions import check_name, find, is_own
@@ -103,7 +104,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     prompts.add_argument("--base", type=Path, help="folder of a FLUX.2 klein base model, in diffusers' layout")
     prompts.add_argument("--adapter", type=Path, help="folder, file or repository of the adapter to pixels")
     prompts.add_argument("--prompt", action="append", help="may be given several times")
-    prompts.add_argument("--prompts", type=Path, help="file with a prompt on each line")
+    prompts.add_argument("--prompts", type=Path, metavar="PATH", help=f"of prompts: {KINDS}")
+    prompts.add_argument("--for", dest="scorer", choices=SCORERS, help="also the folder that this scorer reads")
     prompts.add_argument("--width", type=int, help="pixels (default: of the first --image, or 1024)")
     prompts.add_argument("--height", type=int, help="pixels (default: of the first --image, or 1024)")
     prompts.add_argument("--image", type=Path, action="append", help="reference image; may be given several times")

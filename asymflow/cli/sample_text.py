@@ -15,8 +15,10 @@ from torch import Tensor
 from asymflow import files, opening
 from asymflow.backbones.flux2.adapter import find
 from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
+from asymflow.cli import prompts as prompt_files
 from asymflow.cli.common import this_process
-from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, open_record, own_device
+from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, name, open_record, own_device
+from asymflow.cli.prompts import SCORERS, Prompt, arrange, check_fit
 from asymflow.color import oklab_to_rgb
 from asymflow.data.encoders import prompt_tokens
 from asymflow.entries import Entry
@@ -25,15 +27,14 @@ from asymflow.patches import token_grid
 from asymflow.pixels import decoded, to_rgb, upright
 from asymflow.progress import limit_loading_bars
 from asymflow.sampling import dynamic_shift, guided, image_noise, sigma_grid
-from asymflow.text import is_blank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file of a LoRA in a folder
 
 
 def run_prompts(args: argparse.Namespace) -> None:
-    prompts = read_prompts(args)
-    args.num = len(prompts) if args.num is None else args.num
-    check(args)
+    asked = read_prompts(args)
+    check(args, asked)
+    prompts = [prompt.text for prompt in asked]
     loras = [lora(text) for text in args.lora or ()]
     images = [read_image(path) for path in args.image or ()]
     pipeline = load(args, loras)
@@ -70,11 +71,19 @@ def run_prompts(args: argparse.Namespace) -> None:
 
     now = settings(args, pipeline, prompts, loras, (height, width))
     open_record(args, now, plan, {"make_again": make_again(args, height, width)}, kind="prompt")
-    draw_missing(args, plan, draw)
+    if draw_missing(args, plan, draw) and args.scorer:
+        picture = lambda number, place: args.images / name(place * len(prompts) + number)
+        print(arrange(args.scorer, args.out / args.scorer, asked, picture))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise errors about options before the model is read."""
+def check(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    """Raise errors about options before the model is read, and set how many images there are."""
+    if args.scorer:
+        check_fit(args.scorer, prompts)
+        if args.num is not None or args.first:
+            raise InputError(f"--for {args.scorer} draws all images of every prompt: leave out --num and --first")
+    if args.num is None:
+        args.num = len(prompts) * (SCORERS[args.scorer].images if args.scorer else 1)
     check_numbers(args)
     if args.adapter is None:
         raise InputError("give --adapter too: the base alone is a model of latents")
@@ -89,16 +98,12 @@ def check(args: argparse.Namespace) -> None:
     find(args.adapter)
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if (args.prompt is None) == (args.prompts is None):
-        raise InputError("give either --prompt, once or several times, or --prompts, a file with one on each line")
+        raise InputError("give either --prompt, once or several times, or --prompts, a file or folder of them")
     if args.prompt is not None:
-        return args.prompt
-    lines = opening.read_text(args.prompts).splitlines()
-    prompts = [line.strip() for line in lines if not is_blank(line)]
-    if not prompts:
-        raise InputError(f"--prompts {args.prompts} has no prompt in it")
-    return prompts
+        return [Prompt(text, f"{number:05}") for number, text in enumerate(args.prompt)]
+    return prompt_files.read_prompts(args.prompts)
 
 
 def read_image(path: Path) -> Image.Image:

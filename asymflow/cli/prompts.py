@@ -1,0 +1,206 @@
+"""Prompts from files, and the folders in which public scorers look for the images of theirs."""
+
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from asymflow import files, opening
+from asymflow.data.captioned import IMAGE_KEYS, caption_in, find_captioned
+from asymflow.entries import Entry, UnreadableError
+from asymflow.errors import InputError
+from asymflow.pictures import image_grid
+from asymflow.pixels import read_image, to_tensor
+from asymflow.progress import progress_bar
+from asymflow.text import count, is_blank
+
+MOST = 2**30  # bytes of a file of prompts
+IDS = ("item_id", "id")  # keys of what a prompt is called
+KINDS = "a text file with one on each line, .jsonl, .json, or a folder of .txt, of .json or of captioned images"
+
+
+class Prompt(NamedTuple):
+    """text: the prompt. name: what its images are called. category: of a benchmark. about: all of its JSON object."""
+
+    text: str
+    name: str
+    category: str = "all"
+    about: dict | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file or folder: `KINDS`. Raises InputError if there is none, or one is empty."""
+    if path.is_dir():
+        found = list(of_folder(path))
+    elif path.suffix == ".jsonl":
+        found = [of_row(row, number, place) for number, (row, place) in enumerate(json_lines(path))]
+    elif path.suffix == ".json":
+        found = list(of_json(path, "all"))
+    else:
+        found = [Prompt(line, f"{number:05}") for number, (line, _) in enumerate(lines(path))]
+    if not found:
+        raise InputError(f"--prompts {path} has no prompt in it")
+    return found
+
+
+def of_folder(path: Path) -> Iterator[Prompt]:
+    """Of NAME.txt, one each; or of CATEGORY.json; or the captions of images."""
+    inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    texts, tables = ([file for file in inside if file.suffix == kind] for kind in (".txt", ".json"))
+    if not (texts or tables) or any(Entry(str(file)).is_image for file in inside):
+        for photo in find_captioned([str(path)], 1):
+            try:
+                yield Prompt(photo.caption(), Path(str(photo)).stem)
+            except UnreadableError as e:
+                raise InputError(f"--prompts {path}: {e}") from None
+    elif texts:
+        for file in texts:
+            yield Prompt(checked(opening.read_text(file), str(file)), file.stem)
+    else:
+        for file in tables:
+            yield from of_json(file, file.stem)
+
+
+def of_json(path: Path, category: str) -> Iterator[Prompt]:
+    """Of a list of prompts, or of a list for each category. A prompt is text, or an object with it."""
+    content = opening.read_json(path, object, MOST)
+    lists = {category: content} if isinstance(content, list) else content
+    if not isinstance(lists, dict) or not all(isinstance(rows, list) for rows in lists.values()):
+        raise InputError(f"{path} must be a list of prompts in JSON, or a list for each category")
+    for name, rows in lists.items():
+        for number, row in enumerate(rows):
+            yield of_row(row, number, f"{path}, entry {number + 1}", name)
+
+
+def json_lines(path: Path) -> Iterator[tuple[object, str]]:
+    for text, place in lines(path):
+        with opening.reading(place, "JSON"):
+            row = json.loads(text)
+        yield row, place
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines that are not blank, and where each is. `str.splitlines` would end them within some prompts, too."""
+    for number, line in enumerate(io.StringIO(opening.read_text(path, MOST), newline=None), 1):
+        if not is_blank(line):
+            yield line.strip(), f"{path}, line {number}"
+
+
+def of_row(row: object, number: int, place: str, category: str = "all") -> Prompt:
+    about = row if isinstance(row, dict) else {"prompt": row}
+    ids = [str(about[key]) for key in IDS if about.get(key) is not None]
+    images = [Path(str(about[key])).stem for key in ("image_path", *IMAGE_KEYS) if about.get(key)]
+    name = next(iter(ids + images), f"{number:05}")
+    text, category = checked(caption_in(about), place), str(about.get("category", category))
+    return Prompt(text, name, category, row if isinstance(row, dict) else None)
+
+
+def checked(text: object, place: str) -> str:
+    """The text without white space around it. InputError if there is none, or it is not text in UTF-8."""
+    if not isinstance(text, str) or is_blank(text):
+        raise InputError(f"{place}: expected a prompt, but it is {str(text)[:60]!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        raise InputError(f"{place}: the prompt is not text in UTF-8") from None
+    return text.strip()
+
+
+# ---- Folders for scorers ---------------------------------------------------------------------------------------------
+Picture = Callable[[int, int], Path]
+"""The file of an image, from the number of its prompt and that of the image among those of the prompt."""
+
+
+class Scorer(NamedTuple):
+    """images: of each prompt. needs: what its prompts must be. arrange: makes the files of a prompt."""
+
+    title: str
+    images: int
+    needs: str
+    fits: Callable[[Sequence[Prompt]], bool]
+    arrange: Callable[[Path, int, Prompt, list[Path]], None]
+
+
+def geneval(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+    """00000/metadata.jsonl, the object of the prompt, and 00000/samples/0000.png, ..., 0003.png."""
+    own = folder / f"{number:05}"
+    with files.replacing(own / "metadata.jsonl") as beside:
+        beside.write_text(json.dumps(prompt.about) + "\n")
+    for place, image in enumerate(images):
+        same_file(image, own / "samples" / f"{place:04}.png")
+
+
+def dpg(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+    """NAME.png: the four images, two beside and two below each other, without a gap."""
+    made = folder / f"{prompt.name}.png"
+    if made.exists() and all(image.stat().st_mtime_ns <= made.stat().st_mtime_ns for image in images):
+        return
+    pictures = torch.stack([to_tensor(read_image(Entry(str(image)))) for image in images])
+    with files.replacing(made) as beside:
+        image_grid(pictures, columns=2, gap=0).save(beside)
+
+
+def hpsv3(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+    """CATEGORY/NAME.png, and its prompt in CATEGORY/NAME.txt."""
+    own = folder / prompt.category
+    same_file(images[0], own / f"{prompt.name}.png")
+    with files.replacing(own / f"{prompt.name}.txt") as beside:
+        beside.write_text(prompt.text)
+
+
+def named_apart(prompts: Sequence[Prompt]) -> bool:
+    """Whether each prompt has a name of its own, within its category, that can be that of a file."""
+    most = max(Counter((prompt.category, prompt.name) for prompt in prompts).values())
+    parts = [part for prompt in prompts for part in (prompt.category, prompt.name)]
+    return most == 1 and all(part == Path(part).name and "\0" not in part for part in parts)
+
+
+def for_geneval(prompts: Sequence[Prompt]) -> bool:
+    return all({"tag", "include", "prompt"} <= {*(prompt.about or {})} for prompt in prompts)
+
+
+def for_dpg(prompts: Sequence[Prompt]) -> bool:
+    numbered = all(prompt.name == f"{number:05}" for number, prompt in enumerate(prompts))
+    return named_apart(prompts) and not numbered
+
+
+SCORERS = {
+    "geneval": Scorer("GenEval", 4, "its evaluation_metadata.jsonl, with tag, include, prompt", for_geneval, geneval),
+    "dpg": Scorer("DPG-Bench", 4, "its folder of prompts, ID.txt, or lines with item_id", for_dpg, dpg),
+    "hpsv3": Scorer("HPSv3", 1, "prompts with names of their own within a category", named_apart, hpsv3),
+}
+
+
+def check_fit(name: str, prompts: Sequence[Prompt]) -> None:
+    """InputError unless the prompts are what the scorer of that name expects."""
+    scorer = SCORERS[name]
+    if not scorer.fits(prompts):
+        raise InputError(f"--for {name}: these are not the prompts of {scorer.title}, which needs {scorer.needs}")
+
+
+def arrange(name: str, folder: Path, prompts: Sequence[Prompt], picture: Picture) -> str:
+    """Make the folder that a scorer reads, of images that exist, and return a line that says what is in it."""
+    scorer = SCORERS[name]
+    for number, prompt in enumerate(progress_bar(prompts, f"arranging for {scorer.title}", "prompt")):
+        try:
+            scorer.arrange(folder, number, prompt, [picture(number, place) for place in range(scorer.images)])
+        except UnreadableError as e:
+            raise InputError(f"{e}: remove it, and the same command draws it again") from None
+    return f"{folder} has the {count(len(prompts), 'prompt')} for {scorer.title}, {count(scorer.images, 'image')} each"
+
+
+def same_file(image: Path, path: Path) -> None:
+    """A second name for a file, or a copy where the disk cannot do that."""
+    if path.exists() and path.samefile(image):
+        return
+    with files.replacing(path) as beside:
+        try:
+            os.link(image, beside)
+        except OSError:
+            shutil.copyfile(image, beside)
