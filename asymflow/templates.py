@@ -16,22 +16,28 @@ MOST_SECONDS = 5
 MOST_MEMORY = 2**30
 """Bytes of memory that it may take. Not on macOS and Windows, which do not limit it."""
 CHILD = "from asymflow import templates; templates.run_as_child()"
+PROMPT = "a cat"
 OPTIONS = {"add_generation_prompt": True, "enable_thinking": False}
 
 
-def check_chat_template(tokenizer, base: object) -> None:
-    """InputError unless the chat template of a `transformers` tokenizer works within limits, and keeps the prompt."""
+def check_tokenizer(tokenizer, base: object) -> None:
+    """InputError unless a `transformers` tokenizer has its tokens, and a chat template that keeps the prompt.
+
+    Without its file, transformers makes a tokenizer without tokens, which finds nothing in any prompt. A chat template
+    is a program: it must work within limits.
+    """
+    if PROMPT not in tokenizer.decode(tokenizer(PROMPT)["input_ids"]):
+        raise InputError(f"{base} has no whole tokenizer: it cannot read {PROMPT!r}. Is its tokenizer.json missing?")
     if not tokenizer.chat_template:
         raise InputError(f"{base} has no whole tokenizer: its chat template is missing")
-    prompt = "a cat"
     try:
-        template, chat = tokenizer.get_chat_template(), [{"role": "user", "content": prompt}]
+        template, chat = tokenizer.get_chat_template(), [{"role": "user", "content": PROMPT}]
         run_limited(template, {**tokenizer.special_tokens_map, **OPTIONS, "messages": chat})
         text = tokenizer.apply_chat_template(chat, tokenize=False, **OPTIONS)
     except Exception as e:  # a program can raise many types of errors
         said = " ".join(str(e).split())[:200]
         raise InputError(f"{base} has a chat template that does not work ({type(e).__name__}: {said})") from None
-    if prompt not in text:
+    if PROMPT not in text:
         raise InputError(f"{base} has a chat template that leaves the prompt out: download the tokenizer again")
 
 

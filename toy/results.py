@@ -41,24 +41,27 @@ USUAL = {  # beside the setting that the search finds; all with the average that
 
 @dataclass(frozen=True)
 class Study:
-    """A model and its search. settings: of the training. steps: of the sampler. oracle: whether the truth is known."""
+    """A model and its search. settings: of the training. steps: of the sampler. num: images of each result. budget:
+    of the search. oracle: whether the truth is known."""
 
     title: str
     config: str
     settings: tuple[str, ...]
     steps: int
+    num: int
     budget: int
     oracle: bool
 
 
 STUDIES = {
-    "shapes": Study("Generated shapes, 32 x 32", "shapes_tiny", (), 8, 30_000, True),
+    "shapes": Study("Generated shapes, 32 x 32", "shapes_tiny", (), 8, 2048, 30_000, True),
     "emoji64": Study(
         "Emoji, 64 x 64",
         "emoji64",
-        ("train.precision=fp32", "train.steps=3000", "sample.every=null", "data.workers=1"),
-        10,
-        20_000,
+        ("train.precision=fp32", "train.steps=1500", "sample.every=null", "data.workers=1"),
+        6,
+        1024,
+        10_000,
         False,
     ),
 }
@@ -83,7 +86,7 @@ def study(args: argparse.Namespace) -> None:
     if args.what == "emoji64" and args.data is None:
         raise InputError("emoji64 needs --data emoji64.tar")
     data = TarShards(args.data, SIZE) if args.data else Shapes(10_000, 32)
-    num, epochs = (64, 1) if args.quick else (2048, 12)
+    num, epochs = (64, 1) if args.quick else (plan.num, 12)
     _, accuracy = judge_in(folder, data, *load(data), epochs)
     print(f"the classifier is right about {accuracy:.1%} of the images that were kept from it", flush=True)
     protocol = {
@@ -106,7 +109,7 @@ def study(args: argparse.Namespace) -> None:
     asked = [sys.executable, "train_ddp.py", "--config", plan.config, "--out", run]
     command(commands, *asked, *(f"--set={setting}" for setting in settings))
     common = ["--model", run, "--protocol", folder / PROTOCOL]
-    budget, start = (512, 64) if args.quick else (plan.budget, 256)
+    budget, start = (512, 64) if args.quick else (plan.budget, 128)
     ranges = QUICK if args.quick else RANGES
     options = [word for pair in ranges.items() for word in pair]
     evaluate = [sys.executable, "-m", "asymflow", "evaluate"]

@@ -1,6 +1,7 @@
 """`asymflow evaluate`: hold samples against images, by a protocol that can be repeated."""
 
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ examples:
   torchrun --nproc-per-node 8 -m -- asymflow evaluate --model runs/h16 --protocol adm --out evals/h16
   asymflow evaluate --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --protocol adm --out evals/theirs
   asymflow evaluate --images photos --reference more_photos --crop 256 --out evals/photos
+  asymflow evaluate --images drawn --reference photos --crop 1024 --protocol captions --clip clip-vit-large-patch14 \\
+      --out evals/drawn
   asymflow evaluate report evals/*/result.json                              one table of several results
 
 Image i has the noise of its number, whatever the batch and the number of processes. Stopped, even by kill -9, the same
@@ -38,7 +41,9 @@ the files in asymflow/evaluation/protocols; --protocol also takes a file of your
 ACTIONS = "instead: a table of several results, or the best guidance, interval and average; each has its own --help"
 RESULT, GRID = "result.json", "grid.png"
 FEATURES, REFERENCE = "features", "reference"
-CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", "weights", "reference", "crop")
+# Of a protocol: what features do not depend on, or what a checksum tells.
+ELSEWHERE = {"name", "about", "weights", "reference", "measures", "clip"}
+CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", "weights", "reference", "crop", "clip")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -51,7 +56,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: a folder of images, or an .npz with arr_0")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, a grid and the features (needed)")
     p.add_argument(
-        "--protocol", default="quick", metavar="NAME", help="adm, jit, edm2-dino, shapes, quick, or a YAML file"
+        "--protocol",
+        default="quick",
+        metavar="NAME",
+        help="adm, jit, edm2-dino, captions, shapes, quick, or a file",
     )
     p.add_argument("--guidance", type=float, default=2.3, help="its scale; 1 is none")
     p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels where guidance acts")
@@ -64,6 +72,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     changes.add_argument("--reference", metavar="WHAT", help="images, .npz, data, shapes, adm-imagenet or jit-imagenet")
     changes.add_argument("--extractor", help="inception-v3-compat, vgg16, dinov2, classifier or oracle")
     changes.add_argument("--weights", metavar="PATH", help="of the extractor")
+    changes.add_argument("--clip", metavar="FOLDER", help="of a CLIP of transformers, for clip_score")
     changes.add_argument("--num", type=at_least(2), metavar="N", help="how many images are drawn")
     changes.add_argument("--first", type=at_least(0), metavar="N", help="number of the first image")
     changes.add_argument("--seed", type=at_least(0), metavar="N", help="with its number, fixes the noise of an image")
@@ -193,7 +202,7 @@ def evaluate(
     """
     from asymflow.evaluation import reference, result
     from asymflow.evaluation.blocks import Blocks
-    from asymflow.evaluation.features import load_extractor
+    from asymflow.evaluation.features import PATCH, load_extractor, reader
     from asymflow.evaluation.images import write_batch
 
     protocol, source, started = scored.protocol, scored.source, time.time()
@@ -207,16 +216,21 @@ def evaluate(
     about = {
         "size": size,
         "scored": scored.about,
-        "protocol": protocol.model_dump(mode="json", exclude={"name", "about", "weights", "reference", "measures"}),
+        "protocol": protocol.model_dump(mode="json", exclude=ELSEWHERE),
         "extractor": {"name": extractor.name, "weights_sha256": extractor.weights},
     }
+    patch, clip = "patch_frechet_distance" in protocol.measures, None
+    about |= {"patch": PATCH} if patch else {}
+    if "clip_score" in protocol.measures:
+        clip, about["clip"] = load_clip(protocol, source, device)
+    read = reader(extractor, source, patch, clip)
     blocks = Blocks(out / FEATURES, len(source), about, keep_images=save_npz is not None)
     if rank == 0 and (done := len(blocks) - len(blocks.missing())):
         print(f"{done} of {count(len(blocks), 'block')} of images are in {out} already", file=sys.stderr)
     title = "reading" if "images" in scored.about else "drawing"
-    blocks.fill(source, extractor, batch, title, rank, world)
+    blocks.fill(source, read, batch, title, rank, world)
     if against:
-        against.fill(reference_folder or out / REFERENCE, extractor, batch, rank, world)
+        against.fill(reference_folder or out / REFERENCE, extractor, batch, rank, world, patch)
     if rank:
         return None
     blocks.wait()
@@ -241,6 +255,23 @@ def evaluate(
     with files.replacing(out / GRID) as beside:
         image_grid(blocks.first_images().float() / 127.5 - 1, width=GRID_WIDTH).save(beside)
     return found
+
+
+def load_clip(protocol, source, device: torch.device):
+    """The CLIP of a protocol, and what its scores depend on, for records. InputError if the images have no captions."""
+    from asymflow.evaluation.clip import Clip
+    from asymflow.evaluation.features import digest
+
+    if protocol.clip is None:
+        raise InputError(f"the protocol {protocol.name} needs --clip: the folder of a CLIP of transformers")
+    if not hasattr(source, "caption"):
+        raise InputError("a CLIP score is of images with captions: give a folder of them as --images")
+    captions = "\n".join(source.caption(number) for number in range(len(source)))
+    clip = Clip(Path(protocol.clip), device)
+    return clip, {
+        "weights_sha256": digest(Path(protocol.clip)),
+        "captions_sha256": hashlib.sha256(captions.encode()).hexdigest(),
+    }
 
 
 def say(found: dict, out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from asymflow.text import count
 
 ABOUT = """A table of results of asymflow evaluate. Numbers of different protocols are never in one table."""
-UNCOMPARED = ("name", "about", "weights", "reference", "first")
+UNCOMPARED = ("name", "about", "weights", "reference", "first", "clip")
 PAPER = {  # arXiv 2605.12964, ImageNet 256, 50,000 images, protocol adm
     "AsymFlow-H/16, rank 8, 600 epochs": {"frechet_distance": 1.76, "inception_score": 312.0},
     "JiT-H/16, 600 epochs": {"frechet_distance": 1.90, "inception_score": 300.8},
@@ -40,7 +40,8 @@ def comparable(one: dict) -> str:
     """What must be equal for two results to be in one table: the protocol, the extractor, the reference, the size."""
     protocol = {name: value for name, value in one["protocol"].items() if name not in UNCOMPARED}
     reference = {name: value for name, value in one["reference"].items() if name != "name"}
-    parts = (protocol, one["extractor"]["weights_sha256"], reference, one["size"])
+    clip = one.get("clip", {}).get("weights_sha256")
+    parts = (protocol, one["extractor"]["weights_sha256"], reference, one["size"], clip)
     return json.dumps(parts, sort_keys=True)
 
 

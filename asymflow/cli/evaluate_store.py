@@ -118,7 +118,7 @@ class Store:
 
     def identity(self, average: str | None) -> dict:
         """What the features of a setting depend on, besides the setting."""
-        exclude = {"name", "about", "weights", "reference", "measures", "num"}
+        exclude = {"name", "about", "weights", "reference", "measures", "clip", "num"}
         return {
             "average": average,
             "model": {key: value for key, value in self.about.items() if key not in VARIED},

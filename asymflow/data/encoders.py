@@ -84,7 +84,7 @@ def load_encoders(base: Path, dtype: torch.dtype, device: torch.device | str):
             )
     except Exception as e:  # the libraries report what is missing or damaged by exceptions of many types
         raise InputError(f"--base {base} cannot be loaded: {[*str(e).splitlines(), repr(e)][0]}") from None
-    templates.check_chat_template(pipeline.tokenizer, base)
+    templates.check_tokenizer(pipeline.tokenizer, base)
     return pipeline.to(device)
 
 

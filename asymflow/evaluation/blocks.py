@@ -14,7 +14,6 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.errors import InputError
-from asymflow.evaluation.features import Extractor
 from asymflow.evaluation.images import Source
 from asymflow.evaluation.measures import Samples
 from asymflow.evaluation.rows import Rows
@@ -61,8 +60,11 @@ class Blocks:
         there = {file.name for file in self.folder.glob("*.safetensors")}
         return [number for number in range(len(self)) if self.file(number).name not in there]
 
-    def fill(self, source: Source, extractor: Extractor, batch: int, title: str, rank: int = 0, world: int = 1) -> None:
-        """Compute the blocks that are missing, or of several processes the share of this one."""
+    def fill(self, source: Source, read: Callable, batch: int, title: str, rank: int = 0, world: int = 1) -> None:
+        """Compute the blocks that are missing, or of several processes the share of this one.
+
+        read: a function from images and their numbers to what is kept of them, see `features.reader`.
+        """
         todo = [number for number in self.missing() if number % world == rank]
         images = sum(last - first for first, last in map(self.span, todo))
         with progress_bar(desc=title, unit="image", total=images, silent=rank > 0) as bar:
@@ -71,10 +73,10 @@ class Blocks:
                 started, parts, replaced = time.monotonic(), [], len(getattr(source, "replaced", ()))
                 for start in range(first, last, batch):
                     pixels = source.read(start, min(start + batch, last))
-                    features, logits = extractor.both(pixels, labels_of(source, range(start, start + len(pixels))))
-                    parts.append({"features": features, "logits": logits, "images": pixels})
+                    found = read(pixels, range(start, start + len(pixels)))
+                    parts.append(found | {"images": pixels})
                     bar.update(len(pixels))
-                tensors = {name: together(parts, name) for name in parts[0] if parts[0][name] is not None}
+                tensors = {name: together(parts, name) for name in parts[0]}
                 if not self.keep_images:
                     tensors["images"] = tensors["images"][: SHOWN if number == 0 else 0]
                 replaced = list(getattr(source, "replaced", ()))[replaced:]
@@ -102,9 +104,9 @@ class Blocks:
         parts = [self.read(number)[0] for number in range(len(self))]
         for number, tensors in enumerate(parts):
             opening.check_numbers({k: t for k, t in tensors.items() if k != "images"}, self.file(number))
-        logits = Rows([tensors["logits"] for tensors in parts]) if "logits" in parts[0] else None
+        rows = {name: Rows([tensors[name] for tensors in parts]) for name in parts[0] if name != "images"}
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        return Samples(Rows([tensors["features"] for tensors in parts]), logits, device, columns)
+        return Samples(**rows, device=device, columns=columns)
 
     def seconds(self) -> float:
         """What all blocks took together, however often the work was stopped."""
@@ -125,11 +127,6 @@ class Blocks:
             if len(images) < last - first:
                 raise InputError(f"{self.folder} was begun without --save-npz, and has no images: choose another --out")
             yield images
-
-
-def labels_of(source: Source, numbers: range) -> list[int] | None:
-    """The classes of images, if the source knows them."""
-    return [source.label(number) for number in numbers] if getattr(source, "label", None) else None
 
 
 def together(parts: list[dict], name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """DINOv2 from a folder of the package `transformers`: as REPA and the Fréchet distance of EDM2 use it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,13 +33,16 @@ class ClassToken(nn.Module):
         return (self.model((pixels - self.mean) / self.std).last_hidden_state[:, 0],)
 
 
-def load(folder: Path) -> nn.Module:
-    """The DINOv2 in a folder, in eval mode and without gradients. Raises InputError."""
-    name = class_name(folder)
+def load(folder: Path, classes: Mapping[str, str] = CLASSES, title: str = "DINOv2") -> nn.Module:
+    """The DINOv2 in a folder, in eval mode and without gradients. Raises InputError.
+
+    classes: for another model, its class in transformers by its model_type. title: what it is called.
+    """
+    name = class_name(folder, classes, title)
     try:
         import transformers
     except ImportError:
-        raise InputError('DINOv2 needs the package transformers: pip install -e ".[repa]"') from None
+        raise InputError(f'{title} needs the package transformers: pip install -e ".[repa]"') from None
     # No progress bars, and no table of missing weights: these raise an error below.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -54,21 +58,21 @@ def load(folder: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def class_name(folder: Path) -> str:
-    """The name of the class in `transformers` for a folder. Raises InputError if it is no DINOv2 in safetensors."""
+def class_name(folder: Path, classes: Mapping[str, str] = CLASSES, title: str = "DINOv2") -> str:
+    """The name of the class in `transformers` for a folder. InputError if it has no such model in safetensors."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give that of a DINOv2, downloaded as from Hugging Face")
+        raise InputError(f"{folder} is not a folder: give that of a {title}, downloaded as from Hugging Face")
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json: give the folder of a DINOv2 of transformers")
+        raise InputError(f"{folder} has no config.json: give the folder of a {title} of transformers")
     try:
         kind = opening.read_json(folder / "config.json")["model_type"]
     except (ValueError, KeyError):
         raise InputError(f"{folder / 'config.json'} is not the configuration of a model of transformers") from None
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise InputError(f"{folder} is no DINOv2: its model_type is {kind!r}, expected {' or '.join(CLASSES)}")
+    if not isinstance(kind, str) or kind not in classes:
+        raise InputError(f"{folder} is no {title}: its model_type is {kind!r}, expected {' or '.join(classes)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no weights in safetensors, and pickles are not read: convert it with "
-            f'transformers.{CLASSES[kind]}.from_pretrained("{folder}").save_pretrained("NEW FOLDER")'
+            f'transformers.{classes[kind]}.from_pretrained("{folder}").save_pretrained("NEW FOLDER")'
         )
-    return CLASSES[kind]
+    return classes[kind]

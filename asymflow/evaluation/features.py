@@ -1,7 +1,7 @@
 """Features of images, by torch-fidelity's extractors, by DINOv2, or by a small classifier."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from asymflow.data.shapes import COLORS, COUNTS
 from asymflow.errors import InputError
 from asymflow.evaluation import assets, measures, oracle
 from asymflow.evaluation.classifier import Classifier
+from asymflow.evaluation.images import Source
 
 CLASSIFIER, DINOV2, ORACLE = "classifier", "dinov2", "oracle"
 LAYERS = {  # of torch-fidelity's extractors: that of the features, then that of the logits if there is one
@@ -75,6 +76,34 @@ class Oracle:
 
     def width(self, size: int = 32) -> int:
         return len(self.columns)
+
+
+PATCH = 299  # pixels: the side of the middle of an image, for a Fréchet distance that sees its details
+
+
+def reader(extractor: Extractor | Oracle, source: Source, patch: bool = False, clip: Callable | None = None):
+    """A function from images of `source` (n, 3, H, W), uint8, and their numbers to what is kept of them, by name.
+
+    features, and logits if the extractor has some. patch: also middles, the features of the middle of each image, at
+    its full resolution (Lin et al. 2024, arXiv 2402.13929). clip: also fit, what `clip.Clip` finds.
+    Raises InputError if images are smaller than that middle.
+    """
+    height, width = source.size
+    if patch and min(height, width) < PATCH:
+        raise InputError(f"a patch FID is of {PATCH} x {PATCH} pixels, but the images have {width} x {height}")
+
+    def read(images: Tensor, numbers: range) -> dict[str, Tensor]:
+        labels = [source.label(number) for number in numbers] if getattr(source, "label", None) else None
+        features, logits = extractor.both(images, labels)
+        found = {"features": features} | ({} if logits is None else {"logits": logits})
+        if patch:
+            top, left = (height - PATCH) // 2, (width - PATCH) // 2
+            found["middles"] = extractor(images[:, :, top : top + PATCH, left : left + PATCH])
+        if clip:
+            found["fit"] = clip(images, [source.caption(number) for number in numbers])
+        return found
+
+    return read
 
 
 def load_extractor(

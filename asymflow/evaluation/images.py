@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from asymflow import files, opening
-from asymflow.entries import Entry, find_images
+from asymflow.data.captioned import find_captioned
+from asymflow.entries import Entry, UnreadableError, find_images
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, decoded, in_order, to_rgb
 from asymflow.text import count
@@ -23,6 +24,7 @@ from asymflow.text import count
 BATCH = "arr_0"  # the array of samples in a batch of ADM
 THREADS = 4
 RECORD = "samples.json"  # of asymflow sample
+MOST_RECORD = 2**32  # bytes of it: there may be millions of images
 
 
 class Source(Protocol):
@@ -53,20 +55,35 @@ class Folder:
         first = self.entries[0]
         self.size = (crop, crop) if crop else decoded(first, lambda image: (image.height, image.width))
         self.identity = f"{count(len(self.entries), 'image')} ({self.listed[:16]})"
-        self.label = self.recorded_classes()
+        classes = self.recorded("class")
+        self.label: Callable[[int], int] | None = classes and classes.__getitem__
+        self.captions: list[str] | None = None  # known when they are asked for
 
-    def recorded_classes(self) -> Callable[[int], int] | None:
-        """The class of an image, if the folder is that of `asymflow sample`, or the one in it; else None."""
+    def recorded(self, kind: str) -> list | None:
+        """The class or prompt of each image, if `asymflow sample` made the folder, or the one around it; else None."""
         record = next((f / RECORD for f in (self.path, self.path.resolve().parent) if (f / RECORD).is_file()), None)
         if record is None:
             return None
+        made = {"class": int, "prompt": str}[kind]
         try:
-            images = opening.read_json(record)["images"]
-            found = {(record.parent / one["file"]).resolve(): int(one["class"]) for one in images}
-            classes = [found[Path(entry.path).resolve()] for entry in self.entries]
-        except (KeyError, TypeError, ValueError):  # a record of prompts, or of other images
+            images = opening.read_json(record, most=MOST_RECORD)["images"]
+            found = {(record.parent / one["file"]).resolve(): made(one[kind]) for one in images}
+            return [found[Path(entry.path).resolve()] for entry in self.entries]
+        except (KeyError, TypeError, ValueError):  # a record of the other kind, or of other images
             return None
-        return classes.__getitem__
+
+    def caption(self, number: int) -> str:
+        """The prompt of an image that `asymflow sample` drew, or the caption beside it. InputError if there is none."""
+        if self.captions is None:
+            self.captions = self.recorded("prompt") or self.written()
+        return self.captions[number]
+
+    def written(self) -> list[str]:
+        beside = {photo.file[:2]: photo for photo in find_captioned([str(self.path)], 1)}
+        try:
+            return [beside[entry[:2]].caption() for entry in self.entries]
+        except UnreadableError as e:
+            raise InputError(f"{e}: a CLIP score needs the caption of each image") from None
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -15,6 +15,7 @@ from torch import Tensor
 from asymflow.evaluation.frechet import Target, frechet_distance
 from asymflow.evaluation.moments import Moments, Statistics
 from asymflow.evaluation.rows import Rows
+from asymflow.text import count
 
 NEIGHBOURS = 3  # of precision and recall, as in Kynkaanniemi et al. 2019 and ADM
 SUBSETS, SUBSET = 100, 1000  # of KID: so many, of so many images
@@ -42,6 +43,9 @@ class Measured:
 class Samples:
     """Features of images. logits: of a network that classifies them. device: on which distances are computed.
 
+    middles: the features of the middle of each image. fit: (n, 2), the CLIP score of each, and whether its caption was
+    cut. See `features.reader`.
+
     columns: names of the features, if they are what the oracle of the shapes found (see `features.Oracle`).
     """
 
@@ -49,6 +53,8 @@ class Samples:
     logits: Rows | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     columns: tuple[str, ...] = ()
+    middles: Rows | None = None
+    fit: Rows | None = None
 
     def statistics(self) -> Statistics:
         moments = Moments()
@@ -63,6 +69,7 @@ class Reference:
 
     statistics: Statistics
     features: Rows | None = None
+    middles: Rows | None = None
 
 
 def frechet(sample: Samples, reference: Reference) -> Measured:
@@ -73,6 +80,23 @@ def frechet(sample: Samples, reference: Reference) -> Measured:
     few = f"fewer images ({n:,}) than features ({sample.features.width:,}): compare it with as many only"
     remarks = (few,) if n <= sample.features.width else ()
     return Measured(frechet_distance(own, reference.statistics), float(effects.std() / math.sqrt(n)), remarks)
+
+
+def patch_frechet(sample: Samples, reference: Reference) -> Measured:
+    """The Fréchet distance of the middles of images at full resolution (Lin et al. 2024, arXiv 2402.13929)."""
+    if sample.middles is None or reference.middles is None:
+        return unknown("the reference has no images, or the middles of images were not read")
+    middles = Samples(reference.middles).statistics()
+    return frechet(Samples(sample.middles, device=sample.device), Reference(middles))
+
+
+def clip_score(sample: Samples, reference: Reference | None = None) -> Measured:
+    """The mean of the CLIP scores of images and their captions, see `clip.Clip`."""
+    if sample.fit is None:
+        return unknown("no CLIP was given")
+    scores, cut = torch.cat(list(sample.fit.chunks())).double().T
+    few = (f"{count(int(cut.sum()), 'caption')} cut to what CLIP can read",) if cut.any() else ()
+    return Measured(scores.mean().item(), scores.std().item() / math.sqrt(len(scores)), few)
 
 
 def kernel_distance(sample: Samples, reference: Reference) -> Measured:
@@ -206,4 +230,6 @@ FEATURES = {
 ORACLE = {name: of_oracle(name, share=True) for name in ("count", "color", "shape", "right")}
 ORACLE |= {name: of_oracle(name, share=False) for name in ("sharpness", "residual")}
 """Measures of generated pictures of shapes, which need no reference."""
-MEASURES = FEATURES | ORACLE
+CAPTIONS = {"patch_frechet_distance": patch_frechet, "clip_score": clip_score}
+"""Measures of images of captions."""
+MEASURES = FEATURES | ORACLE | CAPTIONS

@@ -21,7 +21,7 @@ from asymflow.evaluation.measures import FEATURES, MEASURES
 
 PROTOCOLS = files("asymflow.evaluation") / "protocols"
 MOST_BYTES = 50_000  # of a file
-UNSAID = ("weights", "reference", "first")  # changes that are told by their checksums
+UNSAID = ("weights", "reference", "first", "clip")  # changes that are told by their checksums
 Count = Annotated[int, Field(ge=1, lt=2**40)]
 
 
@@ -52,6 +52,7 @@ class Protocol(BaseModel):
     reference: str | None = Field(
         None, description="images, an .npz, data (the training images), or a published one: adm-imagenet, jit-imagenet"
     )
+    clip: str | None = Field(None, description="the folder of a CLIP, for the measure clip_score")
     measures: Annotated[tuple[Literal[tuple(MEASURES)], ...], Field(min_length=1, strict=False)] = Field(
         tuple(FEATURES), description="what is measured"
     )

@@ -11,7 +11,7 @@ from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation import assets
 from asymflow.evaluation.blocks import Blocks
-from asymflow.evaluation.features import Extractor
+from asymflow.evaluation.features import PATCH, Extractor, reader
 from asymflow.evaluation.frechet import load_statistics
 from asymflow.evaluation.images import BATCH, Folder, Source, open_source
 from asymflow.evaluation.measures import Reference
@@ -68,12 +68,20 @@ class Opened:
             raise InputError(f"{path} has neither mu and sigma, nor images in {BATCH}: it has {', '.join(arrays)}")
         self.identity = {"file_sha256": files.sha256(path)}
 
-    def fill(self, folder: Path, extractor: Extractor, batch: int, rank: int = 0, world: int = 1) -> None:
-        """Compute the features of its images in `folder`, or of several processes the share of this one."""
+    def fill(
+        self, folder: Path, extractor: Extractor, batch: int, rank: int = 0, world: int = 1, patch: bool = False
+    ) -> None:
+        """Compute the features of its images in `folder`, or of several processes the share of this one.
+
+        patch: also those of their middles.
+        """
         if self.source:
             about = {"reference": self.identity, "extractor": extractor.name, "weights_sha256": extractor.weights}
+            about |= {"patch": PATCH} if patch else {}
             self.blocks = Blocks(folder, len(self.source), about)
-            self.blocks.fill(self.source, extractor, batch, "reading the reference", rank, world)
+            self.blocks.fill(
+                self.source, reader(extractor, self.source, patch), batch, "reading the reference", rank, world
+            )
 
     def reference(self, device: torch.device) -> Reference:
         """The reference, when all processes have filled in their share. It waits for them."""
@@ -82,7 +90,7 @@ class Opened:
         self.blocks.wait()
         self.replaced = self.blocks.replaced()
         sample = self.blocks.sample(device)
-        return Reference(self.statistics or sample.statistics(), sample.features)
+        return Reference(self.statistics or sample.statistics(), sample.features, sample.middles)
 
 
 def published(name: str, size: tuple[int, int]) -> Path:

@@ -12,6 +12,7 @@ from asymflow.evaluation.measures import MEASURES, ORACLE, Measured, Reference, 
 
 KIND = "asymflow evaluation 1"
 TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"} | {
+    "clip_score": "CLIP score",
     "count": "right count",
     "color": "right colour",
     "shape": "right shape",
@@ -24,9 +25,10 @@ DIGITS = {"kid": 5, "precision": 3, "recall": 3}
 
 def title(measure: str, extractor: str) -> str:
     """What a measure is called: the Fréchet distance is an FID only in the features of Inception."""
-    if measure == "frechet_distance":
-        return FRECHET.get(extractor, f"FD ({extractor})")
-    plain = measure in ORACLE or extractor == "inception-v3-compat"
+    if measure.endswith("frechet_distance"):
+        patch = "patch " if measure.startswith("patch") else ""
+        return patch + FRECHET.get(extractor, f"FD ({extractor})")
+    plain = measure in (*ORACLE, "clip_score") or extractor == "inception-v3-compat"
     return TITLES.get(measure, measure) + ("" if plain else f" ({extractor})")
 
 

@@ -174,7 +174,7 @@ def test_killed_at_any_time_it_goes_on_and_counts_no_image_twice(made, tmp_path)
 
 # ---- Protocols -------------------------------------------------------------------------------------------------------
 def test_every_shipped_protocol_is_whole_and_says_what_it_is():
-    assert shipped() == ["adm", "edm2-dino", "jit", "quick", "shapes"]
+    assert shipped() == ["adm", "captions", "edm2-dino", "jit", "quick", "shapes"]
     for name in shipped():
         protocol = load_protocol(name)
         assert protocol.name == name

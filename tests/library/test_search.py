@@ -185,8 +185,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    for module in ("evaluation.blocks", "cli.evaluate_store"):
-        monkeypatch.setattr(f"asymflow.{module}.SIZE", 32)
+    monkeypatch.setattr("asymflow.cli.evaluate_store.UNIT", 32)
 
 
 def words(made, out, *more):

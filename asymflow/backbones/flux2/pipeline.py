@@ -79,7 +79,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         if pipeline.config.is_distilled:
             raise InputError(f"{base} is a distilled model, which knows no guidance: take FLUX.2-klein-base-9B or -4B")
         if pipeline.tokenizer is not None:
-            templates.check_chat_template(pipeline.tokenizer, base)
+            templates.check_tokenizer(pipeline.tokenizer, base)
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)
         return pipeline.use(load_adapter(pipeline.transformer, adapter))
 

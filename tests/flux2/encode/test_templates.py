@@ -3,9 +3,10 @@
 import copy
 
 import pytest
+from transformers import AutoTokenizer
 
 from asymflow import InputError
-from asymflow.templates import check_chat_template
+from asymflow.templates import check_tokenizer
 
 DOUBLED = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
 TEMPLATES = {
@@ -26,7 +27,7 @@ def test_a_template_that_fails_or_takes_much_or_leaves_the_prompt_out_is_refused
     tokenizer = copy.deepcopy(pipeline.tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"base .*{said}") as error:
-        check_chat_template(tokenizer, "base")
+        check_tokenizer(tokenizer, "base")
     assert "\n" not in str(error.value)
 
 
@@ -36,4 +37,15 @@ def test_what_transformers_adds_to_templates_may_be_used(pipeline):
         "{% for m in messages %}{% if not m.role %}{% break %}{% endif %}{{ m | tojson(indent=2) }}"
         "{% generation %}{{ strftime_now('%Y') ~ eos_token }}{% endgeneration %}{% endfor %}"
     )
-    check_chat_template(tokenizer, "base")
+    check_tokenizer(tokenizer, "base")
+
+
+def test_a_tokenizer_without_its_file_is_refused(pipeline, tmp_path):
+    """transformers makes an empty one of what is left, with a chat template that works."""
+    pipeline.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    if len(tokenizer("a cat")["input_ids"]):
+        pytest.skip("this version of transformers needs no tokenizer.json")
+    with pytest.raises(InputError, match=r"base has no whole tokenizer: it cannot read 'a cat'. Is its tokenizer.json"):
+        check_tokenizer(tokenizer, "base")

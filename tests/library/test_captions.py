@@ -1,0 +1,148 @@
+"""Images of captions: the Fréchet distance of their middles, and CLIP's score, against plain recomputations."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from test_evaluate import evaluated, pictures, words
+from torch_fidelity import calculate_metrics
+
+from asymflow.cli import main
+from asymflow.evaluation.classifier import Classifier
+from asymflow.evaluation.features import CLASSIFIER, register_classifier
+
+SIZE, PATCH = 320, 299
+CAPTIONS = [f"picture {number}" for number in range(11)] + ["a" * 40]  # the last has more letters than places
+
+
+def make_clip(folder):
+    """A tiny CLIP of random weights, with all the files of a real one. A letter is a token."""
+    folder.mkdir()
+    letters = [chr(number) for number in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    text = dict(bos_token_id=start, eos_token_id=end, pad_token_id=end, max_position_embeddings=24)
+    config = transformers.CLIPConfig(
+        text_config=sizes | text | dict(vocab_size=len(tokens)),
+        vision_config=sizes | dict(image_size=32, patch_size=8),
+        projection_dim=16,
+    )
+    torch.manual_seed(1)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    image = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(image, transformers.CLIPTokenizer(*files)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions")
+    torch.manual_seed(0)
+    Classifier(10, width=8).save(folder / "classifier.safetensors")
+    make_clip(folder / "clip")
+    for seed, name in enumerate(("one", "other")):
+        pictures(folder / name, len(CAPTIONS), seed, size=SIZE, shift=0.3 * seed)
+        for caption, image in zip(CAPTIONS, sorted((folder / name).glob("*.png")), strict=True):
+            image.with_suffix(".txt").write_text(caption)
+    return folder
+
+
+def scored(made, out, *more, **options):
+    usual = dict(images=made / "one", reference=made / "other", protocol="captions", clip=made / "clip")
+    return evaluated(made, out, *more, **usual | options)
+
+
+def middles(folder, out):
+    out.mkdir()
+    for file in folder.glob("*.png"):
+        edge = (SIZE - PATCH) // 2
+        Image.open(file).crop((edge, edge, edge + PATCH, edge + PATCH)).save(out / file.name)
+    return str(out)
+
+
+def test_each_measure_is_what_others_compute(made, tmp_path):
+    found = scored(made, tmp_path / "out")["measures"]
+    register_classifier()
+    options = dict(fid=True, cuda=False, verbose=False, cache=False, feature_extractor=CLASSIFIER)
+    options["feature_extractor_weights_path"] = str(made / "classifier.safetensors")
+    pairs = {
+        "frechet_distance": [str(made / name) for name in ("one", "other")],
+        "patch_frechet_distance": [middles(made / name, tmp_path / name) for name in ("one", "other")],
+    }
+    for name, (one, other) in pairs.items():
+        expected = calculate_metrics(input1=one, input2=other, **options)["frechet_inception_distance"]
+        assert found[name]["value"] == pytest.approx(expected, rel=1e-6), name
+    assert found["frechet_distance"]["value"] != pytest.approx(found["patch_frechet_distance"]["value"], rel=0.01)
+
+    model = transformers.CLIPModel.from_pretrained(made / "clip")
+    processor = transformers.CLIPProcessor.from_pretrained(made / "clip")
+    scores = []
+    for caption, file in zip(CAPTIONS, sorted((made / "one").glob("*.png")), strict=True):
+        inputs = processor(text=caption, images=Image.open(file), return_tensors="pt", truncation=True, max_length=24)
+        scores.append(max(model(**inputs).logits_per_image.item() / model.logit_scale.exp().item(), 0) * 100)
+    assert found["clip_score"]["value"] == pytest.approx(sum(scores) / len(scores), rel=1e-3)
+    assert found["clip_score"]["value"] > 0
+    assert found["clip_score"]["uncertainty"] == pytest.approx(torch.tensor(scores).std().item() / 12**0.5, rel=1e-3)
+    assert found["clip_score"]["remarks"] == ["1 caption cut to what CLIP can read"]
+
+
+def test_neither_the_batch_nor_where_captions_are_written_changes_it(made, tmp_path):
+    found = scored(made, tmp_path / "a")
+    samples = shutil.copytree(made / "one", tmp_path / "samples/images", ignore=shutil.ignore_patterns("*.txt"))
+    names = sorted(file.name for file in samples.glob("*.png"))
+    entries = [
+        {"file": f"images/{name}", "index": i, "prompt": caption}
+        for i, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True))
+    ]
+    (tmp_path / "samples/samples.json").write_text(json.dumps({"settings": {}, "images": entries}))
+    again = scored(made, tmp_path / "b", batch=5, images=samples)
+    for name, measured in found["measures"].items():
+        assert again["measures"][name]["value"] == pytest.approx(measured["value"], rel=1e-4), name
+    assert again["clip"] == found["clip"]
+
+
+def test_captions_that_change_are_other_scores(made, tmp_path, capsys):
+    images = shutil.copytree(made / "one", tmp_path / "images")
+    scored(made, tmp_path / "out", images=images)
+    (images / "0003.txt").write_text("another one")
+    options = dict(images=images, reference=made / "other", protocol="captions", clip=made / "clip")
+    assert main(words(made, tmp_path / "out", **options)) == 2
+    assert "holds features of something else (clip" in capsys.readouterr().err
+
+
+def test_what_cannot_be_scored_is_one_line(made, tmp_path, capsys):
+    without = shutil.copytree(made / "one", tmp_path / "without")
+    (without / "0004.txt").unlink()
+    bare = shutil.copytree(made / "clip", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (bare / name).unlink(missing_ok=True)
+    plain = shutil.copytree(made / "clip", tmp_path / "plain")
+    (plain / "processor_config.json").unlink()
+    (tmp_path / "dino").mkdir()
+    (tmp_path / "dino/config.json").write_text('{"model_type": "dinov2"}')
+    small = pictures(tmp_path / "small", 12, size=64)
+    clip = {"clip": made / "clip"}
+    for options, expected in [
+        ({"clip": None}, "the protocol captions, extractor classifier, num 12 needs --clip"),
+        ({"images": without}, "0004.png has no caption: a CLIP score needs the caption of each image"),
+        ({"clip": tmp_path / "gone"}, "gone is not a folder: give that of a CLIP"),
+        ({"clip": tmp_path / "dino"}, "dino is no CLIP: its model_type is 'dinov2', expected clip"),
+        ({"clip": bare}, "has a tokenizer of 2 tokens, but its CLIP was made for 190: is tokenizer.json"),
+        ({"clip": plain}, "has neither preprocessor_config.json nor processor_config.json"),
+        ({"images": small, "reference": small, "measures": "patch_frechet_distance"}, "have 64 x 64"),
+    ]:
+        given = dict(images=made / "one", reference=made / "other", protocol="captions") | clip | options
+        given = {name: value for name, value in given.items() if value is not None}
+        assert main(words(made, tmp_path / "out", **given)) == 2, expected
+        error = capsys.readouterr().err
+        assert expected in error, error
+        assert error.count("\n") == 1, error
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
