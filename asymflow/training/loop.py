@@ -336,8 +336,10 @@ class Training:
             if broken := (~images[:count].flatten(1).isfinite().all(1)).sum().item():
                 said = f"{broken} of {count} samples at step {self.step} have numbers that are NaN or infinite"
                 tqdm.write(f"{said}: black or white in {self.picture()}", file=sys.stderr)
+            grid = image_grid(images[:count].cpu(), width=GRID_WIDTH)
             with files.replacing(self.picture()) as beside:
-                image_grid(images[:count].cpu(), width=GRID_WIDTH).save(beside)
+                grid.save(beside)
+            internals.show_picture(self.engine, "samples", grid, self.step)
 
     def picture(self) -> Path:
         return self.out / run.SAMPLES / f"{self.step:08d}.png"

@@ -2,12 +2,15 @@
 
 import csv
 import importlib.util
+import io
 import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import TINY, Launched, metrics, same_bits, slow_unless, tensors, train, words
 
 from asymflow import cost
@@ -231,7 +234,8 @@ def test_monitors_write_below_the_run_once_a_step(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
     monitors = "deepspeed.tensorboard.enabled=true", "deepspeed.csv_monitor.enabled=true"
-    train(2, *(arguments(run, *stage(1), *monitors, f"train.steps={steps}") for steps in (BETWEEN, STEPS)))
+    drawn = "sample.every=2", "sample.num=2", "sample.steps=1"
+    train(2, *(arguments(run, *stage(1), *monitors, *drawn, f"train.steps={steps}") for steps in (BETWEEN, STEPS)))
     steps = [m["step"] for m in metrics(run)]
     for name in ("loss", "lr", "grad_norm"):
         heading, *rows = csv.reader((run / "csv_monitor" / f"train_{name}.csv").open())
@@ -241,6 +245,11 @@ def test_monitors_write_below_the_run_once_a_step(tmp_path):
     names = ("grad_norm", "images_per_second", "loss", "lr", "waiting")
     assert sorted(events.Tags()["scalars"]) == [f"train/{name}" for name in names]
     assert [event.step for event in events.Scalars("train/loss")] == steps
+    grids = {int(path.stem): np.asarray(Image.open(path)) for path in (run / "samples").glob("*.png")}
+    shown = {event.step: event.encoded_image_string for event in events.Images("samples")}
+    assert shown.keys() == grids.keys() != set()
+    for step, grid in grids.items():
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown[step]))), grid)
     assert len(list((run / "tensorboard").iterdir())) == 2  # of rank 0, for each start
     assert not (tmp_path / "DeepSpeedJobName").exists()
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 OLDEST, NEWEST = "0.19.8", "0.19.8"  # releases that the tests were run with
@@ -58,6 +60,16 @@ def detach_monitor(engine) -> None:
     if csv := engine.monitor.csv_monitor:  # a continued run has files with headings already: do not write them again
         csv.filenames = [path.stem for path in Path(csv.log_dir).glob("*.csv")]
     engine.monitor.enabled = False
+
+
+def show_picture(engine, name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to those monitors that show some, TensorBoard and W&B, if they are enabled. Rank 0 calls it."""
+    if tensorboard := engine.monitor.tb_monitor:
+        tensorboard.summary_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    if engine.monitor.wandb_monitor:
+        import wandb
+
+        wandb.log({name: wandb.Image(picture)}, step=step)
 
 
 # ---- The configuration -----------------------------------------------------------------------------------------------
