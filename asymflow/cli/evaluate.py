@@ -126,12 +126,15 @@ class Scored:
             from asymflow.evaluation.images import open_source
             from asymflow.evaluation.protocol import renamed
 
-            self.source = open_source(args.images, protocol.crop)
+            self.source = open_source(args.images, protocol.crop, protocol.turn)
             if len(self.source) < 2:
                 raise InputError(f"{args.images} has 1 image: at least 2 are needed")
             self.protocol = renamed(protocol, num=len(self.source))
             self.about = {"images": self.source.identity}
-            self.remarks.append("how these images were drawn is not known")
+            if settings := getattr(self.source, "settings", None):
+                self.about["settings"] = settings
+            else:
+                self.remarks.append("how these images were drawn is not known")
         else:
             self.protocol = protocol
             self.draws(args, device)
@@ -212,7 +215,8 @@ def evaluate(
     if not extractor.columns:
         if protocol.reference is None:
             raise InputError(f"the protocol {protocol.name} needs --reference: images, or an .npz file")
-        against = reference.Opened(protocol.reference, size, protocol.crop, extractor.width(max(size)), scored.data)
+        width, data = extractor.width(max(size)), scored.data
+        against = reference.Opened(protocol.reference, size, protocol.crop, width, data, protocol.turn)
     about = {
         "size": size,
         "scored": scored.about,

@@ -43,7 +43,7 @@ class Store:
         self.title = result.title("frechet_distance", protocol.extractor)
         size = tuple(first.source.size)
         width = self.extractor.width(max(size))
-        self.against = reference.Opened(protocol.reference, size, protocol.crop, width, first.data)
+        self.against = reference.Opened(protocol.reference, size, protocol.crop, width, first.data, protocol.turn)
         self.against.fill(args.out / REFERENCE, self.extractor, args.batch, self.rank, self.world)
         self.target: Target | None = None
 

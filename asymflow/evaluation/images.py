@@ -7,22 +7,25 @@ numbers, (n, 3, H, W), uint8.
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.data.captioned import find_captioned
 from asymflow.entries import Entry, UnreadableError, find_images
 from asymflow.errors import InputError
-from asymflow.pixels import adm_crop, decoded, in_order, to_rgb
+from asymflow.pixels import adm_crop, decoded, in_order, to_rgb, upright
 from asymflow.text import count
 
 BATCH = "arr_0"  # the array of samples in a batch of ADM
 THREADS = 4
+TAR = ".tar"
 RECORD = "samples.json"  # of asymflow sample
 MOST_RECORD = 2**32  # bytes of it: there may be millions of images
 
@@ -39,38 +42,49 @@ class Source(Protocol):
 
 
 class Folder:
-    """All images of a folder, and of the folders in it, sorted by their paths. They must have one size, or `crop`.
+    """All images of a folder, and of the folders in it, or of a .tar file. They must have one size, or `crop`.
 
     crop: None, or the side of the square that ADM's centre crop makes of each. Whatever is grey, transparent or a
-    palette becomes RGB (see `pixels.to_rgb`).
+    palette becomes RGB (see `pixels.to_rgb`). turn: whether photographs are turned as their EXIF says.
     Raises InputError if there is no image; `read` does if one is damaged, of another size, or the folder has changed.
     """
 
-    def __init__(self, path: str | Path, crop: int | None = None):
-        self.path, self.crop = Path(path), crop
-        if not self.path.is_dir():
-            raise InputError(f"{path} is not a folder of images")
+    def __init__(self, path: str | Path, crop: int | None = None, turn: bool = False):
+        self.path, self.crop, self.turn = Path(path), crop, turn
+        if not self.path.is_dir() and self.path.suffix != TAR:
+            raise InputError(f"{path} is not a folder of images, nor a .tar or .npz file of them")
         self.entries = find_images([self.path])
         self.listed = listing(self.entries)
         first = self.entries[0]
-        self.size = (crop, crop) if crop else decoded(first, lambda image: (image.height, image.width))
+        self.size = (crop, crop) if crop else decoded(first, self.upright).size[::-1]
         self.identity = f"{count(len(self.entries), 'image')} ({self.listed[:16]})"
         classes = self.recorded("class")
         self.label: Callable[[int], int] | None = classes and classes.__getitem__
         self.captions: list[str] | None = None  # known when they are asked for
 
+    @cached_property
+    def record(self) -> tuple[Path, dict] | None:
+        """Of `asymflow sample`, if that made the folder or the one around it: where it is, and what it says."""
+        for folder in (self.path, self.path.resolve().parent):
+            if (folder / RECORD).is_file():
+                return folder, opening.read_json(folder / RECORD, most=MOST_RECORD)
+        return None
+
     def recorded(self, kind: str) -> list | None:
-        """The class or prompt of each image, if `asymflow sample` made the folder, or the one around it; else None."""
-        record = next((f / RECORD for f in (self.path, self.path.resolve().parent) if (f / RECORD).is_file()), None)
-        if record is None:
-            return None
+        """The class or prompt of each image by the record; None if there is none, or it is of other images."""
+        folder, record = self.record or (None, {})
         made = {"class": int, "prompt": str}[kind]
         try:
-            images = opening.read_json(record, most=MOST_RECORD)["images"]
-            found = {(record.parent / one["file"]).resolve(): made(one[kind]) for one in images}
+            found = {(folder / one["file"]).resolve(): made(one[kind]) for one in record["images"]}
             return [found[Path(entry.path).resolve()] for entry in self.entries]
-        except (KeyError, TypeError, ValueError):  # a record of the other kind, or of other images
+        except (KeyError, TypeError, ValueError):
             return None
+
+    @property
+    def settings(self) -> dict | None:
+        """What `asymflow sample` drew the images with, if it did."""
+        known = self.recorded("class") or self.recorded("prompt")
+        return self.record[1].get("settings") if known else None
 
     def caption(self, number: int) -> str:
         """The prompt of an image that `asymflow sample` drew, or the caption beside it. InputError if there is none."""
@@ -99,13 +113,17 @@ class Folder:
         return torch.stack(found)
 
     def one(self, entry: Entry) -> Tensor:
-        image = decoded(entry, lambda image: adm_crop(to_rgb(image), self.crop) if self.crop else to_rgb(image))
+        image = decoded(entry, lambda image: to_rgb(self.upright(image)))
+        image = adm_crop(image, self.crop) if self.crop else image
         if (image.height, image.width) != self.size:
             raise InputError(
                 f"{entry} has {image.width} x {image.height} pixels (width x height), but {self.entries[0]} has "
                 f"{self.size[1]} x {self.size[0]}: remove what is no sample, or crop all of them with --crop"
             )
         return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+
+    def upright(self, image: Image.Image) -> Image.Image:
+        return upright(image) if self.turn else image
 
     def check_unchanged(self) -> None:
         """InputError if images have come, gone or changed since the folder was listed."""
@@ -165,11 +183,11 @@ class Batch:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def open_source(path: str | Path, crop: int | None = None) -> Source:
-    """The images of a folder or of an .npz file. Raises InputError."""
+def open_source(path: str | Path, crop: int | None = None, turn: bool = False) -> Source:
+    """The images of a folder, or of a .tar or .npz file. Raises InputError. crop, turn: see `Folder`."""
     path = Path(path)
     if path.is_dir() or path.suffix != ".npz":
-        return Folder(path, crop)
+        return Folder(path, crop, turn)
     if crop:
         raise InputError(f"{path}: --crop is for folders of images")
     return Batch(path)

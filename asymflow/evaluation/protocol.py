@@ -47,6 +47,7 @@ class Protocol(BaseModel):
     crop: Count | None = Field(
         None, description="side to which images of folders are cropped; null: they have one size"
     )
+    turn: bool = Field(False, description="whether photographs of folders are turned upright, as their EXIF says")
     extractor: Literal[EXTRACTORS] = Field("inception-v3-compat", description="the network of the features")
     weights: str | None = Field(None, description="its file or folder; null: looked for, or downloaded")
     reference: str | None = Field(

@@ -13,7 +13,7 @@ from asymflow.evaluation import assets
 from asymflow.evaluation.blocks import Blocks
 from asymflow.evaluation.features import PATCH, Extractor, reader
 from asymflow.evaluation.frechet import load_statistics
-from asymflow.evaluation.images import BATCH, Folder, Source, open_source
+from asymflow.evaluation.images import BATCH, TAR, Folder, Source, open_source
 from asymflow.evaluation.measures import Reference
 from asymflow.text import count
 
@@ -29,8 +29,16 @@ class Opened:
     None. Raises InputError if it does not exist, or is of another size than `size`, or of other features.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], crop: int | None, width: int, data: Source | None = None):
-        """width: of the features. data: the images that "data" means."""
+    def __init__(
+        self,
+        name: str,
+        size: tuple[int, int],
+        crop: int | None,
+        width: int,
+        data: Source | None = None,
+        turn: bool = False,
+    ):
+        """width: of the features. data: the images that "data" means. crop, turn: see `images.Folder`."""
         self.name, self.source, self.statistics, self.replaced = name, None, None, []
         if name == DATA and not Path(name).exists():
             if data is None:
@@ -43,8 +51,8 @@ class Opened:
             self.identity = {"images": self.source.identity}
         else:
             path = published(name, size) if name in PUBLISHED and not Path(name).exists() else Path(name)
-            if path.is_dir():
-                self.source = Folder(path, crop)
+            if path.is_dir() or path.suffix == TAR:
+                self.source = Folder(path, crop, turn)
                 self.identity = {"images": self.source.identity}
             else:
                 self.read(path, width)

@@ -79,7 +79,7 @@ class Evaluation:
 
     def open_reference(self) -> Opened:
         p, side = self.protocol, self.config.model.image_size
-        return Opened(p.reference or DATA, (side, side), p.crop, self.features.width(side))
+        return Opened(p.reference or DATA, (side, side), p.crop, self.features.width(side), turn=p.turn)
 
     def measured(self, flow: AsymFlow, stop: Stop) -> dict[str, Measured] | None:
         """The measures of samples of `flow`, in eval mode, by their names; None if `stop` said so.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -102,11 +103,28 @@ def test_neither_the_batch_nor_where_captions_are_written_changes_it(made, tmp_p
         {"file": f"images/{name}", "index": i, "prompt": caption}
         for i, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True))
     ]
-    (tmp_path / "samples/samples.json").write_text(json.dumps({"settings": {}, "images": entries}))
+    (tmp_path / "samples/samples.json").write_text(json.dumps({"settings": {"guidance": 4.0}, "images": entries}))
     again = scored(made, tmp_path / "b", batch=5, images=samples)
     for name, measured in found["measures"].items():
         assert again["measures"][name]["value"] == pytest.approx(measured["value"], rel=1e-4), name
     assert again["clip"] == found["clip"]
+    assert found["remarks"][-1] == "how these images were drawn is not known"
+    assert again["scored"]["settings"] == {"guidance": 4.0}
+    assert "how these images were drawn is not known" not in again["remarks"]
+
+
+def test_a_tar_is_as_its_folder_and_photographs_are_turned(made, tmp_path):
+    turned = shutil.copytree(made / "one", tmp_path / "turned")
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    for file in turned.glob("*.png"):
+        Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=sideways)
+    with tarfile.open(tmp_path / "turned.tar", "w") as tar:
+        tar.add(turned, "")
+    found = scored(made, tmp_path / "a")["measures"]
+    for name, images in (("b", turned), ("c", tmp_path / "turned.tar")):
+        again = scored(made, tmp_path / name, images=images)["measures"]
+        assert {key: one["value"] for key, one in again.items()} == {key: one["value"] for key, one in found.items()}
 
 
 def test_captions_that_change_are_other_scores(made, tmp_path, capsys):
