@@ -24,12 +24,35 @@ with importing(__name__):
     import torch
 
     from asymflow import opening
+    from asymflow.cli.evaluate_search import picture
     from asymflow.data.shapes import Shapes
     from asymflow.data.shards import TarShards
     from asymflow.errors import InputError
+    from asymflow.evaluation import result
     from asymflow.files import replacing
-    from toy.emoji64 import JUDGE, SIZE, judge_in, load
+    from asymflow.text import count
+    from toy.emoji64 import JUDGE, SIZE, floor, judge_in, load
 
+INTRODUCTION = """
+# Results on two cores
+
+How much do guidance, its interval and the length of the moving average matter, and does `asymflow evaluate search` find
+the best of them? Two small models, searched in full. `python -m toy.results` makes this page from the JSON files that
+the commands left.
+
+The distances are in the features of a small classifier of the same images: within a table they can be compared with
+each other, and with no FID.
+"""
+FINDINGS = {"shapes": "", "emoji64": ""}  # what came out, in words
+DATA = {"shapes": "", "emoji64": " --data emoji64.tar"}
+COLUMNS = {
+    "frechet_distance": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "right": "all right",
+    "sharpness": "sharpness",
+    "residual": "residual",
+}
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ABOUT, PROTOCOL = "about.json", "protocol.yaml"
 USUAL = {  # beside the setting that the search finds; all with the average that the configuration names first
@@ -87,7 +110,8 @@ def study(args: argparse.Namespace) -> None:
         raise InputError("emoji64 needs --data emoji64.tar")
     data = TarShards(args.data, SIZE) if args.data else Shapes(10_000, 32)
     num, epochs = (64, 1) if args.quick else (plan.num, 12)
-    _, accuracy = judge_in(folder, data, *load(data), epochs)
+    images, labels = load(data)
+    classifier, accuracy = judge_in(folder, data, images, labels, epochs)
     print(f"the classifier is right about {accuracy:.1%} of the images that were kept from it", flush=True)
     protocol = {
         "name": f"{args.what}, {num:,} images",
@@ -127,18 +151,19 @@ def study(args: argparse.Namespace) -> None:
             oracle = ["--protocol", "shapes", "--steps", plan.steps, "--num", num, "--precision", "float32"]
             command(commands, *evaluate, "--model", run, *oracle, *chosen, *ema, "--out", folder / f"oracle-{number}")
     about = {
-        "title": plan.title,
-        "settings": list(settings),
+        "settings": settings,
         "accuracy": accuracy,
+        "floor": floor(classifier, images, num),
         "commands": commands,
         "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "hours": round((time.time() - started) / 3600, 2),
+        "machine": f"{processor()}, {count(torch.get_num_threads(), 'thread')}, torch {torch.__version__}",
         "quick": args.quick,
+        "hours": [round((time.time() - started) / 3600, 2)],  # of each start
     }
-    if not (folder / ABOUT).exists():  # started again, it would say fewer hours
-        with replacing(folder / ABOUT) as beside:
-            beside.write_text(json.dumps(about, indent=1) + "\n")
+    if (folder / ABOUT).exists():
+        about["hours"] = opening.read_json(folder / ABOUT)["hours"] + about["hours"]
+    with replacing(folder / ABOUT) as beside:
+        beside.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def command(commands: list[str], *words) -> None:
@@ -163,8 +188,60 @@ def processor() -> str:
     return "a CPU"
 
 
+# ---- The page --------------------------------------------------------------------------------------------------------
 def write(args: argparse.Namespace) -> None:
-    raise NotImplementedError
+    """docs/results.md, and a map for each study, from the JSON files of the studies that are there."""
+    found = [name for name in STUDIES if (args.out / name / ABOUT).exists()]
+    if not found:
+        raise InputError(f"{args.out} has no study: python -m toy.results shapes makes one")
+    parts = [INTRODUCTION.strip()]
+    for name in found:
+        summary = opening.read_json(args.out / name / "search" / "search.json")
+        with replacing(args.docs / f"results_{name}.png") as beside:
+            picture(summary, "Fréchet distance").savefig(beside, dpi=80, format="png")
+        parts.append(section(name, args.out / name, summary))
+    with replacing(args.docs / "results.md") as beside:
+        beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote {args.docs / 'results.md'} of {' and '.join(found)}")
+
+
+def section(name: str, folder: Path, summary: dict) -> str:
+    """What the page says of a study."""
+    plan, about = STUDIES[name], opening.read_json(folder / ABOUT)
+    rows = []
+    for number, (title, (guidance, interval)) in enumerate(about["settings"].items()):
+        own = title not in USUAL
+        one = result.read(folder / "search" / "final-0" if own else folder / f"usual-{number}")
+        measures = dict(one["measures"])
+        if (folder / f"oracle-{number}").exists():
+            measures |= result.read(folder / f"oracle-{number}")["measures"]
+        cells = {key: result.shown(key, m["value"], m["uncertainty"]) for key, m in measures.items() if key in COLUMNS}
+        if own:
+            final = summary["final"]
+            cells["frechet_distance"] = f"**{final['mean']:.3f}** ± {final['spread']:.3f}"
+            title = f"**found**: guidance {guidance:g} on [{interval.replace(',', ', ')}]"
+        rows.append([title, one["scored"]["average"], *(cells[key] for key in COLUMNS if key in measures)])
+    head = ["", "average", *(title for key, title in COLUMNS.items() if key in measures)]
+    table = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    spared = 1 - summary["forward_passes"] / summary["forward_passes_if_each_were_drawn_alone"]
+    tied = len(summary["cannot_be_told_apart"]) - 1
+    budget = "" if summary["budget_was_enough"] else ", when the budget was spent"
+    lines = [
+        f"## {plan.title}",
+        "\n".join(table),
+        f"*{one['images']:,} images a row, {plan.steps} Heun steps; the found setting three times, of images that the "
+        f"search has not seen: mean and spread. ± is one standard deviation by chance. Floor, {one['images']:,} of the "
+        f"training images, drawn with repetition: {about['floor']:.3f}. The classifier is right about "
+        f"{about['accuracy']:.1%} of the images that were kept from it.*",
+        f"![Maps of the Fréchet distance over guidance and interval, for each average](results_{name}.png)",
+        f"*The search: {summary['settings']:,} of {summary['of']:,} settings, {summary['images']:,} images in all; "
+        f"{count(tied, 'other setting')} could not be told apart from the best one{budget}. Shared beginnings of "
+        f"trajectories spared {spared:.0%} of the forward passes.*",
+        FINDINGS[name].strip(),
+        "\n".join(["```sh", f"python -m toy.results {name}{DATA[name]}   # runs:", *about["commands"], "```"]),
+        f"{about['machine']}, {sum(about['hours']):.1f} hours beside other work, at commit {about['commit']}.",
+    ]
+    return "\n\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
