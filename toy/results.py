@@ -64,32 +64,42 @@ USUAL = {  # beside the setting that the search finds; all with the average that
 
 @dataclass(frozen=True)
 class Study:
-    """A model and its search. settings: of the training. steps: of the sampler. num: images of each result. budget:
-    of the search. oracle: whether the truth is known."""
+    """A model and its search. settings: of the training. steps: of the sampler. num: images of each result. ranges and
+    budget: of the search. oracle: whether the truth is known."""
 
     title: str
     config: str
     settings: tuple[str, ...]
     steps: int
     num: int
+    ranges: tuple[str, str, str]
     budget: int
     oracle: bool
 
 
 STUDIES = {
-    "shapes": Study("Generated shapes, 32 x 32", "shapes_tiny", (), 8, 2048, 30_000, True),
+    "shapes": Study(
+        "Generated shapes, 32 x 32",
+        "shapes_tiny",
+        (),
+        8,
+        2048,
+        ("0.02,0.03,0.05,0.08,0.13,0.2", "1:3:0.25", "0,0.5:1:0.1"),
+        30_000,
+        True,
+    ),
     "emoji64": Study(
         "Emoji, 64 x 64",
         "emoji64",
         ("train.precision=fp32", "train.steps=1500", "sample.every=null", "data.workers=1"),
         6,
         1024,
-        10_000,
+        ("0.03,0.05,0.08,0.13", "1:3:0.25", "0,0.6:1:0.2"),
+        15_000,
         False,
     ),
 }
-RANGES = {"--ema": "0.02,0.03,0.05,0.08,0.13,0.2", "--guidance": "1:3:0.25", "--interval": "0,0.5:1:0.1"}
-QUICK = {"--ema": "0.1", "--guidance": "1,2", "--interval": "0,0.5,1"}
+QUICK = ("0.1", "1,2", "0,0.5,1")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -108,8 +118,8 @@ def study(args: argparse.Namespace) -> None:
     plan, folder, started = STUDIES[args.what], args.out / args.what, time.time()
     if args.what == "emoji64" and args.data is None:
         raise InputError("emoji64 needs --data emoji64.tar")
-    data = TarShards(args.data, SIZE) if args.data else Shapes(10_000, 32)
-    num, epochs = (64, 1) if args.quick else (plan.num, 12)
+    pictures, num, epochs = (300, 64, 1) if args.quick else (10_000, plan.num, 12)
+    data = TarShards(args.data, SIZE) if args.data else Shapes(pictures, 32)
     images, labels = load(data)
     classifier, accuracy = judge_in(folder, data, images, labels, epochs)
     print(f"the classifier is right about {accuracy:.1%} of the images that were kept from it", flush=True)
@@ -128,14 +138,14 @@ def study(args: argparse.Namespace) -> None:
         beside.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in protocol.items()))
 
     run, commands = folder / "run", []
-    settings = [*plan.settings, *([f"data.path={args.data}"] if args.data else [])]
-    settings += ["train.steps=40", "ema.snapshot_every=10"] if args.quick else []
+    settings = [*plan.settings, f"data.path={args.data}" if args.data else f"data.size={pictures}"]
+    settings += ["train.steps=20", "ema.snapshot_every=5", "sample.every=null"] if args.quick else []
     asked = [sys.executable, "train_ddp.py", "--config", plan.config, "--out", run]
     command(commands, *asked, *(f"--set={setting}" for setting in settings))
     common = ["--model", run, "--protocol", folder / PROTOCOL]
     budget, start = (512, 64) if args.quick else (plan.budget, 128)
-    ranges = QUICK if args.quick else RANGES
-    options = [word for pair in ranges.items() for word in pair]
+    ranges = zip(("--ema", "--guidance", "--interval"), QUICK if args.quick else plan.ranges, strict=True)
+    options = [word for pair in ranges for word in pair]
     evaluate = [sys.executable, "-m", "asymflow", "evaluate"]
     search = [*evaluate, "search", *common, *options, "--budget", budget, "--start", start]
     command(commands, *search, "--out", folder / "search")
