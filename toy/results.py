@@ -150,7 +150,8 @@ def study(args: argparse.Namespace) -> None:
     search = [*evaluate, "search", *common, *options, "--budget", budget, "--start", start]
     command(commands, *search, "--out", folder / "search")
     best = opening.read_json(folder / "search" / "search.json")["best"]
-    settings = USUAL | {"the search's": (best["guidance"], ",".join(map(str, best["interval"])))}
+    usual = dict(list(USUAL.items())[:1]) if args.quick else USUAL
+    settings = usual | {"the search's": (best["guidance"], ",".join(map(str, best["interval"])))}
     for number, (name, (guidance, interval)) in enumerate(settings.items()):
         chosen = ["--guidance", guidance, "--interval", interval]
         ema = ["--ema", best["average"]] if name not in USUAL else []
