@@ -118,40 +118,43 @@ Picture = Callable[[int, int], Path]
 
 
 class Scorer(NamedTuple):
-    """images: of each prompt. needs: what its prompts must be. arrange: makes the files of a prompt."""
+    """images: of each prompt. needs: what its prompts must be. arrange: makes the files of a prompt, and lists them."""
 
     title: str
     images: int
     needs: str
     fits: Callable[[Sequence[Prompt]], bool]
-    arrange: Callable[[Path, int, Prompt, list[Path]], None]
+    arrange: Callable[[Path, int, Prompt, list[Path]], list[Path]]
 
 
-def geneval(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+def geneval(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list[Path]:
     """00000/metadata.jsonl, the object of the prompt, and 00000/samples/0000.png, ..., 0003.png."""
     own = folder / f"{number:05}"
     with files.replacing(own / "metadata.jsonl") as beside:
-        beside.write_text(json.dumps(prompt.about) + "\n")
-    for place, image in enumerate(images):
-        same_file(image, own / "samples" / f"{place:04}.png")
+        beside.write_text(json.dumps(prompt.about) + "\n", encoding="utf-8")
+    samples = [own / "samples" / f"{place:04}.png" for place in range(len(images))]
+    for pair in zip(images, samples, strict=True):
+        same_file(*pair)
+    return [own / "metadata.jsonl", *samples]
 
 
-def dpg(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+def dpg(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list[Path]:
     """NAME.png: the four images, two beside and two below each other, without a gap."""
     made = folder / f"{prompt.name}.png"
-    if made.exists() and all(image.stat().st_mtime_ns <= made.stat().st_mtime_ns for image in images):
-        return
-    pictures = torch.stack([to_tensor(read_image(Entry(str(image)))) for image in images])
-    with files.replacing(made) as beside:
-        image_grid(pictures, columns=2, gap=0).save(beside)
+    if not made.exists() or any(image.stat().st_mtime_ns > made.stat().st_mtime_ns for image in images):
+        pictures = torch.stack([to_tensor(read_image(Entry(str(image)))) for image in images])
+        with files.replacing(made) as beside:
+            image_grid(pictures, columns=2, gap=0).save(beside)
+    return [made]
 
 
-def hpsv3(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> None:
+def hpsv3(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list[Path]:
     """CATEGORY/NAME.png, and its prompt in CATEGORY/NAME.txt."""
-    own = folder / prompt.category
-    same_file(images[0], own / f"{prompt.name}.png")
-    with files.replacing(own / f"{prompt.name}.txt") as beside:
-        beside.write_text(prompt.text)
+    image, text = (folder / prompt.category / f"{prompt.name}.{kind}" for kind in ("png", "txt"))
+    same_file(images[0], image)
+    with files.replacing(text) as beside:
+        beside.write_text(prompt.text, encoding="utf-8")
+    return [image, text]
 
 
 def named_apart(prompts: Sequence[Prompt]) -> bool:
@@ -185,13 +188,20 @@ def check_fit(name: str, prompts: Sequence[Prompt]) -> None:
 
 
 def arrange(name: str, folder: Path, prompts: Sequence[Prompt], picture: Picture) -> str:
-    """Make the folder that a scorer reads, of images that exist, and return a line that says what is in it."""
-    scorer = SCORERS[name]
+    """Make the folder that a scorer reads, of images that exist, and return a line that says what is in it.
+
+    Raises InputError if the folder also has something else, which the scorer would count.
+    """
+    scorer, made = SCORERS[name], set()
     for number, prompt in enumerate(progress_bar(prompts, f"arranging for {scorer.title}", "prompt")):
         try:
-            scorer.arrange(folder, number, prompt, [picture(number, place) for place in range(scorer.images)])
+            made.update(scorer.arrange(folder, number, prompt, [picture(number, n) for n in range(scorer.images)]))
         except UnreadableError as e:
             raise InputError(f"{e}: remove it, and the same command draws it again") from None
+    others = [file for file in folder.rglob("*") if file.is_file() and file not in made and file.name[0] != "."]
+    if others:
+        said = f"{count(len(others), 'file')} of other prompts, such as {min(others).relative_to(folder)}"
+        raise InputError(f"{folder} also has {said}: remove them, or choose another --out")
     return f"{folder} has the {count(len(prompts), 'prompt')} for {scorer.title}, {count(scorer.images, 'image')} each"
 
 

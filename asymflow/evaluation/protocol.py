@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from asymflow import opening, yaml12
 from asymflow.errors import InputError
 from asymflow.evaluation.features import EXTRACTORS
-from asymflow.evaluation.measures import FEATURES, MEASURES
+from asymflow.evaluation.measures import CAPTIONS, FEATURES, MEASURES, ORACLE
 
 PROTOCOLS = files("asymflow.evaluation") / "protocols"
 MOST_BYTES = 50_000  # of a file
@@ -88,12 +88,27 @@ def load_protocol(name_or_path: str, changes: Mapping[str, object] | None = None
         raise InputError(f"{label} must be a section of keys, such as num: 50000")
     given = {"name": label.removesuffix(".yaml")} | layer.values
     changed = {key: value for key, value in (changes or {}).items() if value is not None and given.get(key) != value}
-    if said := [f"{key} {value}" for key, value in changed.items() if key not in UNSAID]:
+    if said := [f"{key} {plain(value)}" for key, value in changed.items() if key not in UNSAID]:
         given["name"] = f"{given['name']}, {', '.join(said)}"
     try:
-        return Protocol.model_validate(given | changed)
+        return with_fitting_measures(Protocol.model_validate(given | changed))
     except ValidationError as e:
         raise InputError(fault(e, layer)) from None
+
+
+def plain(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def with_fitting_measures(protocol: Protocol) -> Protocol:
+    """The protocol. InputError if its extractor does not find what its measures need, or a CLIP is given for none."""
+    known = ORACLE if protocol.extractor == "oracle" else FEATURES | CAPTIONS
+    if strange := [name for name in protocol.measures if name not in known]:
+        measured = f"what it measures are {', '.join(known)}"
+        raise InputError(f"the extractor {protocol.extractor} is not for {strange[0]}: {measured}")
+    if protocol.clip and "clip_score" not in protocol.measures:
+        raise InputError(f"a CLIP is for the measure clip_score, and the protocol {protocol.name} has no such")
+    return protocol
 
 
 def renamed(protocol: Protocol, **changes: object) -> Protocol:

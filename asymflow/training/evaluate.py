@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asymflow import streams
+from asymflow.errors import InputError
 from asymflow.evaluation import result
 from asymflow.evaluation.drawn import Drawn, quantized
 from asymflow.evaluation.features import load_extractor
 from asymflow.evaluation.frechet import load_statistics, save_statistics
-from asymflow.evaluation.measures import Measured, Reference, Samples
-from asymflow.evaluation.protocol import Protocol, load_protocol
+from asymflow.evaluation.measures import CAPTIONS, Measured, Reference, Samples
+from asymflow.evaluation.protocol import Protocol, load_protocol, with_fitting_measures
 from asymflow.evaluation.reference import DATA, Opened
 from asymflow.evaluation.rows import Rows
 from asymflow.model import AsymFlow
@@ -42,8 +43,11 @@ def protocol_of(config: Config) -> Protocol:
     """The protocol that section `evaluate` names, or else what its keys and those of `sample` say. InputError."""
     c, s = config.evaluate, config.sample
     if c.protocol:
-        return load_protocol(c.protocol, {"weights": c.weights and str(c.weights)})
-    return Protocol(
+        protocol = load_protocol(c.protocol, {"weights": c.weights and str(c.weights)})
+        if strange := [name for name in protocol.measures if name in CAPTIONS]:
+            raise InputError(f"{strange[0]} is not measured in a training: see asymflow evaluate")
+        return protocol
+    made = Protocol(
         name="training",
         num=c.num,
         seed=config.train.seed,
@@ -55,6 +59,7 @@ def protocol_of(config: Config) -> Protocol:
         reference=str(c.reference) if c.reference else DATA,
         measures=c.measures,
     )
+    return with_fitting_measures(made)
 
 
 class Evaluation:

@@ -18,11 +18,14 @@ from torch_fidelity import calculate_metrics
 
 from asymflow.cli import main
 from asymflow.data.shapes import Shapes
-from asymflow.evaluation import assets
+from asymflow.errors import InputError
+from asymflow.evaluation import assets, result
 from asymflow.evaluation.classifier import Classifier
-from asymflow.evaluation.features import CLASSIFIER, register_classifier
+from asymflow.evaluation.features import CLASSIFIER, EXTRACTORS, register_classifier
 from asymflow.evaluation.images import Batch, Folder
+from asymflow.evaluation.measures import MEASURES, ORACLE, Reference, Samples
 from asymflow.evaluation.protocol import load_protocol, shipped
+from asymflow.evaluation.rows import Rows
 from asymflow.pixels import tensor_to_pil
 
 
@@ -216,6 +219,24 @@ def test_a_protocol_that_cannot_be_used_is_one_line(tmp_path, made, capsys, text
     assert main(words(made, tmp_path / "out", model=made / "model", protocol=tmp_path / "mine.yaml")) == 2
     assert said in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("extractor", EXTRACTORS)
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_fits_the_extractor_or_is_refused(extractor, name):
+    """Whatever is not refused gives a number, or says why not."""
+    changes = {"extractor": extractor, "measures": [name]}
+    if (extractor == "oracle") != (name in ORACLE):
+        with pytest.raises(InputError, match=f"the extractor {extractor} is not for {name}"):
+            load_protocol("quick", changes)
+        return
+    protocol = load_protocol("quick", changes)
+    columns = tuple(ORACLE) if extractor == "oracle" else ()
+    features = Rows([torch.rand(20, 6)])
+    sample = Samples(features, columns=columns)
+    reference = None if columns else Reference(sample.statistics(), features)
+    (found,) = result.measure(protocol.measures, sample, reference).values()
+    assert found.value is not None or found.remarks[0].startswith("not measured: ")
 
 
 def test_the_oracle_reads_what_is_right_by_the_same_command(tmp_path, capsys):

@@ -121,6 +121,7 @@ def is_found(truth, point):
     return truth[point] <= 1.05 * truth.min()
 
 
+@pytest.mark.slow
 def test_the_best_setting_is_found_for_a_tenth_of_the_images(normal):
     flow, truth = normal
     best = np.unravel_index(truth.argmin(), truth.shape)

@@ -131,6 +131,17 @@ def test_dpgs_folder_has_a_grid_of_four_for_each_prompt(base, adapter, tmp_path)
         (out / "images/000002.png").unlink()  # drawn again, and the grid is made again
 
 
+def test_what_other_prompts_left_in_the_folder_is_told(base, adapter, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts", tmp_path / "out"
+    prompts.mkdir()
+    (prompts / "coco12.txt").write_text("a red square")
+    assert run(base, adapter, out, "--for", "dpg", prompts=prompts) == 0
+    (prompts / "coco12.txt").rename(prompts / "coco13.txt")  # the same text, so the images stay
+    capsys.readouterr()
+    assert run(base, adapter, out, "--for", "dpg", prompts=prompts) == 2
+    assert "dpg also has 1 file of other prompts, such as coco12.png: remove them" in capsys.readouterr().err
+
+
 def test_hpsv3s_folder_has_each_image_beside_its_prompt(base, adapter, tmp_path):
     prompts, out = tmp_path / "prompts.json", tmp_path / "out"
     prompts.write_text(json.dumps({"arts": [{"prompt": "a sketch", "image_path": "a/0012.jpg"}], "food": ["bread"]}))
