@@ -355,6 +355,19 @@ def test_a_published_reference_is_used_and_a_wrong_one_stops_before_the_training
     assert "statistics of 5 features" in line
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"extractor": "oracle"}, "the extractor oracle is not for frechet_distance"),
+        ({"protocol": "captions"}, "patch_frechet_distance is not measured in a training: see asymflow evaluate"),
+    ],
+)
+def test_measures_that_a_training_cannot_have_are_refused_at_its_start(section, said):
+    config = load_config("shapes_tiny", [f"evaluate.{key}={value}" for key, value in section.items()])
+    with pytest.raises(InputError, match=said):
+        evaluate.protocol_of(config)
+
+
 @pytest.mark.slow
 def test_a_protocol_and_its_measures_are_those_of_the_command(tmp_path, classifier):
     """The same numbers as `asymflow evaluate` finds of the same run."""
