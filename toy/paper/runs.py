@@ -1,0 +1,179 @@
+"""The trainings of an experiment, one after the other, and what is measured of each: a JSON file a run.
+
+A run is `train_ddp.py` with a configuration beside this file, and a few keys changed. It goes on where it was stopped.
+What is measured of it is of its moving average (a power function of width 0.05), after each snapshot and at the end.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asymflow.averages import Profile
+from asymflow.cli.averages import rebuild
+from asymflow.cli.models import load_model
+from asymflow.data.shapes import Shapes
+from asymflow.errors import InputError
+from asymflow.evaluation.drawn import quantized
+from asymflow.evaluation.features import Oracle, load_extractor
+from asymflow.evaluation.measures import ORACLE, Reference, Samples, frechet, precision, recall
+from asymflow.evaluation.rows import Rows
+from asymflow.files import replacing
+from asymflow.model import AsymFlow
+from asymflow.sampling import generate
+from asymflow.subspace import Subspace
+from toy.emoji64 import JUDGE, judge_in, load
+from toy.paper import measures
+
+HERE = Path(__file__).resolve().parent
+WIDTH = 0.05  # of the moving average
+HELD_OUT = 10**7  # the numbers of pictures from here on are in no training
+GUIDANCE = 2.0
+ON_THE_WAY = "on the way", "at the end"
+
+
+@dataclass(frozen=True)
+class Run:
+    """settings: keys of the configuration, as text. random: whether its subspace is a random one of this rank."""
+
+    name: str
+    seed: int
+    settings: tuple[str, ...]
+    config: str = "shapes64"
+    random: int = 0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is drawn and measured. steps: of the sampler. way, end: samples on the way, and at the end."""
+
+    held_out: int = 256
+    steps: int = 16
+    way: int = 256
+    end: int = 512
+    pictures: int = 6000  # for the classifier
+    settings: tuple[str, ...] = ()
+
+
+QUICK = Scale(
+    held_out=16,
+    steps=2,
+    way=16,
+    end=16,
+    pictures=200,
+    settings=(
+        "train.steps=8",
+        "train.global_batch_size=8",
+        "ema.snapshot_every=4",
+        "subspace.images=40",
+        "model.options.depth=2",
+        "model.options.in_context_start=0",
+    ),
+)
+
+
+@dataclass
+class Lab:
+    """Where runs are, and what they are held against. Made once."""
+
+    out: Path
+    scale: Scale
+    size: int = 64
+    patch_size: int = 16
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        pictures = Shapes(self.scale.pictures, self.size, seed=5)
+        judge_in(self.out, pictures, *load(pictures), epochs=6)
+        self.features = load_extractor("classifier", self.out / JUDGE)
+        count = max(self.scale.held_out, self.scale.way, self.scale.end)
+        held_out = [Shapes(HELD_OUT + count, self.size)[HELD_OUT + i] for i in range(count)]
+        self.real = torch.stack([picture.image for picture in held_out])
+        self.labels = torch.tensor([picture.label for picture in held_out])
+        self.reference = self.read(self.real)
+        self.oracle = Oracle("cpu")
+
+    def read(self, images: Tensor) -> Samples:
+        return Samples(Rows([torch.cat([self.features(part) for part in images.split(measures.BATCH)])]))
+
+    # ---- A run -------------------------------------------------------------------------------------------------------
+    def result(self, run: Run) -> dict:
+        """What is measured of a run, which is trained first unless that is done."""
+        file = self.out / f"{run.name}.json"
+        if not file.exists():
+            seconds = self.train(run)
+            found = self.measure(run) | {"settings": run.settings, "seed": run.seed, "seconds": seconds}
+            with replacing(file) as beside:
+                beside.write_text(json.dumps({"run": run.name, **found}, indent=1) + "\n")
+        return json.loads(file.read_text())
+
+    def train(self, run: Run) -> float:
+        folder, started = self.out / run.name, time.time()
+        settings = [*self.scale.settings, *run.settings, f"train.seed={run.seed}"]
+        if run.random:
+            settings.append(f"subspace.file={self.random_subspace(run)}")
+        words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
+        words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
+        print(" ".join(words[1:]), flush=True)
+        if subprocess.run(words, cwd=HERE.parent.parent, check=False).returncode:
+            raise InputError(f"the training in {folder} failed; see above")
+        return time.time() - started
+
+    def random_subspace(self, run: Run) -> Path:
+        path, generator = (
+            self.out / f"random-{run.random}-{run.seed}.safetensors",
+            torch.Generator().manual_seed(run.seed),
+        )
+        if not path.exists():
+            basis = torch.linalg.qr(torch.randn(3 * self.patch_size**2, run.random, generator=generator)).Q
+            Subspace(basis, patch_size=self.patch_size).save(path)
+        return path
+
+    def measure(self, run: Run) -> dict:
+        folder = self.out / run.name
+        steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
+        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        way = {}
+        for step in steps:
+            flow = load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
+            held_out = measures.held_out_losses(
+                flow, *(part[: self.scale.held_out] for part in (self.real, self.labels))
+            )
+            way[step] = {"held_out": held_out, **self.judged(self.draw(flow, self.scale.way, 1.0))}
+        end = {
+            "guided": self.judged(self.draw(flow, self.scale.end, GUIDANCE)),
+            "unguided": self.judged(self.draw(flow, self.scale.end, 1.0)),
+        }
+        flow.sigma_min = 0.0
+        end["guided, no clamp"] = self.judged(self.draw(flow, self.scale.end, GUIDANCE))
+        return {"losses": losses, **dict(zip(ON_THE_WAY, (way, end), strict=True))}
+
+    def draw(self, flow: AsymFlow, count: int, guidance: float) -> Tensor:
+        """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""
+        parts = []
+        for numbers in torch.arange(count).split(measures.BATCH):
+            options = dict(steps=self.scale.steps, guidance=guidance)
+            parts.append(quantized(generate(flow, self.labels[numbers], numbers.tolist(), **options), "round"))
+        return torch.cat(parts)
+
+    def judged(self, samples: Tensor) -> dict[str, float]:
+        count, found = len(samples), self.read(samples)
+        real = self.real[:count]
+        reference = Reference(self.reference.statistics(), self.reference.features)
+        seen, _ = self.oracle.both(samples, self.labels[:count].tolist())
+        known = [column[column >= 0] for column in seen.T]
+        return {
+            "frechet_distance": frechet(found, reference).value,
+            "precision": precision(found, reference).value,
+            "recall": recall(found, reference).value,
+            # None: nothing was recognized
+            **{name: column.mean().item() if len(column) else None for name, column in zip(ORACLE, known, strict=True)},
+            "patches": measures.patch_distance(samples, real, self.patch_size),
+            "spectrum": measures.spectrum_error(samples, real),
+            "seams": measures.seams(samples, self.patch_size) / measures.seams(real, self.patch_size),
+        }
