@@ -155,9 +155,8 @@ def study(args: argparse.Namespace) -> None:
     for number, (name, (guidance, interval)) in enumerate(settings.items()):
         chosen = ["--guidance", guidance, "--interval", interval]
         ema = ["--ema", best["average"]] if name not in USUAL else []
-        found = [folder / f"usual-{number}"] if name in USUAL else [folder / "search" / "final-0"]
         if name in USUAL:
-            command(commands, *evaluate, *common, *chosen, "--out", *found)
+            command(commands, *evaluate, *common, *chosen, "--out", folder / f"usual-{number}")
         if plan.oracle:
             oracle = ["--protocol", "shapes", "--steps", plan.steps, "--num", num, "--precision", "float32"]
             command(commands, *evaluate, "--model", run, *oracle, *chosen, *ema, "--out", folder / f"oracle-{number}")
@@ -222,13 +221,13 @@ def section(name: str, folder: Path, summary: dict) -> str:
     rows = []
     for number, (title, (guidance, interval)) in enumerate(about["settings"].items()):
         own = title not in USUAL
-        one = result.read(folder / "search" / "final-0" if own else folder / f"usual-{number}")
+        final = summary["final"]
+        one = result.read(folder / "search" / final["folders"][0] if own else folder / f"usual-{number}")
         measures = dict(one["measures"])
         if (folder / f"oracle-{number}").exists():
             measures |= result.read(folder / f"oracle-{number}")["measures"]
         cells = {key: result.shown(key, m["value"], m["uncertainty"]) for key, m in measures.items() if key in COLUMNS}
         if own:
-            final = summary["final"]
             cells["frechet_distance"] = f"**{final['mean']:.3f}** ± {final['spread']:.3f}"
             title = f"**found**: guidance {guidance:g} on [{interval.replace(',', ', ')}]"
         rows.append([title, one["scored"]["average"], *(cells[key] for key in COLUMNS if key in measures)])

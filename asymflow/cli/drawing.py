@@ -107,7 +107,9 @@ def open_record(
             if any("/" not in entry["file"] for entry in record["images"]):
                 args.images = args.out
             differing = [
-                f"{key} {before.get(key)} there, {value} here" for key, value in now.items() if before.get(key) != value
+                "other prompts" if key == "prompts_sha256" else f"{key} {before.get(key)} there, {value} here"
+                for key, value in now.items()
+                if before.get(key) != value
             ]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise InputError(f"{path} is not a record of samples ({e!r}): choose another --out") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -249,7 +250,11 @@ def evaluate(
         "images": len(source),
         "reference": {"name": protocol.reference, **against.identity} if against else {},
         "measures": result.as_json(measured),
-        "remarks": [*(reference.remarks(held, against.replaced) if against else []), *scored.remarks],
+        "remarks": [
+            *(reference.remarks(held, against.replaced, against.enlarged) if against else []),
+            *reference.enlarged_remark("that are scored", blocks.told("enlarged")),
+            *scored.remarks,
+        ],
         "versions": result.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": round(blocks.seconds(), 1),
@@ -264,18 +269,14 @@ def evaluate(
 def load_clip(protocol, source, device: torch.device):
     """The CLIP of a protocol, and what its scores depend on, for records. InputError if the images have no captions."""
     from asymflow.evaluation.clip import Clip
-    from asymflow.evaluation.features import digest
 
     if protocol.clip is None:
         raise InputError(f"the protocol {protocol.name} needs --clip: the folder of a CLIP of transformers")
     if not hasattr(source, "caption"):
         raise InputError("a CLIP score is of images with captions: give a folder of them as --images")
-    captions = "\n".join(source.caption(number) for number in range(len(source)))
+    captions = json.dumps([source.caption(number) for number in range(len(source))])
     clip = Clip(Path(protocol.clip), device)
-    return clip, {
-        "weights_sha256": digest(Path(protocol.clip)),
-        "captions_sha256": hashlib.sha256(captions.encode()).hexdigest(),
-    }
+    return clip, {"sha256": clip.digest, "captions_sha256": hashlib.sha256(captions.encode()).hexdigest()}
 
 
 def say(found: dict, out: Path) -> None:

@@ -37,11 +37,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def comparable(one: dict) -> str:
-    """What must be equal for two results to be in one table: the protocol, the extractor, the reference, the size."""
+    """What must be equal for two results to be in one table: protocol, extractor, reference, size and captions."""
     protocol = {name: value for name, value in one["protocol"].items() if name not in UNCOMPARED}
     reference = {name: value for name, value in one["reference"].items() if name != "name"}
-    clip = one.get("clip", {}).get("weights_sha256")
-    parts = (protocol, one["extractor"]["weights_sha256"], reference, one["size"], clip)
+    parts = (protocol, one["extractor"]["weights_sha256"], reference, one["size"], one.get("clip"))
     return json.dumps(parts, sort_keys=True)
 
 

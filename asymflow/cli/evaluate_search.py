@@ -27,8 +27,8 @@ examples:
 
 A range is START:STOP:STEP, or values with commas between them. --ema takes widths of power-function averages, which are
 put together from the snapshots of the run, and decays; START:STOP alone is eight widths, each larger than the last by
-the same factor. The same command goes on after a stop. In OUT: search.json, search.csv, search.png, and final-0 to
-final-2, which are results of asymflow evaluate."""
+the same factor. The same command goes on after a stop. In OUT: search.json, search.csv, search.png, and final/SETTING,
+which has results of asymflow evaluate."""
 RESULT, TABLE, PICTURE, STATE = "search.json", "search.csv", "search.png", "settings.json"
 LENGTHS = 8
 MOST = 1000  # values of an axis
@@ -76,7 +76,13 @@ def add_command(commands) -> None:
     p.add_argument("--guidance", type=values, default=DEFAULTS["guidance"], metavar="RANGE", help="scales to try")
     p.add_argument("--interval", type=intervals, default=DEFAULTS["interval"], metavar="LOW,RANGE", help="to try")
     p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
-    p.add_argument("--budget", type=at_least(2), default=200_000, metavar="N", help="images to draw before the final")
+    p.add_argument(
+        "--budget",
+        type=at_least(2),
+        default=200_000,
+        metavar="N",
+        help="images to draw before the final, or the first grid if that has more",
+    )
     p.add_argument("--start", type=at_least(2), default=2048, metavar="N", help="images of each setting at first")
     p.add_argument("--final", type=at_least(0), metavar="N", help="images of the winner (default: the protocol's)")
     p.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="times that the winner is drawn")
@@ -106,13 +112,18 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"a search needs a Fréchet distance: the protocol {protocol.name} has no --reference for it")
     axes = Axes(averages(args.model, args.step, args.ema), args.guidance, args.interval)
     store = Store(args, protocol, axes, own_device(args))
-    if this_process()[0] == 0:
-        begin(args, axes)
     first = len(dict.fromkeys(map(axes.same, coarse(axes.sizes))))
     start = max(min(-(-args.start // UNIT), args.budget // (2 * first * UNIT)), 1) * UNIT
-    if start < args.start and this_process()[0] == 0:
-        words = "so that half of the budget is left for the close ones"
-        print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
+    if this_process()[0] == 0:
+        begin(args, axes, store)
+        if 2 * first * start > args.budget:
+            words = (
+                f"which leaves less than half of the budget: a search of so many settings wants {4 * first * start:,}"
+            )
+        else:
+            words = "so that half of the budget is left for the close ones"
+        if start < args.start:
+            print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
     found = search(axes.sizes, store.score, start, args.budget, axes.same)
     report(args, axes, store, found)
 
@@ -162,19 +173,20 @@ def averages(model: Path, step: int | None, text: str | None) -> tuple[str | Non
     return tuple(found)
 
 
-def begin(args: argparse.Namespace, axes: Axes) -> None:
+def begin(args: argparse.Namespace, axes: Axes, store) -> None:
     """Say what is to come, and write down what is searched. InputError if OUT has another search."""
     cells = math.prod(axes.sizes)
     print(
         f"{count(cells, 'setting')}: {count(len(axes.averages), 'average')}, {count(len(axes.scales), 'scale')}, "
-        f"{count(len(axes.intervals), 'interval')}; at most {args.budget:,} images",
+        f"{count(len(axes.intervals), 'interval')}; {args.budget:,} images in all",
         file=sys.stderr,
     )
-    now = {"averages": axes.averages, "scales": axes.scales, "intervals": axes.intervals}
+    now = {"ema": axes.averages, "guidance": axes.scales, "interval": axes.intervals, **store.identity(None)}
     now = json.loads(json.dumps(now))
     path = args.out / STATE
-    if path.exists() and opening.read_json(path) != now:
-        raise InputError(f"{args.out} has a search among other settings: choose another --out")
+    before = opening.read_json(path) if path.exists() else now
+    if differing := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
+        raise InputError(f"{args.out} has a search of other {', '.join(differing)}: choose another --out")
     with files.replacing(path) as beside:
         beside.write_text(json.dumps(now) + "\n")
 
@@ -187,7 +199,7 @@ def report(args: argparse.Namespace, axes: Axes, store, found) -> None:
     finals = [store.final(found.best, i) for i in range(args.repeats)] if args.final != 0 else []
     if this_process()[0]:
         return
-    spent, alone = store.passes(found.scores)
+    spent, alone = store.passes({point: len(one.influence) for point, one in found.scores.items()})
     keys = ("average", "guidance", "interval")
     rows = []
     for point, one in sorted(found.scores.items()):
@@ -204,6 +216,7 @@ def report(args: argparse.Namespace, axes: Axes, store, found) -> None:
         "final": {
             "images": finals[0]["images"] if finals else 0,
             "values": distances,
+            "folders": [str(store.final_folder(found.best, i).relative_to(args.out)) for i in range(len(finals))],
             "best": min(distances, default=None),
             "mean": float(np.mean(distances)) if distances else None,
             "spread": float(np.std(distances, ddof=1)) if len(distances) > 1 else None,

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from asymflow import files, opening
 from asymflow.cli.common import this_process
 from asymflow.cli.evaluate import REFERENCE, Scored, evaluate
+from asymflow.errors import InputError
 from asymflow.evaluation import reference, result
 from asymflow.evaluation.blocks import Blocks
 from asymflow.evaluation.branches import Branches, Guidance
@@ -61,8 +62,11 @@ class Store:
         return self.open[1]
 
     def folder(self, average: str | None, guidance: Guidance) -> Path:
-        name = f"{guidance.scale:g}-{guidance.low:g}-{guidance.high:g}"
-        return self.args.out / "features" / (average or "as-it-is") / name
+        return self.args.out / "features" / (average or "as-it-is") / self.name(guidance)
+
+    @staticmethod
+    def name(guidance: Guidance) -> str:
+        return f"{guidance.scale!r}-{guidance.low!r}-{guidance.high!r}"
 
     def blocks(self, average: str | None, guidance: Guidance, images: int) -> Blocks:
         return Blocks(self.folder(average, guidance), images, self.identity(average), size=UNIT)
@@ -152,15 +156,28 @@ class Store:
         with files.replacing(self.file(point, images)) as beside:
             np.savez(beside, value=value, influence=influence)
 
-    def passes(self, points: Iterable[Point]) -> tuple[int, int]:
-        """Forward passes of an image that the settings took, and that they would have taken if each was drawn alone."""
-        folders = [self.folder(self.axes.at(point)[0], self.guidance(point)) for point in points]
-        metadata = [opening.read_tensors(file)[1] for folder in folders for file in folder.glob("*.safetensors")]
+    def passes(self, given: Mapping[Point, int]) -> tuple[int, int]:
+        """Forward passes of an image that settings took, and that they would have taken if each was drawn alone.
+
+        given: the number of images of each.
+        """
+        metadata = []
+        for point, images in given.items():
+            blocks = self.blocks(self.axes.at(point)[0], self.guidance(point), images)
+            metadata += [blocks.read(number)[1] for number in range(len(blocks))]
         return tuple(sum(int(one[name]) for one in metadata) for name in ("spent", "alone"))
 
     def read(self, point: Point, images: int) -> Score:
-        arrays = opening.read_arrays(self.file(point, images), ("value", "influence"))
+        try:
+            arrays = opening.read_arrays(self.file(point, images), ("value", "influence"))
+        except InputError:
+            said = "is not what was written there: remove it, and run the command again"
+            raise InputError(f"{self.file(point, images)} {said}") from None
         return Score(float(arrays["value"]), arrays["influence"])
+
+    def final_folder(self, point: Point, number: int) -> Path:
+        average, images = self.axes.at(point)[0] or "as-it-is", self.args.final or self.protocol.num
+        return self.args.out / "final" / f"{average}-{self.name(self.guidance(point))}-{images}" / str(number)
 
     def final(self, point: Point, number: int) -> dict | None:
         """The result of asymflow evaluate with a setting, of images that no other repeat and no search has drawn."""
@@ -168,5 +185,5 @@ class Store:
         images = self.args.final or self.protocol.num
         first = 2**40 + number * images
         scored = self.scored(average, args={"guidance": scale, "interval": interval}, num=images, first=first)
-        out, shared = self.args.out / f"final-{number}", self.args.out / REFERENCE
-        return evaluate(scored, out, self.device, self.args.batch, reference_folder=shared)
+        shared = self.args.out / REFERENCE
+        return evaluate(scored, self.final_folder(point, number), self.device, self.args.batch, reference_folder=shared)

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 from asymflow import files, opening
 from asymflow.data.captioned import IMAGE_KEYS, caption_in, find_captioned
 from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError
 from asymflow.pictures import image_grid
-from asymflow.pixels import read_image, to_tensor
+from asymflow.pixels import decoded, read_image, to_tensor
 from asymflow.progress import progress_bar
 from asymflow.text import count, is_blank
 
 MOST = 2**30  # bytes of a file of prompts
 IDS = ("item_id", "id")  # keys of what a prompt is called
-KINDS = "a text file with one on each line, .jsonl, .json, or a folder of .txt, of .json or of captioned images"
+ALL = "all"  # the category of prompts without one
+LINES = (".jsonl", ".ndjson")
+KINDS = "a .txt file with one on each line, .jsonl, .json, or a folder of .txt, of .json or of captioned images"
+MADE_OF = "asymflow made of"  # in the PNG files of grids
+LONGEST = 200  # bytes of the name of a file, to which a kind is added
 
 
 class Prompt(NamedTuple):
@@ -30,58 +35,85 @@ class Prompt(NamedTuple):
 
     text: str
     name: str
-    category: str = "all"
+    category: str = ALL
     about: dict | None = None
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file or folder: `KINDS`. Raises InputError if there is none, or one is empty."""
+    """The prompts of a file or folder: `KINDS`. Raises InputError if there is none, or one cannot be read."""
+    kind = path.suffix.lower()
     if path.is_dir():
         found = list(of_folder(path))
-    elif path.suffix == ".jsonl":
+    elif kind in LINES:
         found = [of_row(row, number, place) for number, (row, place) in enumerate(json_lines(path))]
-    elif path.suffix == ".json":
-        found = list(of_json(path, "all"))
+    elif kind == ".json":
+        found = list(of_json(path, ALL))
+    elif kind in ("", ".txt"):
+        found = [Prompt(checked(line, place), f"{number:05}") for number, (line, place) in enumerate(lines(path))]
     else:
-        found = [Prompt(line, f"{number:05}") for number, (line, _) in enumerate(lines(path))]
+        raise InputError(f"--prompts {path} is a {kind} file: expected {KINDS}")
     if not found:
-        raise InputError(f"--prompts {path} has no prompt in it")
+        raise InputError(f"--prompts {path} has no prompt in it: expected {KINDS}")
     return found
 
 
 def of_folder(path: Path) -> Iterator[Prompt]:
-    """Of NAME.txt, one each; or of CATEGORY.json; or the captions of images."""
-    inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    texts, tables = ([file for file in inside if file.suffix == kind] for kind in (".txt", ".json"))
-    if not (texts or tables) or any(Entry(str(file)).is_image for file in inside):
-        for photo in find_captioned([str(path)], 1):
+    """Of NAME.txt, one each; or of CATEGORY.json; or the captions of images. InputError if something is left over."""
+    inside = sorted(file for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
+    kinds = {file: file.suffix.lower() for file in inside}
+    if ".tar" in kinds.values() or any(Entry(str(file)).is_image for file in inside):
+        photos = find_captioned([str(path)], 1)
+        used = {photo.text.path for photo in photos if isinstance(photo.text, Entry)}
+        texts = [file for file, kind in kinds.items() if kind in (".txt", ".json")]
+        refuse_others(path, [file for file in texts if str(file) not in used], "belong to no image")
+        for photo in photos:
             try:
                 yield Prompt(photo.caption(), Path(str(photo)).stem)
             except UnreadableError as e:
                 raise InputError(f"--prompts {path}: {e}") from None
-    elif texts:
-        for file in texts:
+        return
+    expected = ".txt" if ".txt" in kinds.values() else ".json"
+    others = [file for file, kind in kinds.items() if kind != expected or file.parent != path]
+    refuse_others(path, others, "are none of NAME.txt" if expected == ".txt" else "are none of CATEGORY.json")
+    for file in inside:
+        if expected == ".txt":
             yield Prompt(checked(opening.read_text(file), str(file)), file.stem)
-    else:
-        for file in tables:
+        else:
             yield from of_json(file, file.stem)
+
+
+def refuse_others(path: Path, others: list[Path], why: str) -> None:
+    if others:
+        said = f"{count(len(others), 'file')} that {why}, such as {others[0].relative_to(path)}"
+        raise InputError(f"--prompts {path} has {said}: expected {KINDS}, and nothing else")
 
 
 def of_json(path: Path, category: str) -> Iterator[Prompt]:
     """Of a list of prompts, or of a list for each category. A prompt is text, or an object with it."""
-    content = opening.read_json(path, object, MOST)
+    text = opening.read_text(path, MOST)
+    with opening.reading(path, "JSON"):
+        content = json.loads(text, object_pairs_hook=whole)
     lists = {category: content} if isinstance(content, list) else content
-    if not isinstance(lists, dict) or not all(isinstance(rows, list) for rows in lists.values()):
+    if not isinstance(lists, dict) or not all(isinstance(rows, list) and rows for rows in lists.values()):
         raise InputError(f"{path} must be a list of prompts in JSON, or a list for each category")
     for name, rows in lists.items():
         for number, row in enumerate(rows):
-            yield of_row(row, number, f"{path}, entry {number + 1}", name)
+            yield of_row(row, number, f"{path}, entry {number + 1} of {name!r:.60}", name)
+
+
+def whole(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object in JSON. ValueError if a key comes twice: of its values only the last would be kept."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {twice!r:.60} comes twice in an object")
+    return found
 
 
 def json_lines(path: Path) -> Iterator[tuple[object, str]]:
     for text, place in lines(path):
         with opening.reading(place, "JSON"):
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=whole)
         yield row, place
 
 
@@ -92,23 +124,27 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
             yield line.strip(), f"{path}, line {number}"
 
 
-def of_row(row: object, number: int, place: str, category: str = "all") -> Prompt:
+def of_row(row: object, number: int, place: str, category: str = ALL) -> Prompt:
     about = row if isinstance(row, dict) else {"prompt": row}
     ids = [str(about[key]) for key in IDS if about.get(key) is not None]
     images = [Path(str(about[key])).stem for key in ("image_path", *IMAGE_KEYS) if about.get(key)]
-    name = next(iter(ids + images), f"{number:05}")
-    text, category = checked(caption_in(about), place), str(about.get("category", category))
-    return Prompt(text, name, category, row if isinstance(row, dict) else None)
+    name, text = next(iter(ids + images), f"{number:05}"), about.get("prompt")
+    text = checked(caption_in(about) if text is None else text, place)
+    if about.get("category") is not None:
+        category = about["category"]
+    return Prompt(text, checked(name, place), checked(category, place), row if isinstance(row, dict) else None)
 
 
 def checked(text: object, place: str) -> str:
     """The text without white space around it. InputError if there is none, or it is not text in UTF-8."""
+    if text is None:
+        raise InputError(f"{place} has no prompt under the key prompt, caption or text")
     if not isinstance(text, str) or is_blank(text):
         raise InputError(f"{place}: expected a prompt, but it is {str(text)[:60]!r}")
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
-        raise InputError(f"{place}: the prompt is not text in UTF-8") from None
+        raise InputError(f"{place}: {text[:60]!a} is not text in UTF-8") from None
     return text.strip()
 
 
@@ -140,12 +176,21 @@ def geneval(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> li
 
 def dpg(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list[Path]:
     """NAME.png: the four images, two beside and two below each other, without a gap."""
-    made = folder / f"{prompt.name}.png"
-    if not made.exists() or any(image.stat().st_mtime_ns > made.stat().st_mtime_ns for image in images):
-        pictures = torch.stack([to_tensor(read_image(Entry(str(image)))) for image in images])
+    made, sources = folder / f"{prompt.name}.png", " ".join(map(files.sha256, images))
+    if not made.exists() or made_of(made) != sources:
+        pictures, about = torch.stack([to_tensor(read_image(Entry(str(image)))) for image in images]), PngInfo()
+        about.add_text(MADE_OF, sources)
         with files.replacing(made) as beside:
-            image_grid(pictures, columns=2, gap=0).save(beside)
+            image_grid(pictures, columns=2, gap=0).save(beside, pnginfo=about)
     return [made]
+
+
+def made_of(grid: Path) -> str | None:
+    """The checksums of the images that a grid was made of, which it says itself."""
+    try:
+        return decoded(Entry(str(grid)), lambda image: image.info.get(MADE_OF))
+    except UnreadableError:
+        return None
 
 
 def hpsv3(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list[Path]:
@@ -159,9 +204,14 @@ def hpsv3(folder: Path, number: int, prompt: Prompt, images: list[Path]) -> list
 
 def named_apart(prompts: Sequence[Prompt]) -> bool:
     """Whether each prompt has a name of its own, within its category, that can be that of a file."""
-    most = max(Counter((prompt.category, prompt.name) for prompt in prompts).values())
+    most = max(Counter((prompt.category.casefold(), prompt.name.casefold()) for prompt in prompts).values())
     parts = [part for prompt in prompts for part in (prompt.category, prompt.name)]
-    return most == 1 and all(part == Path(part).name and "\0" not in part for part in parts)
+    return most == 1 and all(map(usable, parts))
+
+
+def usable(part: str) -> bool:
+    """Whether it can be the name of a file, with a kind after it."""
+    return part == Path(part).name and not set(part) & {"\\", "\0"} and part[0] != "." and len(part.encode()) <= LONGEST
 
 
 def for_geneval(prompts: Sequence[Prompt]) -> bool:

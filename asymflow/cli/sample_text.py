@@ -162,7 +162,7 @@ def settings(
         "adapter_sha256": files.sha256(find(args.adapter)),
         "loras": [[files.sha256(path), weight] for path, weight in loras],
         "references": [files.sha256(path) for path in args.image or ()],
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts_sha256": digest(prompts),
         "seed": args.seed,
         "steps": args.steps,
         "shift": args.shift,
@@ -173,6 +173,13 @@ def settings(
         "max_length": args.max_length,
         "precision": args.precision,
     }
+
+
+def digest(prompts: list[str]) -> str:
+    """A checksum of prompts. Those with more than one line are told apart from as many prompts."""
+    plain = all("\n" not in prompt for prompt in prompts)
+    text = "\n".join(prompts) if plain else "".join(f"\0{prompt}" for prompt in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_again(args: argparse.Namespace, height: int, width: int) -> str:

@@ -21,6 +21,7 @@ from asymflow.progress import progress_bar
 
 SIZE = 256  # images of a block
 SHOWN = 64  # images whose pixels are kept in any case, for a picture
+TOLD = ("replaced", "enlarged")  # lists of a source: of what could not be read, and what was smaller than the crop
 ABOUT = "about.json"  # what the features are of
 
 
@@ -70,7 +71,7 @@ class Blocks:
         with progress_bar(desc=title, unit="image", total=images, silent=rank > 0) as bar:
             for number in todo:
                 first, last = self.span(number)
-                started, parts, replaced = time.monotonic(), [], len(getattr(source, "replaced", ()))
+                started, parts, before = time.monotonic(), [], {key: len(told(source, key)) for key in TOLD}
                 for start in range(first, last, batch):
                     pixels = source.read(start, min(start + batch, last))
                     found = read(pixels, range(start, start + len(pixels)))
@@ -79,8 +80,8 @@ class Blocks:
                 tensors = {name: together(parts, name) for name in parts[0]}
                 if not self.keep_images:
                     tensors["images"] = tensors["images"][: SHOWN if number == 0 else 0]
-                replaced = list(getattr(source, "replaced", ()))[replaced:]
-                metadata = {"seconds": f"{time.monotonic() - started:.3f}", "replaced": json.dumps(replaced)}
+                metadata = {"seconds": f"{time.monotonic() - started:.3f}"}
+                metadata |= {key: json.dumps(told(source, key)[before[key] :]) for key in TOLD}
                 files.write_tensors(self.file(number), tensors, metadata)
 
     def wait(self, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -92,11 +93,15 @@ class Blocks:
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of a block, mapped, and what it says of them. InputError if it is damaged."""
-        tensors, metadata = opening.read_tensors(self.file(number))
+        again = f"{self.file(number)} is not what was written there: remove it, and run the command again"
+        try:
+            tensors, metadata = opening.read_tensors(self.file(number))
+        except InputError:
+            raise InputError(again) from None
         first, last = self.span(number)
         rows = {len(values) for name, values in tensors.items() if name != "images"}
         if rows != {last - first} or "images" not in tensors:
-            raise InputError(f"{self.file(number)} is not what was written there: remove it, and run the command again")
+            raise InputError(again)
         return tensors, metadata
 
     def sample(self, device: torch.device, columns: tuple[str, ...] = ()) -> Samples:
@@ -112,9 +117,9 @@ class Blocks:
         """What all blocks took together, however often the work was stopped."""
         return sum(float(self.read(number)[1]["seconds"]) for number in range(len(self)))
 
-    def replaced(self) -> list[str]:
-        """What could not be read, so that another image took its place."""
-        return [said for number in range(len(self)) for said in json.loads(self.read(number)[1]["replaced"])]
+    def told(self, key: str) -> list[str]:
+        """What a source said of its images, by one of `TOLD`."""
+        return [said for number in range(len(self)) for said in json.loads(self.read(number)[1].get(key, "[]"))]
 
     def first_images(self) -> Tensor:
         """The pixels of the first images, for a picture: at most `SHOWN`."""
@@ -127,6 +132,10 @@ class Blocks:
             if len(images) < last - first:
                 raise InputError(f"{self.folder} was begun without --save-npz, and has no images: choose another --out")
             yield images
+
+
+def told(source: Source, key: str) -> list[str]:
+    return list(getattr(source, key, ()))
 
 
 def together(parts: list[dict], name: str) -> Tensor:

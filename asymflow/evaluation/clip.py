@@ -1,12 +1,13 @@
 """How well images fit their captions, by a CLIP from a folder of the package `transformers`."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from asymflow import packages
+from asymflow import files, packages
 from asymflow.errors import InputError
 from asymflow.evaluation import dinov2
 from asymflow.text import count
@@ -20,6 +21,7 @@ class Clip:
 
     The score is 100 times the cosine of the two embeddings, or 0 if that is negative: the CLIP score (Hessel et al.
     2021) as torchmetrics gives it. Of a caption with more tokens than the model has places only the first count.
+    digest: a checksum of all files that it was made of.
     Raises InputError if the folder has no CLIP, or lacks its processor or tokenizer.
     """
 
@@ -36,6 +38,10 @@ class Clip:
             reason = " ".join(str(e).split())[:200]
             raise InputError(f"{folder} has no processor of a CLIP ({type(e).__name__}: {reason})") from None
         check_tokenizer(folder, len(self.processor.tokenizer), self.model.config.text_config.vocab_size)
+        kept = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt")]
+        self.digest = hashlib.sha256(
+            "".join(f"{file.name} {files.sha256(file)}\n" for file in kept).encode()
+        ).hexdigest()
         self.places = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ numbers, (n, 3, H, W), uint8.
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -45,51 +44,69 @@ class Folder:
     """All images of a folder, and of the folders in it, or of a .tar file. They must have one size, or `crop`.
 
     crop: None, or the side of the square that ADM's centre crop makes of each. Whatever is grey, transparent or a
-    palette becomes RGB (see `pixels.to_rgb`). turn: whether photographs are turned as their EXIF says.
-    Raises InputError if there is no image; `read` does if one is damaged, of another size, or the folder has changed.
+    palette becomes RGB (see `pixels.to_rgb`). turn: whether photographs are turned as their EXIF says. enlarged: the
+    names of images that were read, and were smaller than `crop`.
+    Raises InputError if there is no image, or not all that `asymflow sample` was to draw; `read` does if one is
+    damaged, of another size, or the folder has changed.
     """
 
     def __init__(self, path: str | Path, crop: int | None = None, turn: bool = False):
         self.path, self.crop, self.turn = Path(path), crop, turn
         if not self.path.is_dir() and self.path.suffix != TAR:
             raise InputError(f"{path} is not a folder of images, nor a .tar or .npz file of them")
-        self.entries = find_images([self.path])
+        self.entries, self.enlarged = self.find(), []
         self.listed = listing(self.entries)
         first = self.entries[0]
         self.size = (crop, crop) if crop else decoded(first, self.upright).size[::-1]
         self.identity = f"{count(len(self.entries), 'image')} ({self.listed[:16]})"
-        classes = self.recorded("class")
-        self.label: Callable[[int], int] | None = classes and classes.__getitem__
-        self.captions: list[str] | None = None  # known when they are asked for
+        self.settings, drawn = self.record()
+        classes = [one.get("class") for one in drawn]
+        known = drawn and all(isinstance(label, int) for label in classes)
+        self.label: Callable[[int], int] | None = classes.__getitem__ if known else None
+        prompts = [one.get("prompt") for one in drawn]
+        known = drawn and all(isinstance(prompt, str) for prompt in prompts)
+        self.captions: list[str] | None = prompts if known else None  # else found when they are asked for
 
-    @cached_property
-    def record(self) -> tuple[Path, dict] | None:
-        """Of `asymflow sample`, if that made the folder or the one around it: where it is, and what it says."""
-        for folder in (self.path, self.path.resolve().parent):
-            if (folder / RECORD).is_file():
-                return folder, opening.read_json(folder / RECORD, most=MOST_RECORD)
-        return None
-
-    def recorded(self, kind: str) -> list | None:
-        """The class or prompt of each image by the record; None if there is none, or it is of other images."""
-        folder, record = self.record or (None, {})
-        made = {"class": int, "prompt": str}[kind]
+    def find(self) -> list[Entry]:
+        """All images, also those in the .tar files of a folder."""
+        inside = self.path.rglob(f"[!.]*{TAR}") if self.path.is_dir() else ()
+        tars = sorted(file for file in inside if file.is_file())
         try:
-            found = {(folder / one["file"]).resolve(): made(one[kind]) for one in record["images"]}
-            return [found[Path(entry.path).resolve()] for entry in self.entries]
-        except (KeyError, TypeError, ValueError):
-            return None
+            return find_images([self.path, *tars])
+        except InputError:
+            if not tars:
+                raise
+            return find_images(tars)  # and none beside them
 
-    @property
-    def settings(self) -> dict | None:
-        """What `asymflow sample` drew the images with, if it did."""
-        known = self.recorded("class") or self.recorded("prompt")
-        return self.record[1].get("settings") if known else None
+    def record(self) -> tuple[dict | None, list[dict]]:
+        """What `asymflow sample` drew these images with, and what it says of each; (None, []) if it did not draw them.
+
+        Its record is in the folder, or in the one around it. InputError if it lists images that are not there.
+        """
+        if not self.path.is_dir():
+            return None, []
+        inside = [Path(entry.path).relative_to(self.path).as_posix() for entry in self.entries]
+        for folder, prefix in ((self.path, ""), (self.path.resolve().parent, f"{self.path.resolve().name}/")):
+            if not (folder / RECORD).is_file():
+                continue
+            record = opening.read_json(folder / RECORD, most=MOST_RECORD)
+            try:
+                found = {one["file"]: one for one in record["images"]}
+                drawn = [found[prefix + name] for name in inside]
+            except (KeyError, TypeError):  # another kind of file, or of other images
+                continue
+            if len(found) > len(drawn) > 0:
+                raise InputError(
+                    f"{folder / RECORD} lists {count(len(found), 'image')}, of which {len(drawn):,} are there: run its "
+                    "asymflow sample again, which draws the others"
+                )
+            return record.get("settings"), drawn
+        return None, []
 
     def caption(self, number: int) -> str:
         """The prompt of an image that `asymflow sample` drew, or the caption beside it. InputError if there is none."""
         if self.captions is None:
-            self.captions = self.recorded("prompt") or self.written()
+            self.captions = self.written()
         return self.captions[number]
 
     def written(self) -> list[str]:
@@ -109,25 +126,28 @@ class Folder:
         for image in in_order(self.one, self.entries[first:last], THREADS):
             if isinstance(image, InputError):
                 raise InputError(f"{image}: remove it, or wait if the folder is still being written") from None
-            found.append(image)
+            found.append(image[0])
+            self.enlarged += image[1]
         return torch.stack(found)
 
-    def one(self, entry: Entry) -> Tensor:
+    def one(self, entry: Entry) -> tuple[Tensor, list[str]]:
+        """The image, and its name if it had to be enlarged."""
         image = decoded(entry, lambda image: to_rgb(self.upright(image)))
+        small = [str(entry)] if min(image.size) < (self.crop or 0) else []
         image = adm_crop(image, self.crop) if self.crop else image
         if (image.height, image.width) != self.size:
             raise InputError(
                 f"{entry} has {image.width} x {image.height} pixels (width x height), but {self.entries[0]} has "
                 f"{self.size[1]} x {self.size[0]}: remove what is no sample, or crop all of them with --crop"
             )
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1)), small
 
     def upright(self, image: Image.Image) -> Image.Image:
         return upright(image) if self.turn else image
 
     def check_unchanged(self) -> None:
         """InputError if images have come, gone or changed since the folder was listed."""
-        now = find_images([self.path])
+        now = self.find()
         if listing(now) != self.listed:
             raise InputError(
                 f"{self.path} is still being written: it had {count(len(self), 'image')}, and has {len(now):,} now, or "

@@ -10,7 +10,7 @@ from asymflow import files, opening
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation import assets
-from asymflow.evaluation.blocks import Blocks
+from asymflow.evaluation.blocks import TOLD, Blocks
 from asymflow.evaluation.features import PATCH, Extractor, reader
 from asymflow.evaluation.frechet import load_statistics
 from asymflow.evaluation.images import BATCH, TAR, Folder, Source, open_source
@@ -39,7 +39,7 @@ class Opened:
         turn: bool = False,
     ):
         """width: of the features. data: the images that "data" means. crop, turn: see `images.Folder`."""
-        self.name, self.source, self.statistics, self.replaced = name, None, None, []
+        self.name, self.source, self.statistics, self.replaced, self.enlarged = name, None, None, [], []
         if name == DATA and not Path(name).exists():
             if data is None:
                 raise InputError("--reference data means the images of a training: give --model RUN, or other images")
@@ -56,6 +56,8 @@ class Opened:
                 self.identity = {"images": self.source.identity}
             else:
                 self.read(path, width)
+        if self.source and len(self.source) < 2:
+            raise InputError(f"{name} has 1 image: a reference needs at least 2, and should have thousands")
         if self.source and tuple(self.source.size) != tuple(size):
             other, own = ("{1} x {0}".format(*sides) for sides in (self.source.size, size))
             hint = ", or --crop" if isinstance(self.source, Folder) else ""
@@ -96,7 +98,7 @@ class Opened:
         if self.source is None:
             return Reference(self.statistics)
         self.blocks.wait()
-        self.replaced = self.blocks.replaced()
+        self.replaced, self.enlarged = (self.blocks.told(key) for key in TOLD)
         sample = self.blocks.sample(device)
         return Reference(self.statistics or sample.statistics(), sample.features, sample.middles)
 
@@ -134,13 +136,22 @@ class Images:
         return images
 
 
-def remarks(reference: Reference, replaced: list[str]) -> list[str]:
-    """What to know of a reference before its numbers are used. replaced: what could not be read."""
+def remarks(reference: Reference, replaced: list[str], enlarged: list[str] = ()) -> list[str]:
+    """What to know of a reference before its numbers are used. replaced, enlarged: see `blocks.TOLD`."""
     if reference.features is None:
         return ["the reference is mean and covariance alone"]
     few = len(reference.features) <= reference.features.width
     found = [f"the reference has {count(len(reference.features), 'image')}"] if few else []
     if replaced:
         said = f"{count(len(replaced), 'image')} of the reference could not be read, others took their place"
-        found.append(f"{said}: {'; '.join(replaced[:5])}{'; ...' if len(replaced) > 5 else ''}")
-    return found
+        found.append(f"{said}: {shortened(replaced)}")
+    return found + enlarged_remark("of the reference", enlarged)
+
+
+def enlarged_remark(of: str, enlarged: list[str]) -> list[str]:
+    said = f"{count(len(enlarged), 'image')} {of} had fewer pixels than --crop asks for, and were enlarged"
+    return [f"{said}: {shortened(enlarged)}"] if enlarged else []
+
+
+def shortened(names: list[str]) -> str:
+    return "; ".join(names[:5]) + ("; ..." if len(names) > 5 else "")

@@ -14,6 +14,7 @@ from torch_fidelity import calculate_metrics
 from asymflow.cli import main
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.features import CLASSIFIER, register_classifier
+from asymflow.evaluation.images import Folder
 
 SIZE, PATCH = 320, 299
 CAPTIONS = [f"picture {number}" for number in range(11)] + ["a" * 40]  # the last has more letters than places
@@ -95,15 +96,21 @@ def test_each_measure_is_what_others_compute(made, tmp_path):
     assert found["clip_score"]["remarks"] == ["1 caption cut to what CLIP can read"]
 
 
-def test_neither_the_batch_nor_where_captions_are_written_changes_it(made, tmp_path):
-    found = scored(made, tmp_path / "a")
-    samples = shutil.copytree(made / "one", tmp_path / "samples/images", ignore=shutil.ignore_patterns("*.txt"))
+def record(made, out):
+    """The images as `asymflow sample` leaves them: without captions beside them, but with a record."""
+    samples = shutil.copytree(made / "one", out / "images", ignore=shutil.ignore_patterns("*.txt"))
     names = sorted(file.name for file in samples.glob("*.png"))
     entries = [
         {"file": f"images/{name}", "index": i, "prompt": caption}
         for i, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True))
     ]
-    (tmp_path / "samples/samples.json").write_text(json.dumps({"settings": {"guidance": 4.0}, "images": entries}))
+    (out / "samples.json").write_text(json.dumps({"settings": {"guidance": 4.0}, "images": entries}))
+    return samples
+
+
+def test_neither_the_batch_nor_where_captions_are_written_changes_it(made, tmp_path):
+    found = scored(made, tmp_path / "a")
+    samples = record(made, tmp_path / "samples")
     again = scored(made, tmp_path / "b", batch=5, images=samples)
     for name, measured in found["measures"].items():
         assert again["measures"][name]["value"] == pytest.approx(measured["value"], rel=1e-4), name
@@ -127,6 +134,39 @@ def test_a_tar_is_as_its_folder_and_photographs_are_turned(made, tmp_path):
         assert {key: one["value"] for key, one in again.items()} == {key: one["value"] for key, one in found.items()}
 
 
+def test_images_of_one_file_keep_their_own_prompts(made, tmp_path):
+    """Symbolic links, say of a scorer's folder."""
+    samples = record(made, tmp_path / "samples")
+    (samples / "0001.png").unlink()
+    (samples / "0001.png").symlink_to(samples / "0000.png")
+    folder = Folder(samples)
+    assert [folder.caption(number) for number in range(len(CAPTIONS))] == CAPTIONS
+
+
+def test_images_smaller_than_the_crop_are_told(made, tmp_path):
+    folder = shutil.copytree(made / "one", tmp_path / "images")
+    for name in ("0002.png", "0005.png"):
+        Image.open(folder / name).resize((40, 60)).save(folder / name)
+    for _ in range(2):  # also if features are read again
+        found = scored(made, tmp_path / "out", images=folder, reference=folder, crop=SIZE)
+        for of in ("that are scored", "of the reference"):
+            (remark,) = [said for said in found["remarks"] if said.startswith(f"2 images {of} had fewer pixels")]
+            assert remark.endswith("0005.png")
+
+
+def test_another_processor_of_the_same_weights_is_another_clip(made, tmp_path, capsys):
+    clip, options = shutil.copytree(made / "clip", tmp_path / "clip"), dict(images=made / "one", protocol="captions")
+    scored(made, tmp_path / "a")
+    settings = json.loads((clip / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    (clip / "processor_config.json").write_text(json.dumps(settings))
+    assert main(words(made, tmp_path / "a", **options, reference=made / "other", clip=clip)) == 2
+    assert "holds features of something else (clip" in capsys.readouterr().err
+    scored(made, tmp_path / "b", clip=clip)
+    assert main(["evaluate", "report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "2 tables" in capsys.readouterr().out
+
+
 def test_captions_that_change_are_other_scores(made, tmp_path, capsys):
     images = shutil.copytree(made / "one", tmp_path / "images")
     scored(made, tmp_path / "out", images=images)
@@ -146,7 +186,9 @@ def test_what_cannot_be_scored_is_one_line(made, tmp_path, capsys):
     (plain / "processor_config.json").unlink()
     (tmp_path / "dino").mkdir()
     (tmp_path / "dino/config.json").write_text('{"model_type": "dinov2"}')
-    small = pictures(tmp_path / "small", 12, size=64)
+    small, single = pictures(tmp_path / "small", 12, size=64), pictures(tmp_path / "single", 1, size=SIZE)
+    part = record(made, tmp_path / "part")
+    (part / "0003.png").unlink()
     clip = {"clip": made / "clip"}
     for options, expected in [
         ({"clip": None}, "the protocol captions, extractor classifier, num 12 needs --clip"),
@@ -155,7 +197,10 @@ def test_what_cannot_be_scored_is_one_line(made, tmp_path, capsys):
         ({"clip": tmp_path / "dino"}, "dino is no CLIP: its model_type is 'dinov2', expected clip"),
         ({"clip": bare}, "has a tokenizer of 2 tokens, but its CLIP was made for 190: is tokenizer.json"),
         ({"clip": plain}, "has neither preprocessor_config.json nor processor_config.json"),
-        ({"images": small, "reference": small, "measures": "patch_frechet_distance"}, "have 64 x 64"),
+        ({"images": small, "reference": small, "measures": "patch_frechet_distance", "clip": None}, "have 64 x 64"),
+        ({"measures": "kid"}, "a CLIP is for the measure clip_score"),
+        ({"images": part}, "samples.json lists 12 images, of which 11 are there: run its asymflow sample again"),
+        ({"reference": single}, "single has 1 image: a reference needs at least 2"),
     ]:
         given = dict(images=made / "one", reference=made / "other", protocol="captions") | clip | options
         given = {name: value for name, value in given.items() if value is not None}

@@ -227,7 +227,8 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     assert found["forward_passes"] < found["forward_passes_if_each_were_drawn_alone"]
     assert "forward passes" in said
     assert (tmp_path / "out" / "search.png").exists()
-    finals = [json.loads((tmp_path / "out" / f"final-{i}" / "result.json").read_text()) for i in range(2)]
+    folders = json.loads((tmp_path / "out" / "search.json").read_text())["final"]["folders"]
+    finals = [json.loads((tmp_path / "out" / folder / "result.json").read_text()) for folder in folders]
     distances = [one["measures"]["frechet_distance"]["value"] for one in finals]
     assert found["final"]["values"] == distances
     assert found["final"]["mean"] == pytest.approx(np.mean(distances))
@@ -246,8 +247,24 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     again = json.loads((tmp_path / "out" / "search.json").read_text())
     assert (again["best"], again["scores"]) == (found["best"], found["scores"])
     assert all(path.stat().st_mtime_ns == then for path, then in features.items())
-    assert main(words(made, tmp_path / "out", "--guidance", "1:3:0.5")) == 2
-    assert "has a search among other settings" in capsys.readouterr().err
+    # Whatever the images depend on must be the same.
+    save_model(tmp_path / "model", seed=1)
+    for options, differing in [
+        (("--guidance", "1:3:0.5"), "guidance"),
+        (("--steps", 5), "protocol"),
+        (("--orthogonal", 0.5), "model, orthogonal"),
+        (("--model", tmp_path / "model"), "model"),
+    ]:
+        capsys.readouterr()
+        assert main(words(made, tmp_path / "out", "--budget", 600, *options)) == 2
+        assert f"has a search of other {differing}: choose another --out" in capsys.readouterr().err
+    # The final is drawn anew if its number of images changes; the counts are those of what is used.
+    assert main(words(made, tmp_path / "out", "--budget", 600, "--final", 64, "--start", 32)) == 0
+    less = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert less["final"]["images"] == 64
+    assert less["images"] == sum(row["images"] for row in less["scores"])
+    passes = 4 * 2 * 2 - 2  # of an image with guidance: two passes an evaluation, and the last step has one evaluation
+    assert less["forward_passes_if_each_were_drawn_alone"] <= passes * less["images"]
     shutil.rmtree(tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from test_cli_sample_text import pixels, run
 
 from asymflow.cli.prompts import Prompt, read_prompts
+from asymflow.cli.sample_text import digest
 from asymflow.errors import InputError
 from asymflow.text import is_blank
 
@@ -64,13 +65,18 @@ def test_the_captions_of_images_and_the_categories_of_files_are_prompts(tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "\n \n", "has no prompt in it"),
+        ("a.txt", "\n \n", "has no prompt in it: expected a .txt file"),
+        ("a.csv", "prompt\na cat", "is a .csv file: expected a .txt file"),
+        ("A.JSONL", "{", "line 1 is not JSON"),
+        ("a.json", '{"a": ["x"], "a": ["y"]}', "the key 'a' comes twice in an object"),
+        ("a.json", '{"a": [], "b": ["y"]}', "must be a list of prompts in JSON, or a list for each category"),
+        ("a.jsonl", r'{"prompt": "a", "id": "\ud800"}', "is not text in UTF-8"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": " "}', "line 3: expected a prompt, but it is ' '"),
         ("a.jsonl", '{"prompt": "a"}\n{', "line 2 is not JSON"),
-        ("a.jsonl", r'{"prompt": "\ud800"}', "line 1: the prompt is not text in UTF-8"),
+        ("a.jsonl", r'{"prompt": "\ud800"}', "is not text in UTF-8"),
         ("a.json", "3", "must be a list of prompts in JSON, or a list for each category"),
         ("a.json", '{"prompts": {"a": "b"}}', "must be a list of prompts in JSON"),
-        ("a.json", '["a", {"tag": 1}]', "entry 2: expected a prompt, but it is 'None'"),
+        ("a.json", '["a", {"tag": 1}]', "entry 2 of 'all' has no prompt under the key prompt, caption or text"),
     ],
 )
 def test_what_is_no_prompt_is_said_with_its_place(tmp_path, name, content, message):
@@ -80,6 +86,38 @@ def test_what_is_no_prompt_is_said_with_its_place(tmp_path, name, content, messa
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["anime.json", "README.txt"], "1 file that are none of NAME.txt, such as anime.json"),
+        (["1.txt", "more/2.txt"], "1 file that are none of NAME.txt, such as more/2.txt"),
+        (["1.txt", "1.png", "2.TXT"], "1 file that belong to no image, such as 2.TXT"),
+        (["a.jsonl"], "1 file that are none of CATEGORY.json, such as a.jsonl"),
+        ([], "has no prompt in it"),
+    ],
+)
+def test_whatever_a_folder_has_is_read_or_told(tmp_path, names, said):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('["a cat"]')
+    with pytest.raises(InputError) as raised:
+        read_prompts(tmp_path)
+    assert said in str(raised.value)
+
+
+def test_the_key_prompt_comes_before_others(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "hello", "prompt": "a sign that says hello"}')
+    assert read_prompts(tmp_path / "a.jsonl")[0].text == "a sign that says hello"
+
+
+LISTS = st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(LISTS, LISTS)
+def test_other_prompts_have_another_checksum(one, other):
+    assert (digest(one) == digest(other)) == (one == other)
 
 
 # ---- Folders of scorers ----------------------------------------------------------------------------------------------
@@ -131,6 +169,16 @@ def test_dpgs_folder_has_a_grid_of_four_for_each_prompt(base, adapter, tmp_path)
         (out / "images/000002.png").unlink()  # drawn again, and the grid is made again
 
 
+def test_a_grid_is_made_again_if_its_name_is_now_that_of_another_prompt(base, adapter, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    for names in (("one", "two"), ("two", "one")):
+        texts = ("a red square", "a blue disc")
+        prompts.write_text(lines([{"item_id": n, "prompt": text} for n, text in zip(names, texts, strict=True)]))
+        assert run(base, adapter, out, "--for", "dpg", prompts=prompts) == 0
+        for number, name in enumerate(names):
+            assert np.array_equal(pixels(out / f"dpg/{name}.png")[:32, :48], pixels(out / f"images/{number:06}.png"))
+
+
 def test_what_other_prompts_left_in_the_folder_is_told(base, adapter, tmp_path, capsys):
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     prompts.mkdir()
@@ -159,7 +207,12 @@ def test_hpsv3s_folder_has_each_image_beside_its_prompt(base, adapter, tmp_path)
         ("dpg", GENEVAL, (), "these are not the prompts of DPG-Bench, which needs its folder of prompts, ID.txt"),
         ("dpg", [{"item_id": "../a", "prompt": "a"}], (), "these are not the prompts of DPG-Bench"),
         ("hpsv3", [{"id": "a", "prompt": "a"}] * 2, (), "these are not the prompts of HPSv3, which needs prompts with"),
-        ("hpsv3", [{"category": "a/b", "prompt": "a"}], (), "these are not the prompts of HPSv3"),
+        *(
+            ("hpsv3", [{"category": name, "prompt": "a"}], (), "these are not the prompts of HPSv3")
+            for name in ("a/b", "..", ".", ".a", "a" * 300, "a\0b")
+        ),
+        ("hpsv3", [{"id": "A", "prompt": "a"}, {"id": "a", "prompt": "b"}], (), "these are not the prompts of HPSv3"),
+        ("hpsv3", [{"id": "", "prompt": "a"}], (), "expected a prompt, but it is ''"),
     ],
 )
 def test_prompts_of_another_benchmark_are_refused_before_anything_is_drawn(
