@@ -62,7 +62,8 @@ def test_the_links_in_docs_lead_to_files():
 
 def test_the_experiments_listed_are_those_in_toy():
     listed = set(re.findall(r"^\| `(\w+)` \(", (ROOT / "toy/README.md").read_text(), re.MULTILINE))
-    assert listed == {file.stem for file in (ROOT / "toy").glob("*.py")} - {
+    packages = {file.parent.name for file in (ROOT / "toy").glob("*/__main__.py")}
+    assert listed == packages | {file.stem for file in (ROOT / "toy").glob("*.py")} - {
         "__init__",
         "common",
         "make_emoji64",
