@@ -274,10 +274,11 @@ def picture(summary: dict, title: str):
 
     rows, best = [row for row in summary["scores"] if row["value"] is not None], summary["best"]
     shown = sorted({row["average"] for row in rows}, key=lambda name: float(name or 0))
-    columns = min(4, len(shown))
-    lines, curve = -(-len(shown) // columns), len(shown) > 1
-    figure = Figure(figsize=(4.2 * columns, 3.4 * (lines + curve)), layout="constrained")
-    panels = figure.subplots(lines + curve, columns, squeeze=False)
+    curve = len(shown) > 1
+    columns = math.ceil(math.sqrt(len(shown) + curve))
+    lines = -(-(len(shown) + curve) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
     values = [row["value"] for row in rows]
     least = min(values)
     most = max(float(np.quantile(values, 0.6)), least * 1.001)
@@ -297,11 +298,12 @@ def picture(summary: dict, title: str):
             panel.plot(best["guidance"], best["interval"][1], "o", **ring)
     figure.colorbar(drawn, ax=panels, label=f"{title}, after so many images as each was given", shrink=0.6)
     if curve:
-        panel = panels[-1, 0]
+        panel = panels.flat[len(shown)]
         panel.set_axis_on()
         lowest = [min(row["value"] for row in rows if row["average"] == average) for average in shown]
-        panel.plot([float(average) for average in shown], lowest, "o-", color="0.25")
-        panel.set(xlabel="average: width, or decay", ylabel=f"least {title}", xscale="log")
+        panel.plot(range(len(shown)), lowest, "o-", color="0.25")
+        panel.set_xticks(range(len(shown)), shown)
+        panel.set(xlabel="average: width, or decay", ylabel=f"least {title}")
     return figure
 
 

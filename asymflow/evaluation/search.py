@@ -62,11 +62,16 @@ def search(
             break
     while tried.add(neighbours(tried.close(start)[0], [1] * len(sizes), sizes), start) and tried.grew:
         pass  # downhill, until no neighbour is better
-    images, rivals = start, tried.close(start)
-    while len(rivals) > 1 and tried.add(rivals, 2 * images):
+    images, rivals, left = start, tried.close(start), []
+    while len(rivals) > 1:
+        if not tried.add(rivals, 2 * images):  # then to the best of them, as many as can be had
+            rivals, left = rivals[: tried.affordable(images)], rivals[tried.affordable(images) :] + left
+            if len(rivals) < 2 or not tried.add(rivals, 2 * images):
+                break
         images *= 2
         rivals = [point for point in tried.close(images) if point in set(rivals)]
-    return Found(rivals[0], rivals, tried.best_known(), tried.images, not tried.refused)
+    close = list(dict.fromkeys([*rivals, *left]))
+    return Found(close[0], close, tried.best_known(), tried.images, not tried.refused)
 
 
 def coarse(sizes: tuple[int, ...]) -> list[Point]:
@@ -105,6 +110,10 @@ class Tried:
         self.given |= dict.fromkeys(new, images)
         self.grew = bool(new)
         return True
+
+    def affordable(self, images: int) -> int:
+        """How many points can have so many images more."""
+        return max(0, self.budget - self.images) // images
 
     def close(self, images: int) -> list[Point]:
         """The best point with so many images, and all that cannot be told apart from it, the better first."""

@@ -1,6 +1,7 @@
 """The search: it finds what is known to be best, and shares what trajectories share without changing a bit."""
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.drawn import Drawn
 from asymflow.evaluation.frechet import Target, statistics
 from asymflow.evaluation.protocol import load_protocol
-from asymflow.evaluation.search import Score, search
+from asymflow.evaluation.search import Score, coarse, search
 from asymflow.model import AsymFlow
 from asymflow.sampling import sigma_grid
 from asymflow.subspace import Subspace
@@ -149,6 +150,24 @@ def test_without_chance_the_lowest_point_of_a_bowl_is_found(sizes, seed):
     assert found.rivals == [found.best]
     tight = search(sizes, score, start=2, budget=1)
     assert tight.best in tight.scores  # the first grid is drawn whatever the budget
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(2, 5000), st.integers(0, 2**20))
+def test_what_is_left_of_a_budget_goes_to_the_best_of_those_that_cannot_be_told_apart(sizes, budget, seed):
+    """Settings that are all alike but for chance: they would take any number of images."""
+    rng = np.random.default_rng(seed)
+    noise = {point: rng.standard_normal(2**13) for point in itertools.product(*map(range, sizes))}
+    score = lambda points, n: {p: Score(1 + float(noise[p][:n].mean()), noise[p][:n]) for p in points}
+    found = search(sizes, score, start=4, budget=budget)
+    assert found.images == sum(len(one.influence) for one in found.scores.values())
+    assert found.images <= max(budget, 4 * len(coarse(tuple(sizes))))
+    assert found.best == found.rivals[0]
+    most = max(len(one.influence) for one in found.scores.values())
+    assert len(found.scores[found.best].influence) == most
+    if not found.complete and most > 4:  # not two more could be afforded, or one is left
+        close = [point for point in found.rivals if len(found.scores[point].influence) == most]
+        assert len(close) == 1 or budget - found.images < 2 * most
 
 
 # ---- Shared trajectories ---------------------------------------------------------------------------------------------
