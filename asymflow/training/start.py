@@ -147,6 +147,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of each machine downloads it
         all_or_raise(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = all_or_raise(lambda: make_objective(config, dataset, device))
+    all_or_raise(lambda: run.check_resume(args.out, args.resume))
     initial = all_or_raise(lambda: initial_subspace(config, args.out, args.resume), "the subspace")
     if config.finetune:
         all_or_raise(lambda: check_shards(config, dataset.meta, initial))

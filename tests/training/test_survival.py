@@ -164,9 +164,10 @@ def test_what_cannot_begin_is_said_once(tmp_path):
     one_line(Launched(2, tmp_path / "new", "train.global_batch_size=7"), "7 is not divisible by 2 ranks")
     one_line(Launched(2, out, "train.steps=4", "train.seed=1"), "train.seed: 0 there, 1 here")
     one_line(Launched(2, other), "not the folder of a run")
-    for folder in (out, other / "nothing"):
+    for folder, said in ((out, "a run: give one of its checkpoints, such as"), (other / "nothing", "no checkpoint")):
         launched = Launched(2, arguments=[*words(tmp_path / "branch", "train.steps=4"), "--resume", str(folder)])
-        one_line(launched, f"--resume {folder} is not a whole checkpoint: manifest.json is missing")
+        one_line(launched, f"--resume {folder} is {said}")
+        assert not (tmp_path / "branch").exists()
     one_line(Launched(2, arguments=[*words(out), "--resume", "never"]), "checkpoints up to step 2", "--out")
     config = partial(fault_on, 1, "load_config", InputError("run.yaml cannot be read"))
     one_line(Launched(2, tmp_path / "new", patch=config), "error: rank 1: run.yaml cannot be read")

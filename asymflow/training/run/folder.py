@@ -119,6 +119,17 @@ def checkpoint_to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]
     return None, [f"{out} has no checkpoint: training begins anew{abandoned}"] if abandoned else []
 
 
+def check_resume(out: Path, resume: str) -> None:
+    """InputError if a new run cannot begin with the option --resume, as far as its place tells."""
+    if resume in ("auto", "never") or checkpoint.steps(out / CHECKPOINTS):
+        return
+    if steps := checkpoint.steps(Path(resume) / CHECKPOINTS):
+        newest = checkpoint.folder_of(Path(resume) / CHECKPOINTS, steps[-1])
+        raise InputError(f"--resume {resume} is a run: give one of its checkpoints, such as {newest}")
+    if not (Path(resume) / checkpoint.MANIFEST).is_file():
+        raise InputError(f"--resume {resume} is no checkpoint: give a folder such as RUN/checkpoints/00001000")
+
+
 def check_shared(out: Path) -> None:
     """AgreedError unless all ranks see the same folder. Otherwise each machine would keep only a part of a checkpoint.
 
