@@ -1,15 +1,14 @@
 """How well images fit their captions, by a CLIP from a folder of the package `transformers`."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from asymflow import files, packages
+from asymflow import packages
 from asymflow.errors import InputError
-from asymflow.evaluation import dinov2
+from asymflow.evaluation import dinov2, features
 from asymflow.text import count
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of which a folder needs one
@@ -38,10 +37,7 @@ class Clip:
             reason = " ".join(str(e).split())[:200]
             raise InputError(f"{folder} has no processor of a CLIP ({type(e).__name__}: {reason})") from None
         check_tokenizer(folder, len(self.processor.tokenizer), self.model.config.text_config.vocab_size)
-        kept = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt")]
-        self.digest = hashlib.sha256(
-            "".join(f"{file.name} {files.sha256(file)}\n" for file in kept).encode()
-        ).hexdigest()
+        self.digest = features.digest(folder)
         self.places = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Features of images, by torch-fidelity's extractors, by DINOv2, or by a small classifier."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,9 +147,10 @@ def load_extractor(
 
 
 def digest(folder: Path) -> str:
-    """The checksum of the weights in a folder of transformers."""
-    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return files.sha256(found[0]) if len(found) == 1 else "+".join(files.sha256(file)[:8] for file in found)
+    """A checksum of the files in a folder of transformers that its model, processor and tokenizer are made of."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    kept = [file for file in inside if file.suffix in (".safetensors", ".json", ".txt") and file.is_file()]
+    return hashlib.sha256("".join(f"{file.name} {files.sha256(file)}\n" for file in kept).encode()).hexdigest()
 
 
 def register_classifier() -> None:
