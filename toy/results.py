@@ -43,7 +43,30 @@ the commands left.
 The distances are in the features of a small classifier of the same images: within a table they can be compared with
 each other, and with no FID.
 """
-FINDINGS = {"shapes": "", "emoji64": ""}  # what came out, in words
+FINDINGS = {  # what came out, in words
+    "shapes": """
+**Guidance matters most**: from no guidance to a scale of 2, the distance falls from 7.6 to 4.4. A narrower interval
+wants a larger scale (3 on [0, 0.7] is as good as 2 on [0, 1]), and by itself gains nothing. **The average matters
+next**: of width 0.03, shorter than the configuration's 0.995, it gives 3.86 ± 0.09, against 4.37 ± 0.20. Width 0.2 is
+far worse, in a training of 1,500 steps whose beginning it still remembers.
+
+The oracle says what the distance does not. In these three minutes of training the model has learnt to count and to
+colour (91 and 95 % right without guidance), but hardly its shapes, so few pictures are right in every respect, with any
+setting. Guidance makes edges sharper, and pictures less clean: the residual rises from 19.6 to 24.4 grey levels, and
+precision falls. With the average that was found both are somewhat better than with the configuration's.
+
+By so few images many settings cannot be told apart: the found one is one of the best, not the best. (The search stopped
+here with a third of its budget left, because it was not enough for all of them; since then it goes on with the best.)
+""",
+    "emoji64": """
+**Guidance matters most**, here too: from 1.61 to about 0.7. **The longer the average, the more guidance it wants**: the
+best scale is 2 at width 0.05, 2.25 to 2.5 at 0.08, 2.5 to 2.75 at 0.13. An interval that ends below 1 is clearly worse.
+
+**The search gained nothing over the configuration.** Its setting has 0.76 ± 0.03, the configuration's has 0.63 ± 0.08
+in one draw: no difference that chance could not make. The average with decay 0.99 was not among those that were
+searched, and is about as long as they are. What would tell is more images: this is a budget of minutes.
+""",
+}
 DATA = {"shapes": "", "emoji64": " --data emoji64.tar"}
 COLUMNS = {
     "frechet_distance": "Fréchet distance",
@@ -204,7 +227,7 @@ def write(args: argparse.Namespace) -> None:
     found = [name for name in STUDIES if (args.out / name / ABOUT).exists()]
     if not found:
         raise InputError(f"{args.out} has no study: python -m toy.results shapes makes one")
-    parts = [INTRODUCTION.strip()]
+    parts = [paragraphs(INTRODUCTION)]
     for name in found:
         summary = opening.read_json(args.out / name / "search" / "search.json")
         with replacing(args.docs / f"results_{name}.png") as beside:
@@ -213,6 +236,11 @@ def write(args: argparse.Namespace) -> None:
     with replacing(args.docs / "results.md") as beside:
         beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"wrote {args.docs / 'results.md'} of {' and '.join(found)}")
+
+
+def paragraphs(text: str) -> str:
+    """Each paragraph in one line."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
 
 
 def section(name: str, folder: Path, summary: dict) -> str:
@@ -229,7 +257,9 @@ def section(name: str, folder: Path, summary: dict) -> str:
         cells = {key: result.shown(key, m["value"], m["uncertainty"]) for key, m in measures.items() if key in COLUMNS}
         if own:
             cells["frechet_distance"] = f"**{final['mean']:.3f}** ± {final['spread']:.3f}"
-            title = f"**found**: guidance {guidance:g} on [{interval.replace(',', ', ')}]"
+            title = (
+                f"**found**: guidance {guidance:g} on [{', '.join(f'{float(end):g}' for end in interval.split(','))}]"
+            )
         rows.append([title, one["scored"]["average"], *(cells[key] for key in COLUMNS if key in measures)])
     head = ["", "average", *(title for key, title in COLUMNS.items() if key in measures)]
     table = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
@@ -247,7 +277,7 @@ def section(name: str, folder: Path, summary: dict) -> str:
         f"*The search: {summary['settings']:,} of {summary['of']:,} settings, {summary['images']:,} images in all; "
         f"{count(tied, 'other setting')} could not be told apart from the best one{budget}. Shared beginnings of "
         f"trajectories spared {spared:.0%} of the forward passes.*",
-        FINDINGS[name].strip(),
+        paragraphs(FINDINGS[name]),
         "\n".join(["```sh", f"python -m toy.results {name}{DATA[name]}   # runs:", *about["commands"], "```"]),
         f"{about['machine']}, {sum(about['hours']):.1f} hours beside other work, at commit {about['commit']}.",
     ]
