@@ -266,7 +266,12 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     again = json.loads((tmp_path / "out" / "search.json").read_text())
     assert (again["best"], again["scores"]) == (found["best"], found["scores"])
     assert all(path.stat().st_mtime_ns == then for path, then in features.items())
-    # Whatever the images depend on must be the same.
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_scores_of_other_images_are_never_used(made, tmp_path, capsys):
+    assert main(words(made, tmp_path / "out", "--budget", 600)) == 0
     save_model(tmp_path / "model", seed=1)
     for options, differing in [
         (("--guidance", "1:3:0.5"), "guidance"),
@@ -277,7 +282,7 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
         capsys.readouterr()
         assert main(words(made, tmp_path / "out", "--budget", 600, *options)) == 2
         assert f"has a search of other {differing}: choose another --out" in capsys.readouterr().err
-    # The final is drawn anew if its number of images changes; the counts are those of what is used.
+    # The final is drawn anew if its number of images changes, and the counts are of what is used.
     assert main(words(made, tmp_path / "out", "--budget", 600, "--final", 64, "--start", 32)) == 0
     less = json.loads((tmp_path / "out" / "search.json").read_text())
     assert less["final"]["images"] == 64

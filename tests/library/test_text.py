@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import tarfile
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from asymflow import InputError
-from asymflow.cli.sample_text import read_prompts
+from asymflow.cli.prompts import read_prompts
 from asymflow.data.captioned import find_captioned
 from asymflow.data.folder import ImageFolder
 from asymflow.data.shards import TarShards
@@ -98,9 +97,8 @@ DOORS = {
     "tar": lambda f, text: find_captioned([as_tar(f, {"a.png": png(), "a.txt": text})], 8)[0].caption(),
     "classes": lambda f, text: ImageFolder(as_files(f, {"c/a.png": png(), "c/a.txt": text}), 8)[0].caption,
     "shards": lambda f, text: TarShards(as_tar(f, {"a.png": png(), "a.cls": b"0", "a.txt": text}), 8)[0].caption,
-    "prompts": lambda f, text: read_prompts(
-        SimpleNamespace(prompt=None, prompts=as_files(f, {"p.txt": text}) / "p.txt")
-    )[0],
+    "prompts": lambda f, text: read_prompts(as_files(f, {"p.txt": text}) / "p.txt")[0].text,
+    "prompt": lambda f, text: read_prompts(as_files(f, {"p.txt": text}))[0].text,
 }
 
 

@@ -1,5 +1,6 @@
 """All uses of DeepSpeed beyond its documented interface. Any release may break them."""
 
+import importlib
 import logging
 import os
 import re
@@ -66,10 +67,8 @@ def show_picture(engine, name: str, picture: Image.Image, step: int) -> None:
     """Give a picture to those monitors that show some, TensorBoard and W&B, if they are enabled. Rank 0 calls it."""
     if tensorboard := engine.monitor.tb_monitor:
         tensorboard.summary_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-    if engine.monitor.wandb_monitor:
-        import wandb
-
-        wandb.log({name: wandb.Image(picture)}, step=step)
+    if wandb := engine.monitor.wandb_monitor:
+        wandb.log({name: importlib.import_module("wandb").Image(picture)}, step=step)
 
 
 # ---- The configuration -----------------------------------------------------------------------------------------------
