@@ -89,11 +89,11 @@ class Folder:
         for folder, prefix in ((self.path, ""), (self.path.resolve().parent, f"{self.path.resolve().name}/")):
             if not (folder / RECORD).is_file():
                 continue
-            record = opening.read_json(folder / RECORD, most=MOST_RECORD)
             try:
+                record = opening.read_json(folder / RECORD, most=MOST_RECORD)
                 found = {one["file"]: one for one in record["images"]}
                 drawn = [found[prefix + name] for name in inside]
-            except (KeyError, TypeError):  # another kind of file, or of other images
+            except (KeyError, TypeError, ValueError):  # another kind of file, or of other images
                 continue
             if len(found) > len(drawn) > 0:
                 raise InputError(

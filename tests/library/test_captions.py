@@ -143,6 +143,16 @@ def test_images_of_one_file_keep_their_own_prompts(made, tmp_path):
     assert [folder.caption(number) for number in range(len(CAPTIONS))] == CAPTIONS
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": [{"file": ["a"]}]}', '{"images": ["a"]}', '{"images": 3}'])
+def test_a_file_that_is_no_record_is_left_alone(made, tmp_path, content):
+    images = shutil.copytree(made / "one", tmp_path / "images")
+    (tmp_path / "samples.json").write_text(content)
+    folder = Folder(images)
+    assert folder.settings is None
+    assert folder.label is None
+    assert folder.caption(3) == CAPTIONS[3]
+
+
 def test_images_smaller_than_the_crop_are_told(made, tmp_path):
     folder = shutil.copytree(made / "one", tmp_path / "images")
     for name in ("0002.png", "0005.png"):
