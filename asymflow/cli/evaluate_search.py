@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     packages.need("pydantic", "yaml", "torch_fidelity")
     from asymflow.cli.drawing import own_device
     from asymflow.cli.evaluate_store import UNIT, Store
+    from asymflow.evaluation.measures import CAPTIONS
     from asymflow.evaluation.protocol import load_protocol
     from asymflow.evaluation.search import coarse, search
 
@@ -110,18 +111,20 @@ def run(args: argparse.Namespace) -> None:
     protocol = load_protocol(args.protocol, changes)
     if protocol.extractor == "oracle" or not protocol.reference:
         raise InputError(f"a search needs a Fréchet distance: the protocol {protocol.name} has no --reference for it")
+    if "frechet_distance" not in protocol.measures or CAPTIONS.keys() & set(protocol.measures):
+        raise InputError(
+            f"a search is by frechet_distance, of images of classes, but the protocol {protocol.name} measures "
+            f"{', '.join(protocol.measures)}"
+        )
     axes = Axes(averages(args.model, args.step, args.ema), args.guidance, args.interval)
     store = Store(args, protocol, axes, own_device(args))
     first = len(dict.fromkeys(map(axes.same, coarse(axes.sizes))))
     start = max(min(-(-args.start // UNIT), args.budget // (2 * first * UNIT)), 1) * UNIT
     if this_process()[0] == 0:
         begin(args, axes, store)
+        words = "so that half of the budget is left for the close ones"
         if 2 * first * start > args.budget:
-            words = (
-                f"which leaves less than half of the budget: a search of so many settings wants {4 * first * start:,}"
-            )
-        else:
-            words = "so that half of the budget is left for the close ones"
+            words = f"and half of the budget is not left for the close ones: better give {4 * first * start:,}"
         if start < args.start:
             print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
     found = search(axes.sizes, store.score, start, args.budget, axes.same)

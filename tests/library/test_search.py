@@ -346,3 +346,12 @@ def test_ranges(text, expected):
     assert intervals("0,0.7:0.8:0.05") == ((0, 0.7), (0, 0.75), (0, 0.8))
     with pytest.raises(Exception, match="it must be LOW,START:STOP:STEP"):
         intervals("0.5,0.4")
+
+
+@pytest.mark.parametrize("measures", ["[kid]", "[frechet_distance, clip_score]"])
+def test_a_protocol_without_what_a_search_is_by_is_refused(made, tmp_path, capsys, measures):
+    (tmp_path / "mine.yaml").write_text(f"num: 40\nmeasures: {measures}\n")
+    assert main(words(made, tmp_path / "out", "--protocol", tmp_path / "mine.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "a search is by frechet_distance, of images of classes, but the protocol mine" in error
+    assert error.count("\n") == 1
