@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -86,7 +87,7 @@ def load_protocol(name_or_path: str, changes: Mapping[str, object] | None = None
     layer = yaml12.parse(text, lambda line: f"{label}, line {line + 1}")
     if not isinstance(layer.values, dict):
         raise InputError(f"{label} must be a section of keys, such as num: 50000")
-    given = {"name": label.removesuffix(".yaml")} | layer.values
+    given = {"name": Path(label).stem} | layer.values  # not the path, which is nobody else's
     changed = {key: value for key, value in (changes or {}).items() if value is not None and given.get(key) != value}
     if said := [f"{key} {plain(value)}" for key, value in changed.items() if key not in UNSAID]:
         given["name"] = f"{given['name']}, {', '.join(said)}"
