@@ -300,6 +300,7 @@ def test_what_a_sampler_makes_of_nothing_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "all_gather_rows", lambda rows: rows)
     training = SimpleNamespace(rank=0, world=1, micro=2, step=7, objective=SimpleNamespace(draw=nothing))
     training.config = SimpleNamespace(sample=SimpleNamespace(num=2))
+    training.engine = SimpleNamespace(monitor=SimpleNamespace(tb_monitor=None, wandb_monitor=None))
     training.model_to_show, training.picture = lambda: nullcontext(None), lambda: tmp_path / "7.png"
     loop.Training.draw(training)
     assert "2 of 2 samples at step 7 have numbers that are NaN or infinite" in capsys.readouterr().err

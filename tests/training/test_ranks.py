@@ -269,6 +269,7 @@ def up_to_the_subspace(checkpoint=None):
     replace("make_flow", that_far)
     if checkpoint:
         run.checkpoint_to_resume = lambda out, resume: (checkpoint, [])
+    run.check_resume = lambda out, resume: None
 
 
 def test_a_subspace_that_the_configuration_does_not_speak_of(tmp_path):
