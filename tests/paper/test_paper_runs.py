@@ -1,0 +1,32 @@
+"""toy.paper: a run from its training to its JSON file, in small."""
+
+import json
+
+import pytest
+
+from toy.paper import __main__ as paper
+from toy.paper.measures import LEVELS
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
+    words = ["rank", "--quick", "--out", str(tmp_path), "--only", "rank-8-seed-0"]
+    assert paper.main(words) == 0
+    file = tmp_path / "rank-8-seed-0.json"
+    found, written = json.loads(file.read_text()), file.stat().st_mtime_ns
+    assert len(found["losses"]) == 8
+    assert list(found["on the way"]) == ["4", "8"]
+    assert [float(level) for level in found["on the way"]["8"]["held_out"]] == list(LEVELS)
+    assert found["on the way"]["8"]["held_out"] != found["on the way"]["4"]["held_out"]
+    guided, loose = found["at the end"]["guided"], found["at the end"]["guided, no clamp"]
+    assert guided.keys() == loose.keys() >= {"frechet_distance", "precision", "right", "patches", "spectrum", "seams"}
+    assert guided["patches"] != loose["patches"]  # rank 8 divides by sigma outside of its subspace
+    assert paper.main(words) == 0
+    assert file.stat().st_mtime_ns == written
+
+
+def test_a_run_that_there_is_not_is_one_line(tmp_path, capsys):
+    assert paper.main(["rank", "--out", str(tmp_path), "--only", "rank-9-seed-0"]) == 2
+    error = capsys.readouterr().err
+    assert "--only rank-9-seed-0 is none of rank-8-seed-0, rank-0-seed-0" in error
+    assert error.count("\n") == 1
