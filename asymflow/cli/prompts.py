@@ -65,7 +65,7 @@ def of_folder(path: Path) -> Iterator[Prompt]:
         photos = find_captioned([str(path)], 1)
         used = {photo.text.path for photo in photos if isinstance(photo.text, Entry)}
         texts = [file for file, kind in kinds.items() if kind in (".txt", ".json")]
-        refuse_others(path, [file for file in texts if str(file) not in used], "belong to no image")
+        refuse_others(path, [file for file in texts if str(file) not in used], "captions of images")
         for photo in photos:
             try:
                 yield Prompt(photo.caption(), Path(str(photo)).stem)
@@ -74,7 +74,7 @@ def of_folder(path: Path) -> Iterator[Prompt]:
         return
     expected = ".txt" if ".txt" in kinds.values() else ".json"
     others = [file for file, kind in kinds.items() if kind != expected or file.parent != path]
-    refuse_others(path, others, "are none of NAME.txt" if expected == ".txt" else "are none of CATEGORY.json")
+    refuse_others(path, others, "NAME.txt" if expected == ".txt" else "CATEGORY.json")
     for file in inside:
         if expected == ".txt":
             yield Prompt(checked(opening.read_text(file), str(file)), file.stem)
@@ -82,9 +82,9 @@ def of_folder(path: Path) -> Iterator[Prompt]:
             yield from of_json(file, file.stem)
 
 
-def refuse_others(path: Path, others: list[Path], why: str) -> None:
+def refuse_others(path: Path, others: list[Path], expected: str) -> None:
     if others:
-        said = f"{count(len(others), 'file')} that {why}, such as {others[0].relative_to(path)}"
+        said = f"{count(len(others), 'file')} beside {expected}, such as {others[0].relative_to(path)}"
         raise InputError(f"--prompts {path} has {said}: expected {KINDS}, and nothing else")
 
 

@@ -95,8 +95,8 @@ def clip_score(sample: Samples, reference: Reference | None = None) -> Measured:
     if sample.fit is None:
         return unknown("no CLIP was given")
     scores, cut = torch.cat(list(sample.fit.chunks())).double().T
-    few = (f"{count(int(cut.sum()), 'caption')} cut to what CLIP can read",) if cut.any() else ()
-    return Measured(scores.mean().item(), scores.std().item() / math.sqrt(len(scores)), few)
+    remarks = (f"{count(int(cut.sum()), 'caption')} cut to what CLIP can read",) if cut.any() else ()
+    return Measured(scores.mean().item(), scores.std().item() / math.sqrt(len(scores)), remarks)
 
 
 def kernel_distance(sample: Samples, reference: Reference) -> Measured:

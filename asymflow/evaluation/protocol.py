@@ -105,12 +105,11 @@ def with_fitting_measures(protocol: Protocol) -> Protocol:
     """The protocol. InputError if its extractor does not find what its measures need, or a CLIP is given for none."""
     known = ORACLE if protocol.extractor == "oracle" else FEATURES | CAPTIONS
     if strange := [name for name in protocol.measures if name not in known]:
-        measured = f"what it measures are {', '.join(known)}"
-        raise InputError(f"the extractor {protocol.extractor} is not for {strange[0]}: {measured}")
+        raise InputError(f"the extractor {protocol.extractor} is not for {strange[0]}, but for {', '.join(known)}")
     if protocol.extractor == "oracle" and protocol.reference not in (None, "data"):
         raise InputError(f"the oracle knows the truth, and needs no reference, but it is given {protocol.reference}")
     if protocol.clip and "clip_score" not in protocol.measures:
-        raise InputError(f"a CLIP is for the measure clip_score, and the protocol {protocol.name} has no such")
+        raise InputError(f"a CLIP is for the measure clip_score, which the protocol {protocol.name} does not have")
     return protocol
 
 

@@ -91,10 +91,10 @@ def test_what_is_no_prompt_is_said_with_its_place(tmp_path, name, content, messa
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["anime.json", "README.txt"], "1 file that are none of NAME.txt, such as anime.json"),
-        (["1.txt", "more/2.txt"], "1 file that are none of NAME.txt, such as more/2.txt"),
-        (["1.txt", "1.png", "2.TXT"], "1 file that belong to no image, such as 2.TXT"),
-        (["a.jsonl"], "1 file that are none of CATEGORY.json, such as a.jsonl"),
+        (["anime.json", "README.txt"], "1 file beside NAME.txt, such as anime.json"),
+        (["1.txt", "more/2.txt"], "1 file beside NAME.txt, such as more/2.txt"),
+        (["1.txt", "1.png", "2.TXT"], "1 file beside captions of images, such as 2.TXT"),
+        (["a.jsonl"], "1 file beside CATEGORY.json, such as a.jsonl"),
         ([], "has no prompt in it"),
     ],
 )
