@@ -11,6 +11,7 @@ An experiment is a function from the parsed arguments to its figure and its resu
 import argparse
 import itertools
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from asymflow import packages
+from asymflow.text import count
 from nano_asymflow import MLP, Flow, integrate, random_stream, train
 
 
@@ -118,3 +120,19 @@ def trained_flow(
 def generate(velocity: Callable, noise: Tensor, steps: int = 50) -> Tensor:
     """Samples (n, D) for noise (n, D): the end of the path, by Heun's method."""
     return deque(integrate(velocity, noise, steps), maxlen=1).pop()
+
+
+# ---- Where figures come from -----------------------------------------------------------------------------------------
+def commit() -> str:
+    """The commit of this tree, with a "+" if files differ from it; "unknown" without git."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def machine() -> str:
+    """The processor, the threads that torch uses, and torch's version."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else ()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+    return f"{model}, {count(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"

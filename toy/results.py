@@ -21,7 +21,6 @@ from asymflow.packages import importing, need
 
 with importing(__name__):
     need("deepspeed", "torch_fidelity")  # of the commands, an hour later
-    import torch
 
     from asymflow import opening
     from asymflow.cli.evaluate_search import picture
@@ -31,6 +30,7 @@ with importing(__name__):
     from asymflow.evaluation import result
     from asymflow.files import replacing
     from asymflow.text import count
+    from toy.common import commit, machine
     from toy.emoji64 import JUDGE, SIZE, floor, judge_in, load
 
 INTRODUCTION = """
@@ -188,8 +188,8 @@ def study(args: argparse.Namespace) -> None:
         "accuracy": accuracy,
         "floor": floor(classifier, images, num),
         "commands": commands,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "machine": f"{processor()}, {count(torch.get_num_threads(), 'thread')}, torch {torch.__version__}",
+        "commit": commit(),
+        "machine": machine(),
         "quick": args.quick,
         "hours": [round((time.time() - started) / 3600, 2)],  # of each start
     }
@@ -207,18 +207,6 @@ def command(commands: list[str], *words) -> None:
     print(commands[-1], flush=True)
     if subprocess.run(words, check=False).returncode:
         raise InputError("this command failed; see above")
-
-
-def output(*words: str) -> str:
-    found = subprocess.run(words, capture_output=True, text=True, check=False, cwd=DOCS.parent)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "a CPU"
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from asymflow import opening
 from asymflow.averages import Profile
 from asymflow.cli.averages import rebuild
 from asymflow.cli.models import load_model
@@ -25,8 +26,12 @@ from asymflow.evaluation.measures import ORACLE, Reference, Samples, frechet, pr
 from asymflow.evaluation.rows import Rows
 from asymflow.files import replacing
 from asymflow.model import AsymFlow
+from asymflow.pictures import image_grid
+from asymflow.progress import progress_bar
 from asymflow.sampling import generate
 from asymflow.subspace import Subspace
+from asymflow.training.config.reading import load_config
+from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
 
@@ -34,7 +39,8 @@ HERE = Path(__file__).resolve().parent
 WIDTH = 0.05  # of the moving average
 HELD_OUT = 10**7  # the numbers of pictures from here on are in no training
 GUIDANCE = 2.0
-ON_THE_WAY = "on the way", "at the end"
+SHOWN = 64  # samples in the picture of a run
+AVERAGED = 50  # steps whose mean loss is kept
 
 
 @dataclass(frozen=True)
@@ -104,17 +110,26 @@ class Lab:
 
     # ---- A run -------------------------------------------------------------------------------------------------------
     def result(self, run: Run) -> dict:
-        """What is measured of a run, which is trained first unless that is done."""
-        file = self.out / f"{run.name}.json"
-        if not file.exists():
-            seconds = self.train(run)
-            found = self.measure(run) | {"settings": run.settings, "seed": run.seed, "seconds": seconds}
-            with replacing(file) as beside:
-                beside.write_text(json.dumps({"run": run.name, **found}, indent=1) + "\n")
-        return json.loads(file.read_text())
+        """What is measured of a run, which is trained first unless that is done.
 
-    def train(self, run: Run) -> float:
-        folder, started = self.out / run.name, time.time()
+        InputError if there is a result of another run or another scale in its place.
+        """
+        file = self.out / f"{run.name}.json"
+        about = json.loads(json.dumps({**asdict(run), "scale": asdict(self.scale)}))  # as it is read back
+        if not file.exists():
+            self.train(run)
+            started = time.time()
+            found = self.measure(run)
+            found["hours"]["measuring"] = (time.time() - started) / 3600
+            with replacing(file) as beside:
+                beside.write_text(json.dumps({**about, "commit": commit(), "machine": machine(), **found}, indent=1))
+        found = opening.read_json(file)
+        if differing := [key for key in about if found.get(key) != about[key]]:
+            raise InputError(f"{file} is of another {' and '.join(differing)}: choose another --out")
+        return found
+
+    def train(self, run: Run) -> None:
+        folder = self.out / run.name
         settings = [*self.scale.settings, *run.settings, f"train.seed={run.seed}"]
         if run.random:
             settings.append(f"subspace.file={self.random_subspace(run)}")
@@ -123,14 +138,11 @@ class Lab:
         print(" ".join(words[1:]), flush=True)
         if subprocess.run(words, cwd=HERE.parent.parent, check=False).returncode:
             raise InputError(f"the training in {folder} failed; see above")
-        return time.time() - started
 
     def random_subspace(self, run: Run) -> Path:
-        path, generator = (
-            self.out / f"random-{run.random}-{run.seed}.safetensors",
-            torch.Generator().manual_seed(run.seed),
-        )
+        path = self.out / f"random-{run.random}-{run.seed}.safetensors"
         if not path.exists():
+            generator = torch.Generator().manual_seed(run.seed)
             basis = torch.linalg.qr(torch.randn(3 * self.patch_size**2, run.random, generator=generator)).Q
             Subspace(basis, patch_size=self.patch_size).save(path)
         return path
@@ -138,21 +150,27 @@ class Lab:
     def measure(self, run: Run) -> dict:
         folder = self.out / run.name
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
-        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        batch = load_config(folder / "config.yaml").train.global_batch_size
+        losses = torch.tensor([line["loss"] for line in metrics], dtype=torch.float64)
+        hours = sum(batch / line["images_per_second"] for line in metrics) / 3600
         way = {}
-        for step in steps:
+        for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
             held_out = measures.held_out_losses(
                 flow, *(part[: self.scale.held_out] for part in (self.real, self.labels))
             )
             way[step] = {"held_out": held_out, **self.judged(self.draw(flow, *self.scale.way, 1.0))}
+        guided = self.draw(flow, *self.scale.end, GUIDANCE)
+        image_grid(guided[:SHOWN] / 127.5 - 1).save(self.out / f"{run.name}.png")
         end = {
-            "guided": self.judged(self.draw(flow, *self.scale.end, GUIDANCE)),
+            "guided": self.judged(guided),
             "unguided": self.judged(self.draw(flow, *self.scale.end, 1.0)),
         }
         flow.sigma_min = 0.0
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
-        return {"losses": losses, **dict(zip(ON_THE_WAY, (way, end), strict=True))}
+        losses = [part.mean().item() for part in losses.split(AVERAGED)]
+        return {"hours": {"training": hours}, "losses": losses, "on the way": way, "at the end": end}
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
         """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""
