@@ -20,7 +20,7 @@ from asymflow.packages import EXTRAS, advice
 
 ROOT = Path(nano_asymflow.__file__).parent
 OURS = ("asymflow", "toy", "nano_asymflow")
-SOURCES = [*ROOT.glob("asymflow/**/*.py"), *ROOT.glob("toy/*.py"), ROOT / "train_ddp.py", ROOT / "nano_asymflow.py"]
+SOURCES = [*ROOT.glob("asymflow/**/*.py"), *ROOT.glob("toy/**/*.py"), ROOT / "train_ddp.py", ROOT / "nano_asymflow.py"]
 PROGRAMS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in SOURCES

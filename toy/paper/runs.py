@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.teacher import teacher_in
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 0.05  # of the moving average
@@ -45,13 +46,19 @@ AVERAGED = 50  # steps whose mean loss is kept
 
 @dataclass(frozen=True)
 class Run:
-    """settings: keys of the configuration, as text. random: whether its subspace is a random one of this rank."""
+    """A training, and what is measured of it.
+
+    settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
+    whether it is aligned with `teacher`. drawn: whether samples are measured, not only held-out losses.
+    """
 
     name: str
     seed: int
     settings: tuple[str, ...]
     config: str = "shapes64"
     random: int = 0
+    repa: bool = False
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Scale:
     way: tuple[int, int] = (256, 16)
     end: tuple[int, int] = (256, 50)
     pictures: int = 6000  # for the classifier
+    taught: int = 2000  # steps of the network for REPA
     settings: tuple[str, ...] = ()
 
 
@@ -73,6 +81,7 @@ QUICK = Scale(
     way=(16, 2),
     end=(8, 30),
     pictures=200,
+    taught=4,
     settings=(
         "train.steps=8",
         "train.global_batch_size=8",
@@ -82,6 +91,12 @@ QUICK = Scale(
         "model.options.in_context_start=0",
     ),
 )
+
+
+def stated(plan: Run | Scale) -> dict:
+    """What a result says of its plan, as JSON gives it back: all that is not by default."""
+    values = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    return json.loads(json.dumps({f.name: values[f.name] for f in fields(plan) if values[f.name] != f.default}))
 
 
 @dataclass
@@ -115,7 +130,7 @@ class Lab:
         InputError if there is a result of another run or another scale in its place.
         """
         file = self.out / f"{run.name}.json"
-        about = json.loads(json.dumps({**asdict(run), "scale": asdict(self.scale)}))  # as it is read back
+        about = {"run": stated(run), "scale": stated(self.scale)}
         if not file.exists():
             self.train(run)
             started = time.time()
@@ -124,7 +139,7 @@ class Lab:
             with replacing(file) as beside:
                 beside.write_text(json.dumps({**about, "commit": commit(), "machine": machine(), **found}, indent=1))
         found = opening.read_json(file)
-        if differing := [key for key in about if found.get(key) != about[key]]:
+        if differing := [key for key in about if found[key] != about[key]]:
             raise InputError(f"{file} is of another {' and '.join(differing)}: choose another --out")
         return found
 
@@ -133,6 +148,9 @@ class Lab:
         settings = [*self.scale.settings, *run.settings, f"train.seed={run.seed}"]
         if run.random:
             settings.append(f"subspace.file={self.random_subspace(run)}")
+        if run.repa:
+            settings.append(f"loss.repa.model={self.out / 'teacher'}")
+            teacher_in(self.out / "teacher", self.size // self.patch_size, self.scale.taught)
         words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
         words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
         print(" ".join(words[1:]), flush=True)
@@ -160,7 +178,15 @@ class Lab:
             held_out = measures.held_out_losses(
                 flow, *(part[: self.scale.held_out] for part in (self.real, self.labels))
             )
-            way[step] = {"held_out": held_out, **self.judged(self.draw(flow, *self.scale.way, 1.0))}
+            way[step] = {"held_out": held_out}
+            if run.drawn:
+                way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
+        losses = [part.mean().item() for part in losses.split(AVERAGED)]
+        end = self.ending(run, flow) if run.drawn else {}
+        return {"hours": {"training": hours}, "losses": losses, "on the way": way, "at the end": end}
+
+    def ending(self, run: Run, flow: AsymFlow) -> dict[str, dict]:
+        """What is measured of samples of the trained model, and a picture of some."""
         guided = self.draw(flow, *self.scale.end, GUIDANCE)
         image_grid(guided[:SHOWN] / 127.5 - 1).save(self.out / f"{run.name}.png")
         end = {
@@ -169,8 +195,7 @@ class Lab:
         }
         flow.sigma_min = 0.0
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
-        losses = [part.mean().item() for part in losses.split(AVERAGED)]
-        return {"hours": {"training": hours}, "losses": losses, "on the way": way, "at the end": end}
+        return end
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
         """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""

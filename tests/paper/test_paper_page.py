@@ -1,0 +1,120 @@
+"""toy.paper page: what the tables say is what was measured."""
+
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toy.paper import __main__ as paper
+from toy.paper import page
+from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
+from toy.paper.measures import LEVELS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+values = st.dictionaries(st.integers(0, 5), st.floats(-10, 10), min_size=1, max_size=5)
+
+
+# ---- Differences -----------------------------------------------------------------------------------------------------
+@given(first=values, other=values, moved=st.floats(-5, 5))
+def test_differences_are_of_the_seeds_that_both_have(first, other, moved):
+    """What all runs of a seed have in common, such as an easy draw of data, is in no difference."""
+    found = Difference.between(first, other)
+    assert found.seeds == len(first.keys() & other.keys())
+    swapped = Difference.between(other, first)
+    assert swapped.counts == found.counts
+    assert swapped.mean == pytest.approx(-found.mean, nan_ok=True)
+    easier = [{seed: value + moved * seed for seed, value in values.items()} for values in (first, other)]
+    again = Difference.between(*easier)
+    assert again.mean == pytest.approx(found.mean, abs=1e-9, nan_ok=True)
+    assert again.spread == pytest.approx(found.spread, abs=1e-6)
+
+
+def test_one_seed_is_not_enough_and_noise_does_not_count():
+    assert not Difference.between({0: 5.0}, {0: 1.0}).counts
+    assert Difference.between({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0}).counts
+    assert not Difference.between({0: 5.0, 1: 3.0}, {0: 1.0, 1: 3.5}).counts
+    assert Difference.between({0: None, 1: 2.0}, {0: 1.0, 1: 1.0}).seeds == 1
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=3))
+def test_the_verdict_is_the_rule_of_the_page(signs):
+    found = verdict([Difference(float(sign), 0.1, 3) for sign in signs])
+    lower, higher = signs.count(-1), signs.count(1)
+    assert (found == SHOWN) == (lower == len(signs))
+    assert (found == SO_FAR) == (0 < lower < len(signs) and not higher)
+    assert (found == OPPOSITE) == (higher > 0 and not lower)
+    assert found in (SHOWN, SO_FAR, OPPOSITE, NOT)
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+def made_up(kind: str, seed: int, loss: float) -> dict:
+    """A result as `Lab.result` writes it; all its numbers follow from one."""
+    samples = dict.fromkeys(page.COLUMNS, loss + 0.001 * seed)
+    way = {str(k): {"held_out": {str(x): loss * 4 / k for x in LEVELS}, "frechet_distance": 4 / k} for k in (1, 2, 4)}
+    end = dict.fromkeys((page.GUIDED, page.UNGUIDED, page.UNCLAMPED), samples)
+    about = {"run": {"name": f"{kind}-seed-{seed}", "seed": seed}, "commit": "abc", "machine": "a CPU"}
+    return {
+        **about,
+        "hours": {"training": 1.0, "measuring": 0.5},
+        "losses": [loss],
+        "on the way": way,
+        "at the end": end,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for number, kind in enumerate(page.RANKS):
+        for seed in range(3):
+            found = made_up(kind, seed, 1 + number + 0.01 * seed)
+            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
+    kinds = page.read(results)
+    text = page.rank(kinds)
+    mean, spread = statistics.fmean([1, 1.011, 1.022]), statistics.stdev([1, 1.011, 1.022])
+    assert f"| 0 | 3 | {mean:.2f} ± {spread:.2f} |" in text
+    assert "| rank 8 is better than rank 0 (x0-prediction) | **+3.0000 ± 0.0000** | **+3.00 ± 0.00** |" in text
+    assert f"{len(page.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
+
+
+def test_a_curve_reaches_a_level_between_two_measurements():
+    run = {"on the way": {"10": {"x": 4.0}, "20": {"x": 2.0}, "30": {"x": 1.0}}}
+    reached = [page.reached(run, level, lambda found: found["x"]) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
+    assert reached == [10, 15, 25, 30, None]
+
+
+def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):
+    for file in ("paper.md",):
+        shutil.copy(DOCS / file, tmp_path)
+    words = ["page", "--out", str(results), "--docs", str(tmp_path)]
+    assert paper.main(words) == 0
+    first = (tmp_path / "paper.md").read_text()
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in page.FIGURES)
+    assert paper.main(words) == 0
+    assert (tmp_path / "paper.md").read_text() == first
+    assert by_hand(first) == by_hand((DOCS / "paper.md").read_text())
+
+
+def by_hand(text: str) -> str:
+    return re.sub(r"<!-- (\w+) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
+
+
+def test_the_page_here_is_what_the_results_here_give(tmp_path):
+    shutil.copy(DOCS / "paper.md", tmp_path)
+    assert paper.main(["page", "--out", str(DOCS / "paper"), "--docs", str(tmp_path)]) == 0
+    assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
+
+
+def test_no_results_are_one_line(tmp_path, capsys):
+    assert paper.main(["page", "--out", str(tmp_path), "--docs", str(DOCS)]) == 2
+    assert "has no results of rank-0 and rank-8: python -m toy.paper rank" in capsys.readouterr().err
