@@ -27,7 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +71,11 @@ GUIDANCE, STEPS = 2.0, 25
 # mean of their patches would be 93 % of what the subspace has to hold. At half the brightness they are near it.
 BRIGHTNESS = 0.5
 MODELS = ("latent", "start", "pixel", "scratch")
+LATENT = {"latent": "pixel-base", "latent-finetuned": "latent-finetuned"}  # models of latents, and their folders
+# All weights are trained: LoRA layers of a transformer as narrow as this one learn less than training from scratch.
+EVERYTHING = {"finetune.lora": "null"}
+FROM_NOTHING = {**EVERYTHING, "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
+TRAININGS = {"pixel": EVERYTHING, "scratch": FROM_NOTHING}
 FULL = dict(pictures=6000, autoencoder=2000, latent=4500, asked=512, draws=200)
 QUICK = dict(pictures=64, autoencoder=20, latent=20, asked=16, draws=4)
 # As in FLUX.2, the autoencoder is small beside the transformer, here 60,000 weights beside 3 million, and that is not
@@ -80,33 +85,40 @@ TINY = dict(latent_channels=4, vae_channels=(8, 16, 16), width=192, heads=6, dep
 
 def experiment(args) -> tuple[Figure, dict]:
     sizes = QUICK if args.quick else FULL
-    begin(args.out, {"seed": args.seed, "steps": args.steps, "brightness": BRIGHTNESS, **sizes})
-    base, shards, subspace = args.out / "autoencoder", args.out / "shards", args.out / "subspace.safetensors"
-    once(base, lambda beside: autoencoder(beside, args.seed, sizes))
-    pictures = args.out / "pictures"
-    once(pictures, lambda beside: write_pictures(beside, sizes["pictures"], args.seed))
+    common = prepared(args.out, args.seed, args.steps, sizes)
+    variance = variance_ratio(args.out, common, sizes["draws"])
+    train(
+        {args.out / name: {**common, "finetune.base": base_of(args.out, name), **TRAININGS[name]} for name in TRAININGS}
+    )
+    drawn, captions = drawings(args.out, args.seed, sizes["asked"], MODELS)
+    results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
+    print_table(results)
+    print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
+    scale = Subspace.load(args.out / "subspace.safetensors").scale
+    return figure(drawn, results), {"scale": scale, "gradient_variance": variance, "models": results}
+
+
+def prepared(out: Path, seed: int, steps: int, sizes: dict) -> dict:
+    """Make all that the trainings of a folder need, and return their settings, for so many steps."""
+    begin(out, {"seed": seed, "steps": steps, "brightness": BRIGHTNESS, **sizes})
+    base, pictures, shards, subspace = (out / name for name in ("autoencoder", "pictures", "shards", "subspace"))
+    subspace = subspace.with_suffix(".safetensors")
+    once(base, lambda beside: autoencoder(beside, seed, sizes))
+    once(pictures, lambda beside: write_pictures(beside, sizes["pictures"], seed))
     encode = ["--size", SIZE, "--max-length", TEXT_LENGTH, "--dtype", "float32", "--batch", 32]
-    if not (args.out / "pixel-base").exists():  # then the shards are there, too
+    if not (out / "pixel-base").exists():  # then the shards are there, too
         run("data", "encode", "--base", base, "--data", pictures, "--out", shards, *encode)
-    once(args.out / "pixel-base", lambda beside: latent_model(base, beside, shards, args.seed, sizes["latent"]))
-    once(args.out / "scratch-base", lambda beside: untrained(args.out / "pixel-base", beside, args.seed))
+    once(out / "pixel-base", lambda beside: latent_model(base, beside, shards, seed, sizes["latent"]))
+    once(out / "scratch-base", lambda beside: untrained(out / "pixel-base", beside, seed))
     if not subspace.exists():
         run("subspace", "procrustes", "--shards", shards, "--out", subspace)
-    scale = Subspace.load(subspace).scale
-    common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": args.steps, "train.seed": args.seed}
-    common |= {"loss.sigma_shift": round(scale, 3), "sample.every": "null"}
-    variance = variance_ratio(args.out, common, sizes["draws"])
-    # All weights are trained: LoRA layers of a transformer as narrow as this one learn less than training from scratch.
-    everything = {"finetune.lora": "null"}
-    from_nothing = {**everything, "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
-    settings = {
-        "pixel": {**common, **everything, "finetune.base": args.out / "pixel-base"},
-        "scratch": {**common, **from_nothing, "finetune.base": args.out / "scratch-base"},
-    }
-    train({args.out / name: those for name, those in settings.items()})
-    picture, results = compared(args, sizes["asked"])
-    print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
-    return picture, {"scale": scale, "gradient_variance": variance, "models": results}
+    common = {"finetune.subspace": subspace, "data.path": shards, "train.steps": steps, "train.seed": seed}
+    return common | {"loss.sigma_shift": round(Subspace.load(subspace).scale, 3), "sample.every": "null"}
+
+
+def base_of(out: Path, model: str) -> Path:
+    """The folder of what a model was finetuned from."""
+    return out / ("scratch-base" if model == "scratch" else "pixel-base")
 
 
 def dimmed(sample: Sample) -> Sample:
@@ -237,30 +249,35 @@ def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
 
 # ---- What they draw --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def compared(args, asked: int) -> tuple[Figure, dict]:
+def drawings(out: Path, seed: int, asked: int, models: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """What models draw from the same noise, (asked, 3, H, W) at full brightness, and their captions.
+
+    With them the pictures of these captions, "data", and what the autoencoder makes of those, "autoencoder".
+    """
     pictures = Shapes(asked, SIZE, VALIDATION)
     samples = [dimmed(pictures[i]) for i in range(asked)]
     truth = torch.stack([to_float(sample.image) for sample in samples])
     captions = [sample.caption for sample in samples]
-    base = Flux2KleinPipeline.from_pretrained(args.out / "pixel-base", local_files_only=True)
+    base = Flux2KleinPipeline.from_pretrained(out / "pixel-base", local_files_only=True)
     text, empty = (encode_prompts(base, words, TEXT_LENGTH) for words in (captions, [""]))
-    subspace = Subspace.load(args.out / "subspace.safetensors")
+    subspace = Subspace.load(out / "subspace.safetensors")
     drawn = {"data": truth, "autoencoder": decode_latents(base.vae, encoded(base.vae, truth))}
-    noise = image_noise(args.seed, range(asked), (3, SIZE, SIZE))
-    for model in MODELS:
-        transformer = base.transformer if model in ("latent", "start") else loaded(args.out, model)
-        draw = of_latents if model == "latent" else of_pixels
-        drawn[model] = draw(model, transformer, base.vae, subspace, noise, text, empty)
-    drawn = {name: brightened(images) for name, images in drawn.items()}
-    results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
-    print_table(results)
-    return figure(drawn, results), results
+    noise = image_noise(seed, range(asked), (3, SIZE, SIZE))
+    for model in models:
+        draw = of_latents if model in LATENT else of_pixels
+        drawn[model] = draw(model, loaded(out, model), base.vae, subspace, noise, text, empty)
+    return {name: brightened(images) for name, images in drawn.items()}, captions
 
 
-def loaded(out: Path, model: str) -> AsymFlow:
-    folder, base = out / f"{model}-adapter", out / f"{model}-base"
-    once(folder, lambda beside: run("export", "--run", out / model, "--out", beside))
-    return load_adapter(Flux2Transformer2DModel.from_pretrained(base / "transformer"), folder)
+def loaded(out: Path, model: str) -> AsymFlow | Flux2Transformer2DModel:
+    """The transformer of latents, for `LATENT` and "start"; the finetuned pixel model otherwise."""
+    folder = out / LATENT[model] if model in LATENT else base_of(out, model)
+    transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer")
+    if model in LATENT or model == "start":
+        return transformer
+    adapter = out / f"{model}-adapter"
+    once(adapter, lambda beside: run("export", "--run", out / model, "--out", beside))
+    return load_adapter(transformer, adapter)
 
 
 def of_latents(model, transformer, vae, subspace: Subspace, noise: Tensor, text: Tensor, empty: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toy.paper import __main__ as paper
-from toy.paper import page
+from toy.paper import page, tables
 from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
 from toy.paper.measures import LEVELS
 
@@ -54,9 +54,9 @@ def test_the_verdict_is_the_rule_of_the_page(signs):
 # ---- The page --------------------------------------------------------------------------------------------------------
 def made_up(kind: str, seed: int, loss: float) -> dict:
     """A result as `Lab.result` writes it; all its numbers follow from one."""
-    samples = dict.fromkeys(page.COLUMNS, loss + 0.001 * seed)
+    samples = dict.fromkeys(tables.COLUMNS, loss + 0.001 * seed)
     way = {str(k): {"held_out": {str(x): loss * 4 / k for x in LEVELS}, "frechet_distance": 4 / k} for k in (1, 2, 4)}
-    end = dict.fromkeys((page.GUIDED, page.UNGUIDED, page.UNCLAMPED), samples)
+    end = dict.fromkeys((tables.GUIDED, tables.UNGUIDED, tables.UNCLAMPED), samples)
     about = {"run": {"name": f"{kind}-seed-{seed}", "seed": seed}, "commit": "abc", "machine": "a CPU"}
     return {
         **about,
@@ -71,15 +71,22 @@ def made_up(kind: str, seed: int, loss: float) -> dict:
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    for number, kind in enumerate(page.RANKS):
+    own = [f"{name}{mark}" for name in page.RATED for mark in ("-own-rate", "-rate-0.0003", "-rate-0.0006")]
+    for number, kind in enumerate([*page.RANKS, "rank-8-repa", "rank-0-repa", *own]):
         for seed in range(3):
             found = made_up(kind, seed, 1 + number + 0.01 * seed)
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
+    for number, model in enumerate(page.FINETUNED):
+        for seed in range(3):
+            found = made_up(f"finetuning-{model}", seed, 0.1 * number)
+            keys = ("all", "correlation", "correlation of strangers", "read alike", *tables.COLUMNS)
+            found["at the end"] = dict.fromkeys(keys, 0.1 * number + 0.001 * seed)
+            (folder / f"finetuning-{model}-seed-{seed}.json").write_text(json.dumps(found))
     return folder
 
 
 def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
-    kinds = page.read(results)
+    kinds = tables.read(results)
     text = page.rank(kinds)
     mean, spread = statistics.fmean([1, 1.011, 1.022]), statistics.stdev([1, 1.011, 1.022])
     assert f"| 0 | 3 | {mean:.2f} ± {spread:.2f} |" in text
@@ -87,9 +94,15 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
     assert f"{len(page.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
 
 
+def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):
+    """Ranks 0 and 8 are kinds number 0 and 3, with alignment 9 and 8: it costs rank 8 five, and rank 0 nine."""
+    assert "| it helps rank 8 more than rank 0 | **-4.0000 ± 0.0000** | **-4.00 ± 0.00** | shown |" in page.repa(
+        tables.read(results)
+    )
+
+
 def test_a_curve_reaches_a_level_between_two_measurements():
-    run = {"on the way": {"10": {"x": 4.0}, "20": {"x": 2.0}, "30": {"x": 1.0}}}
-    reached = [page.reached(run, level, lambda found: found["x"]) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
+    reached = [page.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
     assert reached == [10, 15, 25, 30, None]
 
 
@@ -99,6 +112,7 @@ def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):
     words = ["page", "--out", str(results), "--docs", str(tmp_path)]
     assert paper.main(words) == 0
     first = (tmp_path / "paper.md").read_text()
+    assert "Not run yet." not in first
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in page.FIGURES)
     assert paper.main(words) == 0
     assert (tmp_path / "paper.md").read_text() == first
@@ -115,6 +129,9 @@ def test_the_page_here_is_what_the_results_here_give(tmp_path):
     assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
 
 
-def test_no_results_are_one_line(tmp_path, capsys):
-    assert paper.main(["page", "--out", str(tmp_path), "--docs", str(DOCS)]) == 2
-    assert "has no results of rank-0 and rank-8: python -m toy.paper rank" in capsys.readouterr().err
+def test_what_has_no_results_is_said(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "paper.md", tmp_path / "docs")
+    assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
+    assert "no results yet for rank, of rank-0 and rank-8" in capsys.readouterr().out
+    assert (tmp_path / "docs" / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)

@@ -11,9 +11,10 @@ with importing("toy.paper"):
     from asymflow.errors import InputError
     from toy import paper
     from toy.paper import page
-    from toy.paper.experiments import EXPERIMENTS
-    from toy.paper.runs import QUICK, Lab, Scale
+    from toy.paper.experiments import PLANS
+    from toy.paper.runs import QUICK, Lab, Scale, in_words
 
+EXPERIMENTS = (*PLANS, "finetuning")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -29,22 +30,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def experiment(what: str, args: argparse.Namespace) -> None:
     """All runs of an experiment, or those of --only; with --quick, the first two."""
-    runs = {run.name: run for run in EXPERIMENTS[what](args.out)}
+    if what == "finetuning":
+        from toy.paper.finetuning import finetuning  # of the extra `flux2`, which no other experiment needs
+
+        return finetuning(args)
+    runs = {run.name: run for run in PLANS[what](args.out)}
     names = args.only.split(",") if args.only else list(runs)[: 2 if args.quick else None]
     if strange := [name for name in names if name not in runs]:
         raise InputError(f"--only {strange[0]} is none of {', '.join(runs)}")
     lab = Lab(args.out, QUICK if args.quick else Scale())
     for name in names:
         found = lab.result(runs[name])["at the end"].get("guided", {})
-        measures = [f"{key} {value:.4g}" for key, value in found.items() if value is not None]
-        print(f"{name}: {', '.join(measures) or 'done'}", flush=True)
+        print(f"{name}: {in_words(found) or 'done'}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         if args.what == "page":
-            page.write(args.out, args.docs)
+            missing = page.write(args.out, args.docs)
+            print("\n".join([f"wrote {args.docs / 'paper.md'}", *(f"no results yet for {name}" for name in missing)]))
         else:
             for what in EXPERIMENTS if args.what == "all" else [args.what]:
                 experiment(what, args)

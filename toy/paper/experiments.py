@@ -57,4 +57,4 @@ def repa(out: Path) -> list[Run]:
     return [replace(of_rank(rank, seed, "-repa", settings), repa=True) for seed in SEEDS for rank in RANKS[:2]]
 
 
-EXPERIMENTS: dict[str, Callable[[Path], list[Run]]] = {"rank": rank, "repa": repa, "rate": rate, "own-rate": own_rate}
+PLANS: dict[str, Callable[[Path], list[Run]]] = {"rank": rank, "repa": repa, "rate": rate, "own-rate": own_rate}

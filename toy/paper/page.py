@@ -4,175 +4,94 @@ The page's words are written by hand. What comes between <!-- NAME --> and <!-- 
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from asymflow import opening
-from asymflow.errors import InputError
 from asymflow.files import replacing
-from toy.paper.differences import Difference, verdict
+from toy.paper.tables import (
+    GUIDED,
+    UNCLAMPED,
+    UNGUIDED,
+    Measure,
+    Runs,
+    Values,
+    at_the_end,
+    by_seed,
+    claims,
+    held_out,
+    losses,
+    mean_loss,
+    minus,
+    origin,
+    read,
+    samples,
+    shown,
+    table,
+)
 
-Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
-Measure = Callable[[dict], float | None]
-
-GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
-COLUMNS = {  # of the tables: what it is called, and how its numbers are written
-    "frechet_distance": ("Fréchet distance", "{:.2f}"),
-    "precision": ("precision", "{:.1%}"),
-    "recall": ("recall", "{:.1%}"),
-    "count": ("count", "{:.1%}"),
-    "color": ("colour", "{:.1%}"),
-    "shape": ("shape", "{:.1%}"),
-    "right": ("all right", "{:.1%}"),
-    "sharpness": ("sharpness", "{:.3f}"),
-    "residual": ("residual", "{:.1f}"),
-    "patches": ("patches", "{:.4f}"),
-    "spectrum": ("spectrum", "{:.2f}"),
-    "seams": ("seams", "{:.2f}"),
-}
-RANKS = {"rank-0": "0", "rank-2": "2", "rank-4": "4", "rank-8": "8", "rank-16": "16", "rank-32": "32"}
+Kinds = Mapping[str, Runs]
 RANDOM = "random 8"
-RANKS |= {"rank-full": "768", "rank-random-8": RANDOM}
-PAPER_RANKS = {"0": 2.68, "2": 2.41, "4": 2.37, "8": 2.34, "16": 2.35, "32": 2.36, RANDOM: 2.63}  # its FIDs, Fig. 5
-PAPER_CLAMP = {"rank-8": 2.28 - 1.76, "rank-0": 3.27 - 1.90}  # by how much its FID rises without a clamp, Table 1
+RANKS = {f"rank-{rank}": str(rank) for rank in (0, 2, 4, 8, 16, 32)} | {"rank-full": "768", "rank-random-8": RANDOM}
+QUALITY: dict[str, tuple[Measure, str]] = {
+    "held-out loss": (held_out, "{:.4f}"),
+    "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
+}
 
 
-# ---- What is in a file -----------------------------------------------------------------------------------------------
-def held_out(run: dict) -> float:
-    """The mean of the losses at all noise levels, after the last step."""
-    return mean_loss(list(run["on the way"].values())[-1])
+def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QUALITY) -> list[Values]:
+    """The values of each measure of a kind of run."""
+    return [by_seed(kinds[name], measure) for measure, _ in measures.values()]
 
 
-def mean_loss(found: dict) -> float:
-    return statistics.fmean(found["held_out"].values())
-
-
-def at_the_end(how: str, key: str) -> Measure:
-    return lambda run: run["at the end"][how][key]
-
-
-def lost_without_clamp(key: str) -> Measure:
-    return lambda run: run["at the end"][UNCLAMPED][key] - run["at the end"][GUIDED][key]
-
-
-def by_seed(runs: Runs, measure: Measure) -> dict[int, float | None]:
-    return {seed: measure(run) for seed, run in sorted(runs.items())}
-
-
-def read(folder: Path) -> dict[str, Runs]:
-    """All results in a folder, by the names of their runs without the seed."""
-    kinds: dict[str, dict[int, dict]] = {}
-    for file in sorted(folder.glob("*-seed-*.json")):
-        found = opening.read_json(file)
-        kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
-    return kinds
-
-
-# ---- Text ------------------------------------------------------------------------------------------------------------
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def spread(values: Mapping[int, float | None], form: str) -> str:
-    """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05"."""
-    known = [value for value in values.values() if value is not None]
-    if not known:
-        return "none"
-    mean = form.format(statistics.fmean(known))
-    return f"{mean} ± {form.format(statistics.stdev(known))}" if len(known) > 1 else mean
-
-
-def difference(first: Runs, other: Runs, measure: Measure, form: str) -> tuple[Difference, str]:
-    """first - other, and how the table shows it: in bold if it counts."""
-    found = Difference.between(by_seed(first, measure), by_seed(other, measure))
-    sign = form.replace("{:", "{:+")
-    words = f"{sign.format(found.mean)} ± {form.format(found.spread)}" if found.seeds > 1 else sign.format(found.mean)
-    return found, f"**{words}**" if found.counts else words
-
-
-def measured(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str) -> str:
-    """A row for each kind of run, with all that was measured of its samples."""
-    rows = []
-    for name, title in titles.items():
-        if name in kinds:
-            cells = [spread(by_seed(kinds[name], at_the_end(how, key)), form) for key, (_, form) in COLUMNS.items()]
-            rows.append([title, str(len(kinds[name])), *cells])
-    return table(["rank", "seeds", *(title for title, _ in COLUMNS.values())], rows)
-
-
-def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
-    """A row for each kind of run, with its held-out loss at each noise level."""
-    levels = list(next(iter(next(iter(kinds.values())).values()))["on the way"].values())[-1]["held_out"]
-    rows = []
-    for name, title in titles.items():
-        if name in kinds:
-            at = [lambda run, k=level: list(run["on the way"].values())[-1]["held_out"][k] for level in levels]
-            cells = [spread(by_seed(kinds[name], measure), "{:.4f}") for measure in [held_out, *at]]
-            rows.append([title, *cells])
-    return table(["rank", "mean", *levels], rows)
-
-
-def claims(kinds: Mapping[str, Runs], pairs: Mapping[tuple[str, str], str], measures: Mapping[str, tuple]) -> str:
-    """A row for each claim that the first of a pair is lower: the differences, and the verdict."""
-    rows = []
-    for (first, other), claim in pairs.items():
-        if first in kinds and other in kinds:
-            found = [difference(kinds[first], kinds[other], measure, form) for measure, form in measures.values()]
-            rows.append([claim, *(words for _, words in found), verdict([d for d, _ in found])])
-    return table(["claim", *measures, "verdict"], rows)
-
-
-def origin(kinds: Mapping[str, Runs]) -> str:
-    """The machines, commits and hours of the runs."""
-    runs = [run for by_seed in kinds.values() for run in by_seed.values()]
-    hours = {key: sum(run["hours"][key] for run in runs) for key in ("training", "measuring")}
-    machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
-    return (
-        f"*{len(runs)} runs, {hours['training']:.1f} hours of training and {hours['measuring']:.1f} of measuring, two "
-        f"processes beside other work, on {machines}, at commit {commits}.*"
-    )
+def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY) -> str:
+    """The claims that the first kind of each pair is better, where both kinds have been run."""
+    sides = {
+        claim: (of(kinds, first, measures), of(kinds, other, measures))
+        for claim, (first, other) in pairs.items()
+        if first in kinds and other in kinds
+    }
+    return claims(sides, {name: form for name, (_, form) in measures.items()})
 
 
 # ---- Figure 5 --------------------------------------------------------------------------------------------------------
-QUALITY = {
-    "held-out loss": (held_out, "{:.4f}"),
-    "Fréchet distance": (at_the_end(GUIDED, "frechet_distance"), "{:.2f}"),
-}
+PAPER_RANKS = {"0": 2.68, "2": 2.41, "4": 2.37, "8": 2.34, "16": 2.35, "32": 2.36, RANDOM: 2.63}  # its FIDs
 RANK_CLAIMS = {
-    ("rank-8", "rank-0"): "rank 8 is better than rank 0 (x0-prediction)",
-    ("rank-8", "rank-full"): "rank 8 is better than rank 768 (u-prediction)",
-    ("rank-8", "rank-random-8"): "rank 8 by PCA is better than a random subspace of rank 8",
-    ("rank-random-8", "rank-0"): "a random subspace of rank 8 is better than rank 0 (the paper: it is not)",
-    ("rank-8", "rank-2"): "rank 8 is better than rank 2",
-    ("rank-8", "rank-32"): "rank 8 is better than rank 32",
+    "rank 8 is better than rank 0 (x0-prediction)": ("rank-8", "rank-0"),
+    "rank 8 is better than rank 768 (u-prediction)": ("rank-8", "rank-full"),
+    "rank 8 by PCA is better than a random subspace of rank 8": ("rank-8", "rank-random-8"),
+    "a random subspace of rank 8 is better than rank 0 (the paper: it is not)": ("rank-random-8", "rank-0"),
+    "rank 8 is better than rank 2": ("rank-8", "rank-2"),
+    "rank 8 is better than rank 32": ("rank-8", "rank-32"),
 }
 
 
-def rank(kinds: Mapping[str, Runs]) -> str:
-    parts = [claims(kinds, RANK_CLAIMS, QUALITY), "With guidance 2:", measured(kinds, RANKS, GUIDED)]
-    parts += ["Without guidance:", measured(kinds, RANKS, UNGUIDED)]
-    parts += ["Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds)]
-    return "\n\n".join(parts)
+def rank(kinds: Kinds) -> str:
+    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS)]
+    parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
+    return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
 
 
-def rank_figure(kinds: Mapping[str, Runs]) -> Figure:
+def rank_figure(kinds: Kinds) -> Figure:
     """The paper's Figure 5 beside ours: a point for each seed, a line through the means."""
     panels = {"the paper: FID, H/16, 160 epochs": {rank: {0: fid} for rank, fid in PAPER_RANKS.items()}}
-    for title, (measure, _) in {**QUALITY, "residual": (at_the_end(GUIDED, "residual"), "")}.items():
-        panels[f"ours: {title}"] = {RANKS[k]: by_seed(runs, measure) for k, runs in kinds.items() if k in RANKS}
+    for title, (measure, _) in {**QUALITY, "residual": (at_the_end("residual"), "")}.items():
+        panels[f"ours: {title}"] = {RANKS[name]: by_seed(kinds[name], measure) for name in RANKS if name in kinds}
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    shown = [rank for rank in RANKS.values() if rank != RANDOM]
+    places = [rank for rank in RANKS.values() if rank != RANDOM]
     for axis, (title, found) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        means = {}
         for rank, values in found.items():
             known = [value for value in values.values() if value is not None]
-            place, color = (shown.index("8"), "C3") if rank == RANDOM else (shown.index(rank), "C0")
-            axis.plot([place] * len(known), known, "x" if rank == RANDOM else "o", color=color, markersize=4)
-        means = [statistics.fmean(v for v in found[rank].values() if v is not None) for rank in shown if rank in found]
-        axis.plot([place for place, rank in enumerate(shown) if rank in found], means, color="C0")
-        axis.set_xticks(range(len(shown)), shown)
-        axis.set(xlabel="rank (x: a random subspace)", yscale="log" if "loss" in title else "linear")
+            if rank == RANDOM:
+                axis.plot([places.index("8")] * len(known), known, "x", color="C3", markersize=5)
+            elif known:
+                means[places.index(rank)] = statistics.fmean(known)
+                axis.plot([places.index(rank)] * len(known), known, "o", color="C0", markersize=4)
+        axis.plot(means.keys(), means.values(), color="C0")
+        axis.set_xticks(range(len(places)), places)
+        axis.set(xlabel="rank (x: a random subspace)", yscale="log" if "ours" in title else "linear")
         axis.set_title(title, fontsize=9)
     return figure
 
@@ -181,35 +100,33 @@ def rank_figure(kinds: Mapping[str, Runs]) -> Figure:
 SPEED = {"held-out loss": mean_loss, "Fréchet distance, unguided": lambda found: found["frechet_distance"]}
 
 
-def curve(run: dict, measure: Callable[[dict], float]) -> tuple[list[int], list[float]]:
-    return [int(step) for step in run["on the way"]], [measure(found) for found in run["on the way"].values()]
-
-
-def reached(run: dict, level: float, measure: Callable[[dict], float]) -> float | None:
-    """The step at which a curve comes down to a level, between two measurements by a straight line; None: never."""
-    steps, values = curve(run, measure)
-    for i, value in enumerate(values):
-        if value <= level:
-            share = 0.0 if i == 0 else (values[i - 1] - level) / (values[i - 1] - value)
-            return steps[i] if i == 0 else steps[i - 1] + share * (steps[i] - steps[i - 1])
-    return None
-
-
-def speed(kinds: Mapping[str, Runs]) -> str:
+def speed(kinds: Kinds) -> str:
     rows = []
     for title, measure in SPEED.items():
         saved = {}
         for seed in sorted(kinds["rank-0"].keys() & kinds["rank-8"].keys()):
-            slow, fast = kinds["rank-0"][seed], kinds["rank-8"][seed]
-            steps, values = curve(slow, measure)
-            step = reached(fast, values[-1], measure)
+            steps, values = curve(kinds["rank-0"][seed], measure)
+            step = reached(*curve(kinds["rank-8"][seed], measure), values[-1])
             saved[seed] = None if step is None else 1 - step / steps[-1]
         each = " · ".join("never" if value is None else f"{value:.0%}" for value in saved.values())
-        rows.append([title, each, spread(saved, "{:.0%}")])
+        rows.append([title, each, shown(saved, "{:.0%}")])
     return table(["rank 8 reaches the last value of rank 0 sooner by", "seeds", "mean"], rows)
 
 
-def speed_figure(kinds: Mapping[str, Runs]) -> Figure:
+def curve(run: dict, measure: Callable[[dict], float]) -> tuple[list[int], list[float]]:
+    return [int(step) for step in run["on the way"]], [measure(found) for found in run["on the way"].values()]
+
+
+def reached(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:
+    """The step at which a curve comes down to a level, on a straight line between two measurements; None: never."""
+    for i, value in enumerate(values):
+        if value <= level:
+            share = (values[i - 1] - level) / (values[i - 1] - value) if i else 1.0
+            return steps[i] - (1 - share) * (steps[i] - steps[i - 1])
+    return None
+
+
+def speed_figure(kinds: Kinds) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, (title, measure) in zip(figure.subplots(1, len(SPEED)), SPEED.items(), strict=True):
         for name, color in (("rank-0", "C1"), ("rank-8", "C0"), ("rank-random-8", "C3")):
@@ -222,42 +139,136 @@ def speed_figure(kinds: Mapping[str, Runs]) -> Figure:
 
 
 # ---- Table 1 ---------------------------------------------------------------------------------------------------------
-CLAMP = {
-    "Fréchet distance": (lost_without_clamp("frechet_distance"), "{:.2f}"),
-    "residual": (lost_without_clamp("residual"), "{:.2f}"),
+PAPER_CLAMP = {"rank-8": 2.28 - 1.76, "rank-0": 3.27 - 1.90}  # by how much its FID rises without a clamp
+CLAMPED = {"Fréchet distance": ("frechet_distance", "{:.2f}"), "residual": ("residual", "{:.2f}")}
+
+
+def clamp(kinds: Kinds) -> str:
+    values = lambda name, key, how: by_seed(kinds[name], at_the_end(key, how))
+    lost = {
+        name: [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key, _ in CLAMPED.values()]
+        for name in PAPER_CLAMP
+    }
+    forms = {title: form for title, (_, form) in CLAMPED.items()}
+    rows = [
+        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, lost[name], forms.values())]
+        for name, paper in PAPER_CLAMP.items()
+    ]
+    head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
+    return "\n\n".join([table(head, rows), claims({"rank 8 loses less than rank 0": list(lost.values())}, forms)])
+
+
+# ---- Table 2 ---------------------------------------------------------------------------------------------------------
+ALIGNED = {"rank-0": "0", "rank-0-repa": "0, with alignment", "rank-8": "8", "rank-8-repa": "8, with alignment"}
+
+
+def repa(kinds: Kinds) -> str:
+    pairs = {f"rank {rank} is better with alignment": (f"rank-{rank}-repa", f"rank-{rank}") for rank in (8, 0)}
+    sides = {claim: (of(kinds, first), of(kinds, other)) for claim, (first, other) in pairs.items()}
+    sides["it helps rank 8 more than rank 0"] = [list(map(minus, *both)) for both in sides.values()]
+    made = claims(sides, {name: form for name, (_, form) in QUALITY.items()})
+    return "\n\n".join([made, samples(kinds, ALIGNED), origin(kinds, ["rank-0-repa", "rank-8-repa"])])
+
+
+# ---- Each with its own learning rate ---------------------------------------------------------------------------------
+RATED = {"rank-0": "0", "rank-8": "8", "rank-full": "768", "rank-random-8": RANDOM}
+
+
+def rate(kinds: Kinds) -> str:
+    searched = {name: {k: runs for k, runs in kinds.items() if k.startswith(f"{name}-rate-")} for name in RATED}
+    rates = sorted({k.rpartition("-rate-")[2] for found in searched.values() for k in found}, key=float)
+    rows = []
+    for name, found in searched.items():
+        rows.append([RATED[name], *(shown(by_seed(found[f"{name}-rate-{r}"], held_out), "{:.4f}") for r in rates)])
+    own = {f"{name}-own-rate": rank for name, rank in RATED.items()}
+    pairs = {
+        claim: tuple(f"{name}-own-rate" for name in pair)
+        for claim, pair in RANK_CLAIMS.items()
+        if all(name in RATED for name in pair)
+    }
+    parts = [table(["rank", *rates], rows), compared(kinds, pairs), samples(kinds, own), losses(kinds, own)]
+    return "\n\n".join([*parts, origin(kinds, [*own, *(k for found in searched.values() for k in found)])])
+
+
+# ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------
+FINETUNED = {  # its title, and the paper's HPSv3 and FID
+    "latent": ("the latent model", "", ""),
+    "start": ("lifted, before any training", "", ""),
+    "latent-finetuned": ("the latent model, finetuned", "10.70", "15.0"),
+    "plain": ("pixels, plain loss", "12.03", "20.2"),
+    "reduced": ("pixels, variance-reduced", "12.99", "18.5"),
+    "perceptual": ("pixels, variance-reduced and perceptual", "13.06", "19.1"),
+    "scratch": ("pixels, from scratch", "", ""),
+}
+DRAWN = {
+    "all right": (lambda run: run["at the end"]["all"], "{:.1%}"),
+    "sharpness": (lambda run: run["at the end"]["sharpness"], "{:.3f}"),
+    "residual": (lambda run: run["at the end"]["residual"], "{:.1f}"),
+    "Fréchet distance": (lambda run: run["at the end"]["frechet_distance"], "{:.2f}"),
+    "patches": (lambda run: run["at the end"]["patches"], "{:.4f}"),
+    "spectrum": (lambda run: run["at the end"]["spectrum"], "{:.2f}"),
+}
+FAULTS = {"residual": DRAWN["residual"], "share not right": (lambda run: 1 - run["at the end"]["all"], "{:.1%}")}
+FINETUNING_CLAIMS = {
+    "plain is better than the latent model, finetuned": ("plain", "latent-finetuned"),
+    "variance-reduced is better than plain": ("reduced", "plain"),
+    "with the perceptual term it is better than without": ("perceptual", "reduced"),
+    "variance-reduced is better than from scratch": ("reduced", "scratch"),
+    "plain is better than from scratch": ("plain", "scratch"),
 }
 
 
-def clamp(kinds: Mapping[str, Runs]) -> str:
-    rows = []
-    for name in PAPER_CLAMP:
-        lost = [spread(by_seed(kinds[name], measure), form) for measure, form in CLAMP.values()]
-        rows.append([f"rank {RANKS[name]}", f"{PAPER_CLAMP[name]:.2f}", *lost])
-    head = ["without a clamp, this much is lost", "the paper: FID", *(f"ours: {title}" for title in CLAMP)]
-    less = {("rank-8", "rank-0"): "rank 8 loses less than rank 0"}
-    return "\n\n".join([table(head, rows), claims(kinds, less, CLAMP)])
+def finetuning(kinds: Kinds) -> str:
+    names = {f"finetuning-{model}": FINETUNED[model] for model in FINETUNED if f"finetuning-{model}" in kinds}
+    pairs = {claim: tuple(f"finetuning-{model}" for model in pair) for claim, pair in FINETUNING_CLAIMS.items()}
+    rows = [
+        [title, hps, fid, *(shown(by_seed(kinds[name], measure), form) for measure, form in DRAWN.values())]
+        for name, (title, hps, fid) in names.items()
+    ]
+    head = ["", "the paper: HPSv3", "its FID", *DRAWN]
+    return "\n\n".join([compared(kinds, pairs, FAULTS), table(head, rows), origin(kinds, list(names))])
+
+
+def lifted(kinds: Kinds) -> str:
+    titles = {
+        "correlation": "correlation with what the latent model draws from the same noise",
+        "correlation of strangers": "from other noise, of another caption",
+        "read alike": "the oracle reads the same in both",
+    }
+    found = {key: by_seed(kinds["finetuning-start"], lambda run, key=key: run["at the end"][key]) for key in titles}
+    rows = [[title, shown(found[key], "{:.1%}")] for key, title in titles.items()]
+    return table(["the lifted model, before any training", ""], rows)
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
-BLOCKS = {"rank": rank, "speed": speed, "clamp": clamp}
+BLOCKS = {  # how each is made, and of which kinds of runs
+    "rank": (rank, ["rank-0", "rank-8"]),
+    "speed": (speed, ["rank-0", "rank-8"]),
+    "clamp": (clamp, ["rank-0", "rank-8"]),
+    "repa": (repa, ["rank-0-repa", "rank-8-repa"]),
+    "rate": (rate, [f"{name}-own-rate" for name in RATED]),
+    "finetuning": (finetuning, ["finetuning-plain", "finetuning-reduced"]),
+    "lifted": (lifted, ["finetuning-start"]),
+}
 FIGURES = {"paper_rank": rank_figure, "paper_speed": speed_figure}
 
 
-def write(folder: Path, docs: Path) -> None:
-    """Put the tables of the results in a folder into docs/paper.md, and the figures beside it."""
-    kinds = read(folder)
-    if missing := {"rank-0", "rank-8"} - kinds.keys():
-        raise InputError(f"{folder} has no results of {' and '.join(sorted(missing))}: python -m toy.paper rank")
+def write(folder: Path, docs: Path) -> list[str]:
+    """Put the results in a folder into docs/paper.md, and the figures beside it. Returns the blocks that have none."""
+    kinds, missing = read(folder), []
     page = docs / "paper.md"
     text = page.read_text(encoding="utf-8")
-    for name, make in BLOCKS.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if not (start in text and end in text):
-            raise InputError(f"{page} has no place for the table {name!r}: {start} ... {end}")
-        before, after = text.split(start)[0], text.split(end)[1]
-        text = f"{before}{start}\n\n{make(kinds)}\n\n{end}{after}"
-    for name, draw in FIGURES.items():
-        with replacing(docs / f"{name}.png") as beside:
-            draw(kinds).savefig(beside, dpi=80, format="png")
+    for name, (make, needed) in BLOCKS.items():
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        after = rest.partition(f"<!-- end of {name} -->")[2]
+        if missing_here := [kind for kind in needed if kind not in kinds]:
+            missing.append(f"{name}, of {' and '.join(missing_here)}")
+        block = "Not run yet." if missing_here else make(kinds)
+        text = f"{before}<!-- {name} -->\n\n{block}\n\n<!-- end of {name} -->{after}"
+    if {"rank-0", "rank-8"} <= kinds.keys():
+        for name, draw in FIGURES.items():
+            with replacing(docs / f"{name}.png") as beside:
+                draw(kinds).savefig(beside, dpi=80, format="png")
     with replacing(page) as beside:
         beside.write_text(text, encoding="utf-8")
+    return missing

@@ -136,12 +136,8 @@ class Lab:
             started = time.time()
             found = self.measure(run)
             found["hours"]["measuring"] = (time.time() - started) / 3600
-            with replacing(file) as beside:
-                beside.write_text(json.dumps({**about, "commit": commit(), "machine": machine(), **found}, indent=1))
-        found = opening.read_json(file)
-        if differing := [key for key in about if found[key] != about[key]]:
-            raise InputError(f"{file} is of another {' and '.join(differing)}: choose another --out")
-        return found
+            keep(file, about, found)
+        return stored(file, about)
 
     def train(self, run: Run) -> None:
         folder = self.out / run.name
@@ -168,10 +164,8 @@ class Lab:
     def measure(self, run: Run) -> dict:
         folder = self.out / run.name
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        batch = load_config(folder / "config.yaml").train.global_batch_size
+        metrics = read_metrics(folder)
         losses = torch.tensor([line["loss"] for line in metrics], dtype=torch.float64)
-        hours = sum(batch / line["images_per_second"] for line in metrics) / 3600
         way = {}
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
@@ -183,7 +177,7 @@ class Lab:
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
         losses = [part.mean().item() for part in losses.split(AVERAGED)]
         end = self.ending(run, flow) if run.drawn else {}
-        return {"hours": {"training": hours}, "losses": losses, "on the way": way, "at the end": end}
+        return {"hours": {"training": training_hours(folder)}, "losses": losses, "on the way": way, "at the end": end}
 
     def ending(self, run: Run, flow: AsymFlow) -> dict[str, dict]:
         """What is measured of samples of the trained model, and a picture of some."""
@@ -221,3 +215,33 @@ class Lab:
             "spectrum": measures.spectrum_error(samples, real),
             "seams": measures.seams(samples, self.patch_size) / measures.seams(real, self.patch_size),
         }
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+def keep(file: Path, about: dict, found: dict) -> None:
+    """Write a result, and where it comes from. about: what tells this run from others."""
+    with replacing(file) as beside:
+        beside.write_text(json.dumps({**about, "commit": commit(), "machine": machine(), **found}, indent=1))
+
+
+def stored(file: Path, about: dict) -> dict:
+    """A result that was kept. InputError if it is of another run."""
+    found = opening.read_json(file)
+    if differing := [key for key in about if found.get(key) != about[key]]:
+        raise InputError(f"{file} is of another {' and '.join(differing)}: choose another --out")
+    return found
+
+
+def in_words(found: dict[str, float | None]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None)
+
+
+# ---- The folder of a training ----------------------------------------------------------------------------------------
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_hours(folder: Path) -> float:
+    """The time of all its steps, however often it was stopped."""
+    batch = load_config(folder / "config.yaml").train.global_batch_size
+    return sum(batch / line["images_per_second"] for line in read_metrics(folder)) / 3600

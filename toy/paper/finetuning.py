@@ -1,0 +1,163 @@
+"""Table 3 and Figure 4: what each part of the loss adds when a latent model becomes a pixel model.
+
+The models are those of toy/asymflux2_tiny.py; here their losses differ. All are finetuned, or trained from scratch, for
+as many steps on the same pictures in the same order, and draw the same captions from the same noise.
+"""
+
+import argparse
+import math
+import operator
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asymflow.errors import InputError
+from asymflow.files import replacing
+from asymflow.packages import importing, need
+
+with importing("toy.paper finetuning"):
+    need("lpips")
+    from safetensors.torch import save_file
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+    from torchvision.models import vgg16_bn
+
+    from asymflow.data.shapes import Shapes
+    from asymflow.evaluation.drawn import quantized
+    from asymflow.evaluation.features import load_extractor
+    from asymflow.evaluation.frechet import frechet_distance
+    from asymflow.evaluation.frechet import statistics as moments
+    from asymflow.evaluation.oracle import detail, read_scene, score
+    from asymflow.pictures import image_grid
+    from asymflow.progress import progress_bar
+    from toy import asymflux2_tiny as tiny
+    from toy.emoji64 import JUDGE, judge_in, load
+    from toy.paper import measures
+    from toy.paper.experiments import SEEDS
+    from toy.paper.runs import in_words, keep, stored, training_hours
+
+STEPS, QUICK_STEPS = 1500, 4
+ASKED = 512  # captions
+SHOWN = 8  # samples of each model in the picture
+VGG = "vgg16.safetensors"
+LOSSES = {  # what is trained, and how its configuration differs
+    "reduced": tiny.EVERYTHING,
+    "plain": {**tiny.EVERYTHING, "loss.variance_reduction": "null"},
+    "scratch": tiny.FROM_NOTHING,
+    "perceptual": tiny.EVERYTHING,  # and the perceptual term, whose network is trained first
+}
+MODELS = ("latent", "start", "latent-finetuned", "scratch", "plain", "reduced", "perceptual")
+
+
+def finetuning(args: argparse.Namespace) -> None:
+    """A folder for each seed, with all its models; a result for each model and seed."""
+    folders = {f"finetuning-seed-{seed}": seed for seed in (SEEDS[:1] if args.quick else SEEDS)}
+    names = args.only.split(",") if args.only else list(folders)
+    if strange := [name for name in names if name not in folders]:
+        raise InputError(f"--only {strange[0]} is none of {', '.join(folders)}")
+    for name in names:
+        seed, steps = folders[name], QUICK_STEPS if args.quick else STEPS
+        results = {args.out / f"finetuning-{model}-seed-{seed}.json": model for model in MODELS}
+        if not all(file.exists() for file in results):
+            one_seed(
+                args.out, args.out / name, seed, steps, tiny.QUICK if args.quick else {**tiny.FULL, "asked": ASKED}
+            )
+        for file, model in results.items():
+            print(f"{file.stem}: {in_words(stored(file, about(model, seed, steps))['at the end'])}", flush=True)
+
+
+def about(model: str, seed: int, steps: int) -> dict:
+    return {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed, "steps": steps}}
+
+
+def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict) -> None:
+    """Train all models of a seed, let them draw, and write their results. sizes: as in toy/asymflux2_tiny.py."""
+    pictures = Shapes(max(sizes["pictures"], 200), tiny.SIZE, seed=5)
+    judge_in(out / "finetuning", pictures, *load(pictures), epochs=6)
+    vgg = out / "finetuning" / VGG
+    perceptual_net(vgg, min(steps, 300))
+    common = tiny.prepared(folder, seed, steps, sizes)
+    longer = lambda beside: tiny.latent_model(folder / "pixel-base", beside, folder / "shards", seed + 100, steps)
+    tiny.once(folder / "latent-finetuned", longer)
+    for model, settings in LOSSES.items():
+        term = {"loss.perceptual": f"{{vgg: {vgg}, weight: 1.0}}"} if model == "perceptual" else {}
+        tiny.train({folder / model: {**common, "finetune.base": tiny.base_of(folder, model), **settings, **term}})
+
+    started = time.time()
+    drawn, captions = tiny.drawings(folder, seed, sizes["asked"], MODELS)
+    image_grid(torch.cat([images[:SHOWN] for images in drawn.values()]), columns=SHOWN).save(out / f"{folder.name}.png")
+    features = load_extractor("classifier", out / "finetuning" / JUDGE)
+    statistics_of = lambda images: moments(torch.cat([features(part) for part in images.split(measures.BATCH)]))
+    real = quantized(drawn["data"], "round")
+    for model in MODELS:
+        samples = quantized(drawn[model], "round")
+        end = {
+            **score(drawn[model], captions),
+            **detail(drawn[model]),
+            "frechet_distance": frechet_distance(statistics_of(samples), statistics_of(real)),
+            "patches": measures.patch_distance(samples, real, tiny.PATCH),
+            "spectrum": measures.spectrum_error(samples, real),
+            "correlation": correlation(drawn[model], drawn["latent"]),
+            "correlation of strangers": correlation(drawn[model].roll(1, 0), drawn["latent"]),
+            "read alike": statistics.fmean(map(operator.eq, readings(drawn[model]), readings(drawn["latent"]))),
+        }
+        end = {key: None if math.isnan(value) else value for key, value in end.items()}  # NaN: nothing was recognized
+        hours = {"training": training_hours(folder / model) if model in LOSSES else 0.0}
+        hours["measuring"] = (time.time() - started) / 3600 / len(MODELS)
+        keep(
+            out / f"finetuning-{model}-seed-{seed}.json", about(model, seed, steps), {"hours": hours, "at the end": end}
+        )
+
+
+def readings(images: Tensor) -> list[str | None]:
+    """What the oracle reads in each image: a caption, or None."""
+    return [read_scene(image).caption for image in images]
+
+
+def correlation(images: Tensor, others: Tensor) -> float:
+    """Of the pixels of images (n, 3, H, W) with those of others, about the mean image of each; the mean over n."""
+    first, other = ((part - part.mean(0)).flatten(1) for part in (images, others))
+    return F.cosine_similarity(first, other).mean().item()
+
+
+def perceptual_net(file: Path, steps: int, seed: int = 0) -> None:
+    """A VGG16 that has learnt the classes of shapes, in torchvision's names: for the perceptual term of the loss.
+
+    It learns with batch normalization, without which it does not in so few steps, and which is then folded into its
+    convolutions. What follows these in torchvision is made for 224 pixels; here one linear layer is enough.
+    """
+    if file.exists():
+        return
+    torch.manual_seed(seed)
+    features, head = vgg16_bn().features, nn.Linear(512, Shapes.num_classes)
+    weights = [*features.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    pictures = Shapes(steps * 32, tiny.SIZE, seed=7)
+    for step in progress_bar(range(steps), "training the perceptual network", "step"):
+        samples = [tiny.dimmed(pictures[32 * step + i]) for i in range(32)]
+        images, labels = torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
+        loss = F.cross_entropy(head(features(tiny.to_float(images)).mean((2, 3))), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"the perceptual network's last loss is {loss:.3f}, where a guess has 2.773")
+    weights = {f"features.{name}": w.contiguous() for name, w in folded(features.eval()).state_dict().items()}
+    with replacing(file) as beside:
+        save_file(weights, beside)
+
+
+def folded(features: nn.Sequential) -> nn.Sequential:
+    """The same function in eval mode, without batch normalization: each is folded into the convolution before it."""
+    layers = list(features)
+    return nn.Sequential(
+        *(
+            fuse_conv_bn_eval(layer, layers[i + 1]) if isinstance(layer, nn.Conv2d) else layer
+            for i, layer in enumerate(layers)
+            if not isinstance(layer, nn.BatchNorm2d)
+        )
+    )

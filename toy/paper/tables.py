@@ -1,0 +1,129 @@
+"""Results of several seeds in tables: means, spreads, and claims with their verdicts."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from asymflow import opening
+from toy.paper.differences import Difference, verdict
+
+Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
+Measure = Callable[[dict], float | None]  # a number from what was measured; None: there was nothing to measure
+Values = Mapping[int, float | None]  # of a measure, by seed
+
+GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
+COLUMNS = {  # of samples: what it is called, and how its numbers are written
+    "frechet_distance": ("Fréchet distance", "{:.2f}"),
+    "precision": ("precision", "{:.1%}"),
+    "recall": ("recall", "{:.1%}"),
+    "count": ("count", "{:.1%}"),
+    "color": ("colour", "{:.1%}"),
+    "shape": ("shape", "{:.1%}"),
+    "right": ("all right", "{:.1%}"),
+    "sharpness": ("sharpness", "{:.3f}"),
+    "residual": ("residual", "{:.1f}"),
+    "patches": ("patches", "{:.4f}"),
+    "spectrum": ("spectrum", "{:.2f}"),
+    "seams": ("seams", "{:.2f}"),
+}
+
+
+# ---- What is in a file -----------------------------------------------------------------------------------------------
+def read(folder: Path) -> dict[str, Runs]:
+    """All results in a folder, by the names of their runs without the seed."""
+    kinds: dict[str, dict[int, dict]] = {}
+    for file in sorted(folder.glob("*-seed-*.json")):
+        found = opening.read_json(file)
+        kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
+    return kinds
+
+
+def held_out(run: dict) -> float:
+    """The mean of the held-out losses at all noise levels, after the last step."""
+    return mean_loss(last(run))
+
+
+def mean_loss(found: dict) -> float:
+    return statistics.fmean(found["held_out"].values())
+
+
+def last(run: dict) -> dict:
+    """What was measured after the last step."""
+    return list(run["on the way"].values())[-1]
+
+
+def at_the_end(key: str, how: str = GUIDED) -> Measure:
+    return lambda run: run["at the end"][how][key]
+
+
+def by_seed(runs: Runs, measure: Measure) -> Values:
+    return {seed: measure(run) for seed, run in sorted(runs.items())}
+
+
+def minus(first: Values, other: Values) -> Values:
+    """first - other, where both are known."""
+    return {s: first[s] - other[s] for s in first if first[s] is not None and other.get(s) is not None}
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def shown(values: Values, form: str) -> str:
+    """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05"."""
+    known = [value for value in values.values() if value is not None]
+    if not known:
+        return "none"
+    mean = form.format(statistics.fmean(known))
+    return f"{mean} ± {form.format(statistics.stdev(known))}" if len(known) > 1 else mean
+
+
+def shown_difference(found: Difference, form: str) -> str:
+    """In bold if it counts."""
+    mean = form.replace("{:", "{:+").format(found.mean)
+    words = f"{mean} ± {form.format(found.spread)}" if found.seeds > 1 else f"{mean}, one seed"
+    return f"**{words}**" if found.counts else words
+
+
+def claims(sides: Mapping[str, tuple[Sequence[Values], Sequence[Values]]], measures: Mapping[str, str]) -> str:
+    """A row for each claim that its first side is lower: the differences, and the verdict.
+
+    Each side has the values of every measure. measures: how the numbers of each are written.
+    """
+    rows = []
+    for claim, (first, other) in sides.items():
+        found = [Difference.between(*values) for values in zip(first, other, strict=True)]
+        words = [shown_difference(d, form) for d, form in zip(found, measures.values(), strict=True)]
+        rows.append([claim, *words, verdict(found)])
+    return table(["claim", *(f"difference in {name}" for name in measures), "verdict"], rows)
+
+
+def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUIDED) -> str:
+    """A row for each kind of run, with all that was measured of its samples."""
+    rows = []
+    for name in filter(kinds.__contains__, titles):
+        cells = [shown(by_seed(kinds[name], at_the_end(key, how)), form) for key, (_, form) in COLUMNS.items()]
+        rows.append([titles[name], str(len(kinds[name])), *cells])
+    return table(["rank", "seeds", *(title for title, _ in COLUMNS.values())], rows)
+
+
+def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
+    """A row for each kind of run, with its held-out loss at each noise level."""
+    rows, levels = [], []
+    for name in filter(kinds.__contains__, titles):
+        levels = list(last(next(iter(kinds[name].values())))["held_out"])
+        at = [lambda run, level=level: last(run)["held_out"][level] for level in levels]
+        rows.append([titles[name], *(shown(by_seed(kinds[name], measure), "{:.4f}") for measure in [held_out, *at])])
+    return table(["rank", "mean", *levels], rows)
+
+
+def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
+    """The machines, commits and hours of some kinds of runs."""
+    runs = [run for name in names for run in kinds.get(name, {}).values()]
+    training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
+    machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
+    return (
+        f"*{len(runs)} runs, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each beside "
+        f"other work: {machines}, at commit {commits}.*"
+    )
