@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toy.paper import __main__ as paper
-from toy.paper import page, tables
+from toy.paper import criterion, page, tables
 from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
 from toy.paper.measures import LEVELS
 
@@ -135,3 +135,14 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
     assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
     assert "no results yet for rank, of rank-0 and rank-8" in capsys.readouterr().out
     assert (tmp_path / "docs" / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
+
+
+def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
+    """Of ten directions with much variance, each is worth predicting noise in, and no more, if there is room."""
+    shutil.copy(DOCS / "paper.md", tmp_path)
+    (tmp_path / page.SPECTRA).write_text(json.dumps({"made up": [30.0] * 8 + [0.01] * 90}))
+    assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "paper.md").read_text().splitlines() if "| made up |" in line]
+    assert len(rows) == len(page.ROOMS)
+    assert all(row[2 + criterion.RANKS.index(8)] == "**1.00**" for row in rows)
+    assert sum("**" in cell for row in rows for cell in row) == len(rows)

@@ -12,6 +12,7 @@ from toy.paper.runs import Run
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
 SEEDS = (0, 1, 2)
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
+NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATES = (3e-4, 6e-4, 1.2e-3)
 RATED = ("8", "0", "random 8", "full")  # whose learning rate is looked for
 
@@ -57,4 +58,27 @@ def repa(out: Path) -> list[Run]:
     return [replace(of_rank(rank, seed, "-repa", settings), repa=True) for seed in SEEDS for rank in RANKS[:2]]
 
 
-PLANS: dict[str, Callable[[Path], list[Run]]] = {"rank": rank, "repa": repa, "rate": rate, "own-rate": own_rate}
+def narrow(out: Path, mark: str = "-narrow", config: str = "shapes64") -> list[Run]:
+    """Held-out losses by rank with half the width and half the bottleneck, against those of `rank`."""
+    half = ("model.options.width=96", "model.options.heads=3", "model.options.bottleneck=32")
+    return [replace(of_rank(r, s, mark, half), config=config, drawn=False) for s in SEEDS for r in NARROW_RANKS]
+
+
+def emoji(out: Path) -> list[Run]:
+    """The same for emoji, and of three ranks all measures but the oracle's."""
+    runs = [
+        replace(of_rank(r, seed, "-emoji"), config="emoji64", drawn=r in ("8", "0", "full"))
+        for seed in SEEDS
+        for r in ("8", "0", "full", "random 8", "32", "16", "4", "48")
+    ]
+    return runs + narrow(out, "-emoji-narrow", "emoji64")
+
+
+PLANS: dict[str, Callable[[Path], list[Run]]] = {
+    "rank": rank,
+    "repa": repa,
+    "rate": rate,
+    "own-rate": own_rate,
+    "narrow": narrow,
+    "emoji": emoji,
+}

@@ -7,9 +7,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
+from asymflow import opening
 from asymflow.files import replacing
+from toy.paper import criterion
+from toy.paper.criterion import burden
 from toy.paper.tables import (
     GUIDED,
     UNCLAMPED,
@@ -240,6 +244,31 @@ def lifted(kinds: Kinds) -> str:
     return table(["the lifted model, before any training", ""], rows)
 
 
+# ---- The best rank, predicted ----------------------------------------------------------------------------------------
+SPECTRA = "spectra.json"
+ROOMS = {  # of noise, by what might bound it, at both widths
+    "width 192: its bottleneck of 64": 64,
+    "width 192: itself": 192,
+    "width 96: its bottleneck of 32": 32,
+    "width 96: itself": 96,
+    "nothing (`auto_rank`)": float("inf"),
+}
+
+
+def predicted(folder: Path) -> str:
+    """The burden of each rank by the criterion, in units of that of rank 8."""
+    rows = []
+    for name, values in opening.read_json(folder / SPECTRA).items():
+        variances = torch.tensor(values, dtype=torch.float64)
+        for bound, room in ROOMS.items():
+            burdens = {rank: burden(variances, rank, room) for rank in criterion.RANKS}
+            best = min(burdens, key=burdens.__getitem__)
+            words = {rank: f"{value / burdens[8]:.2f}" if rank < room else "" for rank, value in burdens.items()}
+            words[best] = f"**{words[best]}**"
+            rows.append([name, bound, *words.values()])
+    return table(["data", "what bounds the room", *map(str, criterion.RANKS)], rows)
+
+
 # ---- The page --------------------------------------------------------------------------------------------------------
 BLOCKS = {  # how each is made, and of which kinds of runs
     "rank": (rank, ["rank-0", "rank-8"]),
@@ -259,12 +288,11 @@ def write(folder: Path, docs: Path) -> list[str]:
     page = docs / "paper.md"
     text = page.read_text(encoding="utf-8")
     for name, (make, needed) in BLOCKS.items():
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        after = rest.partition(f"<!-- end of {name} -->")[2]
         if missing_here := [kind for kind in needed if kind not in kinds]:
             missing.append(f"{name}, of {' and '.join(missing_here)}")
-        block = "Not run yet." if missing_here else make(kinds)
-        text = f"{before}<!-- {name} -->\n\n{block}\n\n<!-- end of {name} -->{after}"
+        text = filled(text, name, "Not run yet." if missing_here else make(kinds))
+    if (folder / SPECTRA).exists():
+        text = filled(text, "predicted", predicted(folder))
     if {"rank-0", "rank-8"} <= kinds.keys():
         for name, draw in FIGURES.items():
             with replacing(docs / f"{name}.png") as beside:
@@ -272,3 +300,10 @@ def write(folder: Path, docs: Path) -> list[str]:
     with replacing(page) as beside:
         beside.write_text(text, encoding="utf-8")
     return missing
+
+
+def filled(text: str, name: str, block: str) -> str:
+    """The page with a block in its place, which must be there."""
+    before, _, rest = text.partition(f"<!-- {name} -->")
+    after = rest.partition(f"<!-- end of {name} -->")[2]
+    return f"{before}<!-- {name} -->\n\n{block}\n\n<!-- end of {name} -->{after}"

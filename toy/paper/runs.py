@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from asymflow import opening
 from asymflow.averages import Profile
 from asymflow.cli.averages import rebuild
 from asymflow.cli.models import load_model
-from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import Oracle, load_extractor
@@ -34,11 +33,12 @@ from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.data import SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
 
 HERE = Path(__file__).resolve().parent
+PATCH = 16
 WIDTH = 0.05  # of the moving average
-HELD_OUT = 10**7  # the numbers of pictures from here on are in no training
 GUIDANCE = 2.0
 SHOWN = 64  # samples in the picture of a run
 AVERAGED = 50  # steps whose mean loss is kept
@@ -105,18 +105,13 @@ class Lab:
 
     out: Path
     scale: Scale
-    size: int = 64
-    patch_size: int = 16
-    images: dict[str, Tensor] = field(default_factory=dict)
+    data: ShapesData | EmojiData
 
     def __post_init__(self):
-        pictures = Shapes(self.scale.pictures, self.size, seed=5)
-        judge_in(self.out, pictures, *load(pictures), epochs=6)
-        self.features = load_extractor("classifier", self.out / JUDGE)
-        count = max(self.scale.held_out, self.scale.way[0], self.scale.end[0])
-        held_out = [Shapes(HELD_OUT + count, self.size)[HELD_OUT + i] for i in range(count)]
-        self.real = torch.stack([picture.image for picture in held_out])
-        self.labels = torch.tensor([picture.label for picture in held_out])
+        pictures = self.data.judged_by(self.scale.pictures)
+        judge_in(self.out / self.data.folder, pictures, *load(pictures), self.data.epochs)
+        self.features = load_extractor("classifier", self.out / self.data.folder / JUDGE)
+        self.real, self.labels = self.data.held_out(max(self.scale.held_out, self.scale.way[0], self.scale.end[0]))
         self.reference = self.read(self.real)
         self.oracle = Oracle("cpu")
 
@@ -141,12 +136,12 @@ class Lab:
 
     def train(self, run: Run) -> None:
         folder = self.out / run.name
-        settings = [*self.scale.settings, *run.settings, f"train.seed={run.seed}"]
+        settings = [*self.scale.settings, *self.data.settings, *run.settings, f"train.seed={run.seed}"]
         if run.random:
             settings.append(f"subspace.file={self.random_subspace(run)}")
         if run.repa:
             settings.append(f"loss.repa.model={self.out / 'teacher'}")
-            teacher_in(self.out / "teacher", self.size // self.patch_size, self.scale.taught)
+            teacher_in(self.out / "teacher", SIZE // PATCH, self.scale.taught)
         words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
         words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
         print(" ".join(words[1:]), flush=True)
@@ -157,8 +152,8 @@ class Lab:
         path = self.out / f"random-{run.random}-{run.seed}.safetensors"
         if not path.exists():
             generator = torch.Generator().manual_seed(run.seed)
-            basis = torch.linalg.qr(torch.randn(3 * self.patch_size**2, run.random, generator=generator)).Q
-            Subspace(basis, patch_size=self.patch_size).save(path)
+            basis = torch.linalg.qr(torch.randn(3 * PATCH**2, run.random, generator=generator)).Q
+            Subspace(basis, patch_size=PATCH).save(path)
         return path
 
     def measure(self, run: Run) -> dict:
@@ -203,18 +198,20 @@ class Lab:
         count, found = len(samples), self.read(samples)
         real = self.real[:count]
         reference = Reference(self.reference.statistics(), self.reference.features)
-        seen, _ = self.oracle.both(samples, self.labels[:count].tolist())
-        known = [column[column >= 0] for column in seen.T]
-        return {
+        judged = {
             "frechet_distance": frechet(found, reference).value,
             "precision": precision(found, reference).value,
             "recall": recall(found, reference).value,
-            # None: nothing was recognized
-            **{name: column.mean().item() if len(column) else None for name, column in zip(ORACLE, known, strict=True)},
-            "patches": measures.patch_distance(samples, real, self.patch_size),
+            "patches": measures.patch_distance(samples, real, PATCH),
             "spectrum": measures.spectrum_error(samples, real),
-            "seams": measures.seams(samples, self.patch_size) / measures.seams(real, self.patch_size),
+            "seams": measures.seams(samples, PATCH) / measures.seams(real, PATCH),
         }
+        if self.data.oracle:
+            seen, _ = self.oracle.both(samples, self.labels[:count].tolist())
+            for name, column in zip(ORACLE, seen.T, strict=True):
+                known = column[column >= 0]
+                judged[name] = known.mean().item() if len(known) else None  # None: nothing was recognized
+        return judged
 
 
 # ---- Results ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""Where does the best rank come from? A prediction from the spectrum of the data, the noise levels and the network.
+
+Take the data as Gaussian, with variance lambda_i along direction i of the basis (about its mean: a bias can draw that).
+What a network should put out along i is the best estimate of its target, given the noisy data. Of x0, outside of the
+subspace, the estimate has the first power below; of the velocity, inside, the second:
+
+    lambda^2 (1-sigma)^2 / (lambda (1-sigma)^2 + sigma^2)            (sigma - lambda (1-sigma))^2 / (the same)
+
+Suppose that a network misses the same fraction of the power of all that it puts out. Outside, that error is divided by
+sigma. Each direction inside also takes a part of what the network can carry from its input to its output: `room`
+directions in all. So the fraction grows as 1 / (1 - rank / room), and what is not best possible in the loss is
+
+    burden(rank) = (sum over i <= rank of E[w inside_i] + sum over i > rank of E[w outside_i / sigma^2])
+                   / (1 - rank / room)
+
+times an unknown constant, where w = (sigma / max(sigma, 0.05))^2 is the weight of the loss. With a room without bounds
+the best rank is that of `asymflow.fitting.auto_rank`, but for the mean of the data.
+"""
+
+import torch
+from torch import Tensor
+
+from asymflow.flow_matching import SIGMA_FLOOR
+from asymflow.patches import patchify
+
+RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48)
+
+
+def noise_levels(count: int = 20_000, mean: float = 0.8, std: float = 0.8) -> Tensor:
+    """Equally likely noise levels of the training, (count,), float64."""
+    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles))
+
+
+def spectrum(images: Tensor, patch_size: int) -> Tensor:
+    """The variances of patches along the directions of the fitted basis, (D,), float64. images: (n, 3, H, W), uint8.
+
+    The basis is, as in training, that of the uncentred energies; the variances are about the mean.
+    """
+    patches = patchify(images.double() / 127.5 - 1, patch_size).flatten(0, 1)
+    directions = torch.linalg.eigh(patches.mT @ patches).eigenvectors.flip(1)
+    return ((patches - patches.mean(0)) @ directions).square().mean(0)
+
+
+def powers(variance: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the best estimates of x0 and of the velocity, from Gaussian data and its noise."""
+    seen = variance * (1 - sigma) ** 2 + sigma**2
+    return variance**2 * (1 - sigma) ** 2 / seen, (sigma - variance * (1 - sigma)) ** 2 / seen
+
+
+def burden(variances: Tensor, rank: int, room: float = float("inf"), sigma: Tensor | None = None) -> float:
+    """What a network misses at this rank, up to a constant that the ranks have in common. Infinite from `room` on.
+
+    variances: (D,), in the order of the basis. sigma: noise levels, equally likely; default: those of the paper.
+    """
+    if rank >= room:
+        return float("inf")
+    sigma = noise_levels() if sigma is None else sigma
+    x0, velocity = powers(variances.double()[:, None], sigma)
+    weight = (sigma / sigma.clamp(min=SIGMA_FLOOR)) ** 2
+    inside, outside = (weight * velocity).mean(1), (weight * x0 / sigma**2).mean(1)
+    return ((inside[:rank].sum() + outside[rank:].sum()) / (1 - rank / room)).item()

@@ -1,0 +1,97 @@
+"""The two data sets: what is trained on, what is kept from the training, and what the classifier learns from."""
+
+import io
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asymflow.data.shapes import Shapes
+from asymflow.data.shards import TarShards
+from asymflow.files import replacing
+from toy.emoji64 import load
+
+SIZE = 64
+HELD_OUT = 10**7  # shapes with numbers from here on are in no training
+KEPT = 256  # emoji
+
+
+@dataclass(frozen=True)
+class ShapesData:
+    """Generated shapes, of which an oracle knows what they should show."""
+
+    folder = ""
+    oracle = True
+    epochs = 6  # of the classifier
+    settings = ()
+
+    def judged_by(self, count: int) -> Shapes:
+        """What the classifier learns from."""
+        return Shapes(count, SIZE, seed=5)
+
+    def held_out(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images (count, 3, H, W), uint8, that no training sees, and their classes."""
+        samples = [Shapes(HELD_OUT + count, SIZE)[HELD_OUT + i] for i in range(count)]
+        return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
+
+
+@dataclass(frozen=True)
+class EmojiData:
+    """emoji64.tar, in two parts: those of some code points, about `KEPT`, are kept from the training.
+
+    A code point's emoji differ in skin colour or sex only, so one of them in the training would tell of the others.
+    """
+
+    tar: Path
+    out: Path
+    folder = "emoji"
+    oracle = False
+    epochs = 12
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (f"data.path={self.part('training')}",)
+
+    def judged_by(self, count: int) -> TarShards:
+        return TarShards(self.part("training"), SIZE)
+
+    def held_out(self, count: int) -> tuple[Tensor, Tensor]:
+        images, labels = load(TarShards(self.part("held-out"), SIZE))
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        return images[chosen], labels[chosen]
+
+    def part(self, name: str) -> Path:
+        """The shard with a part of the emoji. Both are made if they are not there."""
+        shards = {part: self.out / self.folder / f"{part}.tar" for part in ("training", "held-out")}
+        if not all(shard.exists() for shard in shards.values()):
+            with tarfile.open(self.tar) as tar:
+                members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+            kept = kept_from([code_point(file) for file in members if file.endswith(".cls")])
+            (self.out / self.folder).mkdir(parents=True, exist_ok=True)
+            for part, shard in shards.items():
+                with replacing(shard) as beside, tarfile.open(beside, "w") as tar:
+                    for file, content in members.items():
+                        if (code_point(file) in kept) == (part == "held-out"):
+                            info = tarfile.TarInfo(file)
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+        return shards[name]
+
+
+def code_point(file: str) -> str:
+    """The first of an emoji, such as 1f9d1 of 1f9d1-1f3fb.png."""
+    return file.partition(".")[0].partition("-")[0]
+
+
+def kept_from(points: list[str]) -> set[str]:
+    """Code points, drawn at random, that at least `KEPT` emoji have. points: those of all emoji."""
+    sizes, kept = Counter(points), set()
+    for point in np.random.default_rng(0).permutation(sorted(sizes)).tolist():
+        if sum(sizes[each] for each in kept) >= KEPT:
+            break
+        kept.add(point)
+    return kept
