@@ -38,13 +38,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def experiment(what: str, args: argparse.Namespace) -> None:
-    """All runs of an experiment, or those of --only; with --quick, the first two."""
+    """All runs of an experiment, or those of --only; with --quick, the first three."""
     if what == "finetuning":
         from toy.paper.finetuning import finetuning  # of the extra `flux2`, which no other experiment needs
 
         return finetuning(args)
     runs = {run.name: run for run in PLANS[what](args.out)}
-    names = args.only.split(",") if args.only else list(runs)[: 2 if args.quick else None]
+    names = args.only.split(",") if args.only else list(runs)[: 3 if args.quick else None]
     if strange := [name for name in names if name not in runs]:
         raise InputError(f"--only {strange[0]} is none of {', '.join(runs)}")
     data = EmojiData(args.data, args.out) if what == "emoji" else ShapesData()

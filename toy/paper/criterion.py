@@ -26,7 +26,7 @@ from asymflow.patches import patchify
 RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48)
 
 
-def noise_levels(count: int = 20_000, mean: float = 0.8, std: float = 0.8) -> Tensor:
+def noise_levels(count: int = 2000, mean: float = 0.8, std: float = 0.8) -> Tensor:
     """Equally likely noise levels of the training, (count,), float64."""
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return torch.sigmoid(mean + std * torch.special.ndtri(quantiles))
@@ -48,15 +48,20 @@ def powers(variance: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return variance**2 * (1 - sigma) ** 2 / seen, (sigma - variance * (1 - sigma)) ** 2 / seen
 
 
-def burden(variances: Tensor, rank: int, room: float = float("inf"), sigma: Tensor | None = None) -> float:
-    """What a network misses at this rank, up to a constant that the ranks have in common. Infinite from `room` on.
+def errors(variances: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What each direction adds to the burden inside of the subspace, and outside: both (D,), float64.
 
     variances: (D,), in the order of the basis. sigma: noise levels, equally likely; default: those of the paper.
     """
-    if rank >= room:
-        return float("inf")
     sigma = noise_levels() if sigma is None else sigma
     x0, velocity = powers(variances.double()[:, None], sigma)
     weight = (sigma / sigma.clamp(min=SIGMA_FLOOR)) ** 2
-    inside, outside = (weight * velocity).mean(1), (weight * x0 / sigma**2).mean(1)
-    return ((inside[:rank].sum() + outside[rank:].sum()) / (1 - rank / room)).item()
+    return (weight * velocity).mean(1), (weight * x0 / sigma**2).mean(1)
+
+
+def burden(inside: Tensor, outside: Tensor, rank: int, room: float = float("inf")) -> float:
+    """What a network misses at this rank, up to a constant that the ranks have in common. Infinite from `room` on.
+
+    inside, outside: of `errors`.
+    """
+    return ((inside[:rank].sum() + outside[rank:].sum()) / (1 - rank / room)).item() if rank < room else float("inf")

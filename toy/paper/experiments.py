@@ -1,13 +1,12 @@
 """Which runs an experiment consists of, the most decisive first."""
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from asymflow import opening
-from asymflow.errors import InputError
 from toy.paper.runs import Run
+from toy.paper.tables import held_out
 
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
 SEEDS = (0, 1, 2)
@@ -32,42 +31,41 @@ def rank(out: Path) -> list[Run]:
 def rate(out: Path) -> list[Run]:
     """The search for learning rates: shorter runs, of which only the held-out losses are measured."""
     runs = [of_rank(rank, SEARCHED, f"-rate-{r:g}", (f"optimizer.lr={r:g}",)) for rank in RATED for r in RATES]
-    return [replace(run, settings=(*run.settings, "train.steps=1000"), drawn=False) for run in runs]
+    return [replace(run, settings=(*run.settings, "train.steps=1000"), drawn="never") for run in runs]
 
 
 def own_rate(out: Path) -> list[Run]:
-    """The runs of `rank` again, each with the learning rate of the lowest held-out loss in `rate`."""
-    runs = []
-    for seed in SEEDS:
-        for rank in RATED:
-            best = min(RATES, key=lambda r: held_out(out / f"{of_rank(rank, SEARCHED, f'-rate-{r:g}').name}.json"))
-            runs.append(of_rank(rank, seed, "-own-rate", (f"optimizer.lr={best:g}",)))
-    return runs
-
-
-def held_out(file: Path) -> float:
-    """The mean held-out loss at the end of a run."""
-    if not file.exists():
-        raise InputError(f"{file} is not there: python -m toy.paper rate")
-    return statistics.fmean(list(opening.read_json(file)["on the way"].values())[-1]["held_out"].values())
+    """The runs of `rank` again, each with the learning rate of the lowest held-out loss in `rate`, which goes first."""
+    best = {}
+    for rank in RATED:
+        files = {r: out / f"{of_rank(rank, SEARCHED, f'-rate-{r:g}').name}.json" for r in RATES}
+        if all(file.exists() for file in files.values()):
+            best[rank] = min(RATES, key=lambda r, files=files: held_out(opening.read_json(files[r])))
+        else:
+            print(f"rank {rank} has no learning rate of its own yet: python -m toy.paper rate", flush=True)
+    runs = [of_rank(rank, s, "-own-rate", (f"optimizer.lr={r:g}",)) for s in SEEDS for rank, r in best.items()]
+    return [replace(run, drawn="at the end") for run in runs]
 
 
 def repa(out: Path) -> list[Run]:
     """Table 2: whom does alignment help more? Against the runs of `rank`, which have none."""
     settings = ("loss.repa.after=2", "loss.repa.hidden=512")
-    return [replace(of_rank(rank, seed, "-repa", settings), repa=True) for seed in SEEDS for rank in RANKS[:2]]
+    runs = [of_rank(rank, seed, "-repa", settings) for seed in SEEDS for rank in RANKS[:2]]
+    return [replace(run, repa=True, drawn="at the end") for run in runs]
 
 
 def narrow(out: Path, mark: str = "-narrow", config: str = "shapes64") -> list[Run]:
     """Held-out losses by rank with half the width and half the bottleneck, against those of `rank`."""
     half = ("model.options.width=96", "model.options.heads=3", "model.options.bottleneck=32")
-    return [replace(of_rank(r, s, mark, half), config=config, drawn=False) for s in SEEDS for r in NARROW_RANKS]
+    return [replace(of_rank(r, s, mark, half), config=config, drawn="never") for s in SEEDS for r in NARROW_RANKS]
 
 
 def emoji(out: Path) -> list[Run]:
     """The same for emoji, and of three ranks all measures but the oracle's."""
     runs = [
-        replace(of_rank(r, seed, "-emoji"), config="emoji64", drawn=r in ("8", "0", "full"))
+        replace(
+            of_rank(r, seed, "-emoji"), config="emoji64", drawn="at the end" if r in ("8", "0", "full") else "never"
+        )
         for seed in SEEDS
         for r in ("8", "0", "full", "random 8", "32", "16", "4", "48")
     ]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from asymflow import opening
 from asymflow.files import replacing
 from toy.paper import criterion
-from toy.paper.criterion import burden
+from toy.paper.criterion import burden, errors
 from toy.paper.tables import (
     GUIDED,
     UNCLAMPED,
@@ -259,9 +259,9 @@ def predicted(folder: Path) -> str:
     """The burden of each rank by the criterion, in units of that of rank 8."""
     rows = []
     for name, values in opening.read_json(folder / SPECTRA).items():
-        variances = torch.tensor(values, dtype=torch.float64)
+        inside, outside = errors(torch.tensor(values))
         for bound, room in ROOMS.items():
-            burdens = {rank: burden(variances, rank, room) for rank in criterion.RANKS}
+            burdens = {rank: burden(inside, outside, rank, room) for rank in criterion.RANKS}
             best = min(burdens, key=burdens.__getitem__)
             words = {rank: f"{value / burdens[8]:.2f}" if rank < room else "" for rank, value in burdens.items()}
             words[best] = f"**{words[best]}**"

@@ -49,7 +49,8 @@ class Run:
     """A training, and what is measured of it.
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
-    whether it is aligned with `teacher`. drawn: whether samples are measured, not only held-out losses.
+    whether it is aligned with `teacher`. drawn: when samples are measured: "always" (also on the way), "at the end" or
+    "never"; held-out losses always are.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Run:
     config: str = "shapes64"
     random: int = 0
     repa: bool = False
-    drawn: bool = True
+    drawn: str = "always"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Scale:
     way: tuple[int, int] = (256, 16)
     end: tuple[int, int] = (256, 50)
     pictures: int = 6000  # for the classifier
+    epochs: int | None = None  # of the classifier; None: as many as the data needs
     taught: int = 2000  # steps of the network for REPA
     settings: tuple[str, ...] = ()
 
@@ -81,6 +83,7 @@ QUICK = Scale(
     way=(16, 2),
     end=(8, 30),
     pictures=200,
+    epochs=1,
     taught=4,
     settings=(
         "train.steps=8",
@@ -109,7 +112,7 @@ class Lab:
 
     def __post_init__(self):
         pictures = self.data.judged_by(self.scale.pictures)
-        judge_in(self.out / self.data.folder, pictures, *load(pictures), self.data.epochs)
+        judge_in(self.out / self.data.folder, pictures, *load(pictures), self.scale.epochs or self.data.epochs)
         self.features = load_extractor("classifier", self.out / self.data.folder / JUDGE)
         self.real, self.labels = self.data.held_out(max(self.scale.held_out, self.scale.way[0], self.scale.end[0]))
         self.reference = self.read(self.real)
@@ -168,10 +171,10 @@ class Lab:
                 flow, *(part[: self.scale.held_out] for part in (self.real, self.labels))
             )
             way[step] = {"held_out": held_out}
-            if run.drawn:
+            if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
         losses = [part.mean().item() for part in losses.split(AVERAGED)]
-        end = self.ending(run, flow) if run.drawn else {}
+        end = {} if run.drawn == "never" else self.ending(run, flow)
         return {"hours": {"training": training_hours(folder)}, "losses": losses, "on the way": way, "at the end": end}
 
     def ending(self, run: Run, flow: AsymFlow) -> dict[str, dict]:
