@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asymflow.packages import importing, need
 
-with importing("toy.paper"):
+with importing(__name__):
     need("deepspeed", "torch_fidelity")
     from asymflow.data.shapes import Shapes
     from asymflow.errors import InputError
@@ -22,13 +22,15 @@ with importing("toy.paper"):
     from toy.paper.runs import PATCH, QUICK, Lab, Scale, in_words
 
 EXPERIMENTS = (*PLANS, "finetuning")
+FURTHER = {"repa": ["transformers"], "finetuning": ["diffusers", "lpips"]}  # packages that others do without
 PICTURES = 4000  # whose spectrum is taken; of the emoji, all in the training
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("toy.paper", description=paper.__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("what", choices=[*EXPERIMENTS, "predict", "all", "page"], help="which one")
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("toy.paper", description=paper.__doc__, formatter_class=form, allow_abbrev=False)
+    p.add_argument("what", choices=[*EXPERIMENTS, "predict", "all", "page"])
     p.add_argument("--out", type=Path, default=Path("runs/toy/paper"), help="folder of the runs and their JSON files")
     p.add_argument("--docs", type=Path, default=DOCS, help="folder of the page, paper.md")
     p.add_argument("--only", metavar="A,B", help="runs by their names, such as rank-8-seed-0, for a process of its own")
@@ -39,10 +41,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def experiment(what: str, args: argparse.Namespace) -> None:
     """All runs of an experiment, or those of --only; with --quick, the first three."""
-    if what == "finetuning":
-        from toy.paper.finetuning import finetuning  # of the extra `flux2`, which no other experiment needs
+    with importing(__name__):
+        need(*FURTHER.get(what, ()))
+        if what == "finetuning":
+            from toy.paper.finetuning import finetuning
 
-        return finetuning(args)
+            return finetuning(args)
     runs = {run.name: run for run in PLANS[what](args.out)}
     names = args.only.split(",") if args.only else list(runs)[: 3 if args.quick else None]
     if strange := [name for name in names if name not in runs]:

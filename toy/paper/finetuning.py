@@ -13,31 +13,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import vgg16_bn
 
+from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
+from asymflow.evaluation.drawn import quantized
+from asymflow.evaluation.features import load_extractor
+from asymflow.evaluation.frechet import frechet_distance
+from asymflow.evaluation.frechet import statistics as moments
+from asymflow.evaluation.oracle import detail, read_scene, score
 from asymflow.files import replacing
-from asymflow.packages import importing, need
-
-with importing("toy.paper finetuning"):
-    need("lpips")
-    from safetensors.torch import save_file
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-    from torchvision.models import vgg16_bn
-
-    from asymflow.data.shapes import Shapes
-    from asymflow.evaluation.drawn import quantized
-    from asymflow.evaluation.features import load_extractor
-    from asymflow.evaluation.frechet import frechet_distance
-    from asymflow.evaluation.frechet import statistics as moments
-    from asymflow.evaluation.oracle import detail, read_scene, score
-    from asymflow.pictures import image_grid
-    from asymflow.progress import progress_bar
-    from toy import asymflux2_tiny as tiny
-    from toy.emoji64 import JUDGE, judge_in, load
-    from toy.paper import measures
-    from toy.paper.experiments import SEEDS
-    from toy.paper.runs import in_words, keep, stored, training_hours
+from asymflow.pictures import image_grid
+from asymflow.progress import progress_bar
+from toy import asymflux2_tiny as tiny
+from toy.emoji64 import JUDGE, judge_in, load
+from toy.paper import measures
+from toy.paper.experiments import SEEDS
+from toy.paper.runs import in_words, keep, stored, training_hours
 
 STEPS, QUICK_STEPS = 1500, 4
 ASKED = 512  # captions
