@@ -24,7 +24,7 @@ KEPT = 256  # emoji
 class ShapesData:
     """Generated shapes, of which an oracle knows what they should show."""
 
-    folder = ""
+    name, folder = "shapes", ""
     oracle = True
     epochs = 6  # of the classifier
     settings = ()
@@ -35,7 +35,14 @@ class ShapesData:
 
     def held_out(self, count: int) -> tuple[Tensor, Tensor]:
         """Images (count, 3, H, W), uint8, that no training sees, and their classes."""
-        samples = [Shapes(HELD_OUT + count, SIZE)[HELD_OUT + i] for i in range(count)]
+        return self.numbered(HELD_OUT, count)
+
+    def others(self, count: int) -> tuple[Tensor, Tensor]:
+        """Further ones, to be measured as if they were samples."""
+        return self.numbered(2 * HELD_OUT, count)
+
+    def numbered(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        samples = [Shapes(first + count, SIZE)[first + i] for i in range(count)]
         return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
 
 
@@ -48,7 +55,7 @@ class EmojiData:
 
     tar: Path
     out: Path
-    folder = "emoji"
+    name = folder = "emoji"
     oracle = False
     epochs = 12
 
@@ -60,7 +67,13 @@ class EmojiData:
         return TarShards(self.part("training"), SIZE)
 
     def held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        images, labels = load(TarShards(self.part("held-out"), SIZE))
+        return self.drawn_from("held-out", count)
+
+    def others(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.drawn_from("training", count)
+
+    def drawn_from(self, part: str, count: int) -> tuple[Tensor, Tensor]:
+        images, labels = load(TarShards(self.part(part), SIZE))
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
         return images[chosen], labels[chosen]
 

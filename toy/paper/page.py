@@ -38,6 +38,7 @@ from toy.paper.tables import (
 Kinds = Mapping[str, Runs]
 RANDOM = "random 8"
 RANKS = {f"rank-{rank}": str(rank) for rank in (0, 2, 4, 8, 16, 32)} | {"rank-full": "768", "rank-random-8": RANDOM}
+PICTURES = {"shapes": "other pictures"}  # in place of samples
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
@@ -72,7 +73,7 @@ RANK_CLAIMS = {
 
 
 def rank(kinds: Kinds) -> str:
-    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS)]
+    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | PICTURES)]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
 
