@@ -8,7 +8,7 @@ import torch
 
 from asymflow.training.config.reading import load_config
 from toy.paper import experiments, page
-from toy.paper.data import KEPT, EmojiData, ShapesData, code_point
+from toy.paper.data import KEPT, EmojiData, ShapesData, code_point, of_classes
 from toy.paper.experiments import PLANS, SEEDS
 from toy.paper.runs import HERE
 
@@ -71,6 +71,15 @@ def test_held_out_shapes_are_in_no_training():
     assert not any(torch.equal(a, b) for a in images for b in seen)
 
 
+def test_other_pictures_have_the_classes_that_are_asked_for_and_come_once_while_there_are_enough():
+    theirs = torch.tensor([0, 1, 2, 0, 1, 0])
+    images = torch.arange(6)
+    asked = torch.tensor([1, 0, 0, 1, 2, 0, 1])
+    chosen = of_classes(asked, images, theirs)
+    assert theirs[chosen].tolist() == asked.tolist()
+    assert chosen.tolist() == [1, 0, 3, 4, 2, 5, 1]
+
+
 def test_emoji_of_one_code_point_are_all_kept_or_all_trained_on(tmp_path):
     """400 code points with 1 to 3 emoji each, as those with skin colours have several."""
     from io import BytesIO
@@ -93,7 +102,7 @@ def test_emoji_of_one_code_point_are_all_kept_or_all_trained_on(tmp_path):
     assert sorted([*parts[0], *parts[1]]) == sorted(names_in(tmp_path / "all.tar"))
     assert KEPT <= len(parts[1]) / 2 < KEPT + 3
     assert len(data.judged_by(0)) == len(parts[0]) / 2
-    assert data.held_out(5)[0].shape == (5, 3, 64, 64)
+    assert data.held_out(5)[0].shape == data.others(torch.ones(5)).shape == (5, 3, 64, 64)
 
 
 def names_in(file):

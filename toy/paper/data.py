@@ -37,9 +37,9 @@ class ShapesData:
         """Images (count, 3, H, W), uint8, that no training sees, and their classes."""
         return self.numbered(HELD_OUT, count)
 
-    def others(self, count: int) -> tuple[Tensor, Tensor]:
-        """Further ones, to be measured as if they were samples."""
-        return self.numbered(2 * HELD_OUT, count)
+    def others(self, labels: Tensor) -> Tensor:
+        """Further pictures of these classes, to be measured as if they were samples."""
+        return of_classes(labels, *self.numbered(2 * HELD_OUT, 4 * len(labels)))
 
     def numbered(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         samples = [Shapes(first + count, SIZE)[first + i] for i in range(count)]
@@ -67,15 +67,14 @@ class EmojiData:
         return TarShards(self.part("training"), SIZE)
 
     def held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.drawn_from("held-out", count)
-
-    def others(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.drawn_from("training", count)
-
-    def drawn_from(self, part: str, count: int) -> tuple[Tensor, Tensor]:
-        images, labels = load(TarShards(self.part(part), SIZE))
+        images, labels = load(TarShards(self.part("held-out"), SIZE))
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
         return images[chosen], labels[chosen]
+
+    def others(self, labels: Tensor) -> Tensor:
+        images, theirs = load(TarShards(self.part("training"), SIZE))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+        return of_classes(labels, images[order], theirs[order])
 
     def part(self, name: str) -> Path:
         """The shard with a part of the emoji. Both are made if they are not there."""
@@ -108,3 +107,14 @@ def kept_from(points: list[str]) -> set[str]:
             break
         kept.add(point)
     return kept
+
+
+def of_classes(labels: Tensor, images: Tensor, theirs: Tensor) -> Tensor:
+    """For each class of `labels` the next image of that class that is not taken yet, again from the first if need be."""
+    places = {label: (theirs == label).nonzero()[:, 0].tolist() for label in labels.unique().tolist()}
+    taken = Counter()
+    chosen = []
+    for label in labels.tolist():
+        chosen.append(places[label][taken[label] % len(places[label])])
+        taken[label] += 1
+    return images[chosen]

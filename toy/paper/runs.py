@@ -125,7 +125,7 @@ class Lab:
         """Measure other pictures in place of samples, which says how good a result can be, and keep it as a run's."""
         file = self.out / f"{self.data.name}-seed-0.json"
         if not file.exists():
-            end = {"guided": self.judged(*self.data.others(self.scale.end[0]))}
+            end = {"guided": self.judged(self.data.others(self.labels[: self.scale.end[0]]))}
             about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
             keep(file, about, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
 
@@ -205,10 +205,9 @@ class Lab:
             parts.append(quantized(generate(flow, self.labels[numbers], numbers.tolist(), **options), "round"))
         return torch.cat(parts)
 
-    def judged(self, samples: Tensor, labels: Tensor | None = None) -> dict[str, float | None]:
-        """All measures of samples. labels: their classes, if not those of the held-out pictures."""
+    def judged(self, samples: Tensor) -> dict[str, float | None]:
+        """All measures of samples of the classes of the held-out pictures."""
         count, found = len(samples), self.read(samples)
-        labels = self.labels[:count] if labels is None else labels
         real = self.real[:count]
         reference = Reference(self.reference.statistics(), self.reference.features)
         judged = {
@@ -220,7 +219,7 @@ class Lab:
             "seams": measures.seams(samples, PATCH) / measures.seams(real, PATCH),
         }
         if self.data.oracle:
-            seen, _ = self.oracle.both(samples, labels.tolist())
+            seen, _ = self.oracle.both(samples, self.labels[:count].tolist())
             for name, column in zip(ORACLE, seen.T, strict=True):
                 known = column[column >= 0]
                 judged[name] = known.mean().item() if len(known) else None  # None: nothing was recognized

@@ -103,12 +103,11 @@ def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUI
     """A row for each kind of run, with all that was measured of its samples."""
     rows = []
     for name in filter(kinds.__contains__, titles):
-        runs = kinds[name]
-        columns = [
-            column for column in COLUMNS if all(column in run["at the end"].get(how, {}) for run in runs.values())
+        cells = [
+            shown(by_seed(kinds[name], lambda run, key=key: run["at the end"].get(how, {}).get(key)), form)
+            for key, (_, form) in COLUMNS.items()
         ]
-        cells = {key: shown(by_seed(runs, at_the_end(key, how)), COLUMNS[key][1]) for key in columns}
-        rows.append([titles[name], str(len(runs)), *(cells.get(key, "") for key in COLUMNS)])
+        rows.append([titles[name], str(len(kinds[name])), *cells])
     return table(["rank", "seeds", *(title for title, _ in COLUMNS.values())], rows)
 
 
