@@ -71,8 +71,9 @@ def made_up(kind: str, seed: int, loss: float) -> dict:
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    own = [f"{name}{mark}" for name in page.RATED for mark in ("-own-rate", "-rate-0.0003", "-rate-0.0006")]
-    for number, kind in enumerate([*page.RANKS, "rank-8-repa", "rank-0-repa", *own]):
+    further = [f"{name}{mark}" for name in page.RATED for mark in ("-own-rate", "-rate-0.0003", "-rate-0.0006")]
+    further += [f"{name}-emoji" for name in page.RANKS]
+    for number, kind in enumerate([*page.RANKS, "rank-8-repa", "rank-0-repa", *further]):
         for seed in range(3):
             found = made_up(kind, seed, 1 + number + 0.01 * seed)
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
@@ -99,6 +100,14 @@ def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences
     assert "| it helps rank 8 more than rank 0 | **-4.0000 ± 0.0000** | **-4.00 ± 0.00** | shown |" in page.repa(
         tables.read(results)
     )
+
+
+@given(st.floats(0, 3), st.floats(0, 3))
+def test_the_loss_as_trained_is_linear_and_hardly_sees_the_lowest_levels(loss, low):
+    run = lambda *losses: {"on the way": {"1": {"held_out": dict(zip(map(str, LEVELS), losses, strict=True))}}}
+    assert tables.as_trained(run(*[loss] * 11)) == pytest.approx(loss)
+    assert tables.as_trained(run(low, *[0] * 10)) <= 0.01 * low
+    assert tables.held_out(run(low, *[0] * 10)) == pytest.approx(low / 11)
 
 
 def test_a_curve_reaches_a_level_between_two_measurements():
@@ -138,11 +147,26 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
 
 
 def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
-    """Of ten directions with much variance, each is worth predicting noise in, and no more, if there is room."""
+    """Of eight directions with much variance each is worth predicting noise in, and no more, if there is room."""
     shutil.copy(DOCS / "paper.md", tmp_path)
-    (tmp_path / page.SPECTRA).write_text(json.dumps({"made up": [30.0] * 8 + [0.01] * 90}))
+    spectra = dict.fromkeys(("shapes", "emoji"), [30.0] * 8 + [0.01] * 90)
+    (tmp_path / page.SPECTRA).write_text(json.dumps(spectra))
     assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
-    rows = [line.split(" | ") for line in (tmp_path / "paper.md").read_text().splitlines() if "| made up |" in line]
-    assert len(rows) == len(page.ROOMS)
-    assert all(row[2 + criterion.RANKS.index(8)] == "**1.00**" for row in rows)
+    text = (tmp_path / "paper.md").read_text().partition("<!-- predicted -->")[2].partition("<!-- end")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if "| shapes |" in line or "| emoji |" in line]
+    assert len(rows) == 12
+    assert all(row[3 + criterion.RANKS.index(8)] == "**1.00**" for row in rows)
     assert sum("**" in cell for row in rows for cell in row) == len(rows)
+
+
+def test_losses_that_are_burdens_correlate_with_them_fully(tmp_path):
+    values = [20.0 / (k + 1) for k in range(60)]
+    spectra, kinds = {"shapes": values, "emoji": values}, {}
+    for rank, value in page.burdens(spectra, "shapes", 64).items():
+        found = made_up(f"rank-{rank}", 0, 1.0)
+        found["on the way"] = {"4": {"held_out": dict.fromkeys(("0.4", "0.6", "0.8"), 0.1 + 0.01 * value)}}
+        kinds[f"rank-{rank}"] = {0: found, 1: found}
+    text = page.best_ranks(kinds, spectra)
+    assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \|", text)
+    assert "| shapes | 192 | nothing |" in text
+    assert "| nothing | 48 | 48 | 1.00" not in text

@@ -110,7 +110,7 @@ def kept_from(points: list[str]) -> set[str]:
 
 
 def of_classes(labels: Tensor, images: Tensor, theirs: Tensor) -> Tensor:
-    """For each class of `labels` the next image of that class that is not taken yet, again from the first if need be."""
+    """For each of `labels` the next image of that class that is not taken yet; after the last, the first again."""
     places = {label: (theirs == label).nonzero()[:, 0].tolist() for label in labels.unique().tolist()}
     taken = Counter()
     chosen = []

@@ -21,6 +21,7 @@ from toy.paper.tables import (
     Measure,
     Runs,
     Values,
+    as_trained,
     at_the_end,
     by_seed,
     claims,
@@ -245,29 +246,76 @@ def lifted(kinds: Kinds) -> str:
     return table(["the lifted model, before any training", ""], rows)
 
 
-# ---- The best rank, predicted ----------------------------------------------------------------------------------------
+# ---- Emoji -----------------------------------------------------------------------------------------------------------
+EMOJI = {f"{name}-emoji": rank for name, rank in RANKS.items()}
+
+
+def emoji(kinds: Kinds) -> str:
+    pairs = {claim: tuple(f"{name}-emoji" for name in pair) for claim, pair in RANK_CLAIMS.items()}
+    quality, loss = dict(QUALITY), {"held-out loss": QUALITY["held-out loss"]}
+    drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
+    parts = [compared(kinds, drawn, quality), compared(kinds, {c: p for c, p in pairs.items() if c not in drawn}, loss)]
+    shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
+    return "\n\n".join([*parts, samples(kinds, {**shown_too, "emoji": "other pictures"}), origin(kinds, list(EMOJI))])
+
+
+def has_samples(kinds: Kinds, name: str) -> bool:
+    return any(run["at the end"] for run in kinds.get(name, {}).values())
+
+
+# ---- The best rank ---------------------------------------------------------------------------------------------------
 SPECTRA = "spectra.json"
-ROOMS = {  # of noise, by what might bound it, at both widths
-    "width 192: its bottleneck of 64": 64,
-    "width 192: itself": 192,
-    "width 96: its bottleneck of 32": 32,
-    "width 96: itself": 96,
-    "nothing (`auto_rank`)": float("inf"),
+NETWORKS = {  # what is in the names of the runs of each data and width
+    ("shapes", 192): "",
+    ("shapes", 96): "-narrow",
+    ("emoji", 192): "-emoji",
+    ("emoji", 96): "-emoji-narrow",
 }
 
 
-def predicted(folder: Path) -> str:
-    """The burden of each rank by the criterion, in units of that of rank 8."""
+def rooms(width: int) -> dict[str, float]:
+    """For how many directions of noise a network may have room, by what might bound it."""
+    return {f"the bottleneck, {width // 3}": width // 3, f"the width, {width}": width, "nothing": float("inf")}
+
+
+def burdens(spectra: Mapping[str, list[float]], data: str, room: float) -> dict[int, float]:
+    """The burden of each rank by the criterion."""
+    sides = errors(torch.tensor(spectra[data]))
+    return {rank: burden(*sides, rank, room) for rank in criterion.RANKS if rank < room}
+
+
+def predicted(spectra: Mapping[str, list[float]]) -> str:
+    """The burden of each rank by the criterion, in units of that of rank 8; the least in bold."""
     rows = []
-    for name, values in opening.read_json(folder / SPECTRA).items():
-        inside, outside = errors(torch.tensor(values))
-        for bound, room in ROOMS.items():
-            burdens = {rank: burden(inside, outside, rank, room) for rank in criterion.RANKS}
-            best = min(burdens, key=burdens.__getitem__)
-            words = {rank: f"{value / burdens[8]:.2f}" if rank < room else "" for rank, value in burdens.items()}
+    for data, width in NETWORKS:
+        for bound, room in rooms(width).items():
+            found = burdens(spectra, data, room)
+            best = min(found, key=found.__getitem__)
+            words = {rank: f"{value / found[8]:.2f}" for rank, value in found.items()}
             words[best] = f"**{words[best]}**"
-            rows.append([name, bound, *words.values()])
-    return table(["data", "what bounds the room", *map(str, criterion.RANKS)], rows)
+            rows.append([data, str(width), bound, *(words.get(rank, "") for rank in criterion.RANKS)])
+    return table(["data", "width", "the room is bounded by", *map(str, criterion.RANKS)], rows)
+
+
+def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
+    """The held-out loss of each rank, at the noise levels of the training, and how well each burden goes with it."""
+    rows, fits = [], []
+    for (data, width), mark in NETWORKS.items():
+        found = {r: by_seed(kinds[k], as_trained) for r in criterion.RANKS if (k := f"rank-{r}{mark}") in kinds}
+        means = {rank: statistics.fmean(values.values()) for rank, values in found.items()}
+        best = min(means, key=means.__getitem__, default=None)
+        words = {rank: shown(values, "{:.4f}") for rank, values in found.items()}
+        words |= {best: f"**{words[best]}**"} if found else {}
+        rows.append([data, str(width), *(words.get(rank, "") for rank in criterion.RANKS)])
+        for bound, room in rooms(width).items():
+            predictions = burdens(spectra, data, room)
+            both = [rank for rank in means if rank in predictions]
+            if len(both) > 2:
+                r = statistics.correlation([predictions[rank] for rank in both], [means[rank] for rank in both])
+                expected = min(both, key=predictions.__getitem__)
+                fits.append([data, str(width), bound, str(expected), str(best), f"{r:.2f}"])
+    head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
+    return "\n\n".join([table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)])
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
@@ -279,6 +327,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "rate": (rate, [f"{name}-own-rate" for name in RATED]),
     "finetuning": (finetuning, ["finetuning-plain", "finetuning-reduced"]),
     "lifted": (lifted, ["finetuning-start"]),
+    "emoji": (emoji, ["rank-0-emoji", "rank-8-emoji"]),
 }
 FIGURES = {"paper_rank": rank_figure, "paper_speed": speed_figure}
 
@@ -293,7 +342,8 @@ def write(folder: Path, docs: Path) -> list[str]:
             missing.append(f"{name}, of {' and '.join(missing_here)}")
         text = filled(text, name, "Not run yet." if missing_here else make(kinds))
     if (folder / SPECTRA).exists():
-        text = filled(text, "predicted", predicted(folder))
+        spectra = opening.read_json(folder / SPECTRA)
+        text = filled(filled(text, "predicted", predicted(spectra)), "best ranks", best_ranks(kinds, spectra))
     if {"rank-0", "rank-8"} <= kinds.keys():
         for name, draw in FIGURES.items():
             with replacing(docs / f"{name}.png") as beside:
