@@ -97,12 +97,17 @@ def render(scene: Scene, size: int) -> torch.Tensor:
         x, y = (axis - cx) / radius, (axis - cy) / radius
         columns, rows = abs(x) < 1, abs(y) < 1  # no shape reaches farther
         covered[np.ix_(rows, columns)] |= inside(SHAPES[scene.shape], x[None, columns], y[rows, None])
-    rows = covered.reshape(size, SUPERSAMPLING, -1).sum(1, dtype=np.uint8)
-    points = rows.reshape(size, size, SUPERSAMPLING).sum(2, dtype=np.uint8)  # of each pixel, in a shape
     share = np.arange(SUPERSAMPLING**2 + 1) / SUPERSAMPLING**2
     color = np.array(list(COLORS.values())[scene.color])[:, None]
     palette = (share * color + (1 - share) * scene.ground).round().astype(np.uint8)
-    return torch.from_numpy(palette.take(points, axis=1))
+    return torch.from_numpy(palette.take(points_in_pixels(covered), axis=1))
+
+
+def points_in_pixels(covered: np.ndarray) -> np.ndarray:
+    """How many of the points of each pixel are covered: (..., H, W), uint8, of (..., H * S, W * S), bool."""
+    *batch, height, width = covered.shape
+    rows = covered.reshape(*batch, -1, SUPERSAMPLING, width).sum(-2, dtype=np.uint8)
+    return rows.reshape(*batch, height // SUPERSAMPLING, -1, SUPERSAMPLING).sum(-1, dtype=np.uint8)
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

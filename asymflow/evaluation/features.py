@@ -69,7 +69,8 @@ class Oracle:
         return torch.tensor([self.one(*pair) for pair in zip(images.cpu(), labels, strict=True)]), None
 
     def one(self, image: Tensor, label: int) -> list[float]:
-        reading, fit = oracle.read_scene(image), oracle.fit_scene(image)
+        fit = oracle.fit_scene(image)
+        reading = fit.reading
         shape, color = divmod(label, len(COLORS))
         right = [1 <= reading.count <= len(COUNTS), reading.color == color, reading.shape == shape]
         detail = [-1.0, -1.0] if math.isnan(fit.blur) else [fit.sharpness, fit.residual]

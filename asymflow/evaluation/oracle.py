@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-from asymflow.data.shapes import COLORS, COLUMNS, COUNTS, ROWS, SHAPES, SUPERSAMPLING, Scene, inside
+from asymflow.data.shapes import COLORS, COLUMNS, COUNTS, ROWS, SHAPES, SUPERSAMPLING, Scene, inside, points_in_pixels
 from asymflow.errors import InputError
 
 PARTS = ("count", "color", "shape", "position", "all")
@@ -293,20 +293,20 @@ def shares(shape: int, places: np.ndarray, side: int) -> np.ndarray:
     cx, cy, radius = places.T[:, :, None]
     x, y = (axis - cx) / radius, (axis - cy) / radius
     covered = inside(SHAPES[shape], x[:, None, :], y[:, :, None])
-    counted = covered.reshape(len(places), side, SUPERSAMPLING, side, SUPERSAMPLING).sum((2, 4), dtype=np.float32)
-    return counted / SUPERSAMPLING**2
+    return points_in_pixels(covered).astype(np.float32) / SUPERSAMPLING**2
 
 
 # ---- Detail ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fit:
-    """How a picture differs from the ideal one that is closest to it.
+    """What is in a picture, and how it differs from the ideal one that is closest to it.
 
-    residual: their root mean square difference, in grey levels: of blur, ringing, noise, and of whatever should not be
-    there. blur: the radius (standard deviation), in pixels, of the Gaussian that makes the ideal picture most like the
-    given one; nan if no shape was recognized.
+    reading: as `read_scene` gives it. residual: their root mean square difference, in grey levels: of blur, ringing,
+    noise, and of whatever should not be there. blur: the radius (standard deviation), in pixels, of the Gaussian that
+    makes the ideal picture most like the given one; nan if no shape was recognized.
     """
 
+    reading: Reading
     residual: float
     blur: float
 
@@ -327,7 +327,7 @@ def fit_scene(image: Tensor) -> Fit:
     """
     picture = levels(image)
     size = picture.shape[-1]
-    _, ground, found = find_shapes(picture)
+    reading, ground, found = find_shapes(picture)
     cut = windows(picture - ground).numpy()
     cells = np.zeros_like(cut)
     for fitted in found:
@@ -336,7 +336,7 @@ def fit_scene(image: Tensor) -> Fit:
         cells[fitted.cell] = contrast[:, None, None] * refine(fitted, share, size)
     ideal = paste(torch.from_numpy(cells), size)
     residual = (picture - (ideal + ground)).square().mean().sqrt().item()
-    return Fit(residual, closest_blur(picture - ground, ideal) if found else math.nan)
+    return Fit(reading, residual, closest_blur(picture - ground, ideal) if found else math.nan)
 
 
 def refine(fitted: Fitted, share: np.ndarray, size: int) -> np.ndarray:
