@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as e:
         print(f"toy.paper: error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntoy.paper: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -168,19 +168,15 @@ class Lab:
         return path
 
     def measure(self, run: Run) -> dict:
-        folder = self.out / run.name
+        folder, way = self.out / run.name, {}
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
-        metrics = read_metrics(folder)
-        losses = torch.tensor([line["loss"] for line in metrics], dtype=torch.float64)
-        way = {}
+        images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
-            held_out = measures.held_out_losses(
-                flow, *(part[: self.scale.held_out] for part in (self.real, self.labels))
-            )
-            way[step] = {"held_out": held_out}
+            way[step] = {"held_out": measures.held_out_losses(flow, images, labels)}
             if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
+        losses = torch.tensor([line["loss"] for line in read_metrics(folder)], dtype=torch.float64)
         losses = [part.mean().item() for part in losses.split(AVERAGED)]
         end = {} if run.drawn == "never" else self.ending(run, flow)
         return {"hours": {"training": training_hours(folder)}, "losses": losses, "on the way": way, "at the end": end}
