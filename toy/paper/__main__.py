@@ -53,7 +53,7 @@ def experiment(what: str, args: argparse.Namespace) -> None:
         raise InputError(f"--only {strange[0]} is none of {', '.join(runs)}")
     data = EmojiData(args.data, args.out) if what == "emoji" else ShapesData()
     lab = Lab(args.out, QUICK if args.quick else Scale(), data)
-    lab.pictures()
+    lab.yardsticks()
     for name in names:
         found = lab.result(runs[name])["at the end"].get("guided", {})
         print(f"{name}: {in_words(found) or 'done'}", flush=True)

@@ -39,7 +39,16 @@ from toy.paper.tables import (
 Kinds = Mapping[str, Runs]
 RANDOM = "random 8"
 RANKS = {f"rank-{rank}": str(rank) for rank in (0, 2, 4, 8, 16, 32)} | {"rank-full": "768", "rank-random-8": RANDOM}
-PICTURES = {"shapes": "other pictures"}  # in place of samples
+YARDSTICKS = {  # in place of samples
+    "whole": "other pictures",
+    "blur-0.5": "blurred by 0.5 pixels",
+    "blur-1": "blurred by 1 pixel",
+    "noise-5": "noise of 5 grey levels",
+    "noise-15": "noise of 15 grey levels",
+    "patches-3": "patches too dark or bright by 3 grey levels",
+    "patches-10": "patches too dark or bright by 10 grey levels",
+    "strangers-10": "a tenth of other classes",
+}
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
@@ -73,8 +82,15 @@ RANK_CLAIMS = {
 }
 
 
+WHOLE = {f"{data}-whole": YARDSTICKS["whole"] for data in ("shapes", "emoji")}
+
+
+def yardsticks(kinds: Kinds) -> str:
+    return samples(kinds, {f"shapes-{name}": title for name, title in YARDSTICKS.items()})
+
+
 def rank(kinds: Kinds) -> str:
-    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | PICTURES)]
+    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | WHOLE)]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
 
@@ -256,7 +272,7 @@ def emoji(kinds: Kinds) -> str:
     drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
     parts = [compared(kinds, drawn, quality), compared(kinds, {c: p for c, p in pairs.items() if c not in drawn}, loss)]
     shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
-    return "\n\n".join([*parts, samples(kinds, {**shown_too, "emoji": "other pictures"}), origin(kinds, list(EMOJI))])
+    return "\n\n".join([*parts, samples(kinds, {**shown_too, **WHOLE}), origin(kinds, list(EMOJI))])
 
 
 def has_samples(kinds: Kinds, name: str) -> bool:
@@ -320,6 +336,7 @@ def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 BLOCKS = {  # how each is made, and of which kinds of runs
+    "yardsticks": (yardsticks, ["shapes-whole"]),
     "rank": (rank, ["rank-0", "rank-8"]),
     "speed": (speed, ["rank-0", "rank-8"]),
     "clamp": (clamp, ["rank-0", "rank-8"]),

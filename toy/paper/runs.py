@@ -33,6 +33,7 @@ from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.damage import DAMAGES
 from toy.paper.data import SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
 
@@ -40,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 PATCH = 16
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
-SHOWN = 64  # samples in the picture of a run
+SHOWN = 256  # samples in the picture of a run
 AVERAGED = 50  # steps whose mean loss is kept
 
 
@@ -121,13 +122,18 @@ class Lab:
     def read(self, images: Tensor) -> Samples:
         return Samples(Rows([torch.cat([self.features(part) for part in images.split(measures.BATCH)])]))
 
-    def pictures(self) -> None:
-        """Measure other pictures in place of samples, which says how good a result can be, and keep it as a run's."""
-        file = self.out / f"{self.data.name}-seed-0.json"
-        if not file.exists():
-            end = {"guided": self.judged(self.data.others(self.labels[: self.scale.end[0]]))}
-            about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
-            keep(file, about, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
+    def yardsticks(self) -> None:
+        """Measure other pictures in place of samples, whole and damaged, and keep the results as those of runs.
+
+        They say how good a result can be, and which faults a measure sees.
+        """
+        others = self.data.others(self.labels[: self.scale.end[0]])
+        for name, damage in DAMAGES.items():
+            file = self.out / f"{self.data.name}-{name}-seed-0.json"
+            if not file.exists():
+                about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
+                end = {"guided": self.judged(damage(others))}
+                keep(file, about, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
 
     # ---- A run -------------------------------------------------------------------------------------------------------
     def result(self, run: Run) -> dict:

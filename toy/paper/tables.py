@@ -121,7 +121,7 @@ def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUI
             for key, (_, form) in COLUMNS.items()
         ]
         rows.append([titles[name], str(len(kinds[name])), *cells])
-    return table(["rank", "seeds", *(title for title, _ in COLUMNS.values())], rows)
+    return table(["", "seeds", *(title for title, _ in COLUMNS.values())], rows)
 
 
 def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
