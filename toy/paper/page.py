@@ -3,6 +3,7 @@
 The page's words are written by hand. What comes between <!-- NAME --> and <!-- end of NAME --> is made here.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,9 @@ YARDSTICKS = {  # in place of samples
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
+    "residual": (at_the_end("residual"), "{:.1f}"),
 }
+BY = {"verdict": (0, 1), "by loss and residual": (0, 2)}  # which of them; the page says why there are two
 
 
 def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QUALITY) -> list[Values]:
@@ -60,14 +63,14 @@ def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QU
     return [by_seed(kinds[name], measure) for measure, _ in measures.values()]
 
 
-def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY) -> str:
+def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY, verdicts=BY) -> str:
     """The claims that the first kind of each pair is better, where both kinds have been run."""
     sides = {
         claim: (of(kinds, first, measures), of(kinds, other, measures))
         for claim, (first, other) in pairs.items()
         if first in kinds and other in kinds
     }
-    return claims(sides, {name: form for name, (_, form) in measures.items()})
+    return claims(sides, {name: form for name, (_, form) in measures.items()}, verdicts)
 
 
 # ---- Figure 5 --------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def rank(kinds: Kinds) -> str:
 def rank_figure(kinds: Kinds) -> Figure:
     """The paper's Figure 5 beside ours: a point for each seed, a line through the means."""
     panels = {"the paper: FID, H/16, 160 epochs": {rank: {0: fid} for rank, fid in PAPER_RANKS.items()}}
-    for title, (measure, _) in {**QUALITY, "residual": (at_the_end("residual"), "")}.items():
+    for title, (measure, _) in QUALITY.items():
         panels[f"ours: {title}"] = {RANKS[name]: by_seed(kinds[name], measure) for name in RANKS if name in kinds}
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     places = [rank for rank in RANKS.values() if rank != RANDOM]
@@ -119,7 +122,11 @@ def rank_figure(kinds: Kinds) -> Figure:
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
-SPEED = {"held-out loss": mean_loss, "Fréchet distance, unguided": lambda found: found["frechet_distance"]}
+SPEED = {
+    "held-out loss": mean_loss,
+    "Fréchet distance, unguided": lambda found: found["frechet_distance"],
+    "residual, unguided": lambda found: math.inf if found["residual"] is None else found["residual"],
+}
 
 
 def speed(kinds: Kinds) -> str:
@@ -149,7 +156,7 @@ def reached(steps: Sequence[int], values: Sequence[float], level: float) -> floa
 
 
 def speed_figure(kinds: Kinds) -> Figure:
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axis, (title, measure) in zip(figure.subplots(1, len(SPEED)), SPEED.items(), strict=True):
         for name, color in (("rank-0", "C1"), ("rank-8", "C0"), ("rank-random-8", "C3")):
             for i, run in enumerate(kinds.get(name, {}).values()):
@@ -188,7 +195,7 @@ def repa(kinds: Kinds) -> str:
     pairs = {f"rank {rank} is better with alignment": (f"rank-{rank}-repa", f"rank-{rank}") for rank in (8, 0)}
     sides = {claim: (of(kinds, first), of(kinds, other)) for claim, (first, other) in pairs.items()}
     sides["it helps rank 8 more than rank 0"] = [list(map(minus, *both)) for both in sides.values()]
-    made = claims(sides, {name: form for name, (_, form) in QUALITY.items()})
+    made = claims(sides, {name: form for name, (_, form) in QUALITY.items()}, BY)
     return "\n\n".join([made, samples(kinds, ALIGNED), origin(kinds, ["rank-0-repa", "rank-8-repa"])])
 
 
@@ -248,7 +255,7 @@ def finetuning(kinds: Kinds) -> str:
         for name, (title, hps, fid) in names.items()
     ]
     head = ["", "the paper: HPSv3", "its FID", *DRAWN]
-    return "\n\n".join([compared(kinds, pairs, FAULTS), table(head, rows), origin(kinds, list(names))])
+    return "\n\n".join([compared(kinds, pairs, FAULTS, None), table(head, rows), origin(kinds, list(names))])
 
 
 def lifted(kinds: Kinds) -> str:
@@ -268,9 +275,11 @@ EMOJI = {f"{name}-emoji": rank for name, rank in RANKS.items()}
 
 def emoji(kinds: Kinds) -> str:
     pairs = {claim: tuple(f"{name}-emoji" for name in pair) for claim, pair in RANK_CLAIMS.items()}
-    quality, loss = dict(QUALITY), {"held-out loss": QUALITY["held-out loss"]}
+    quality = {name: QUALITY[name] for name in ("held-out loss", "Fréchet distance")}
+    loss = {"held-out loss": QUALITY["held-out loss"]}
     drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
-    parts = [compared(kinds, drawn, quality), compared(kinds, {c: p for c, p in pairs.items() if c not in drawn}, loss)]
+    others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
+    parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
     shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
     return "\n\n".join([*parts, samples(kinds, {**shown_too, **WHOLE}), origin(kinds, list(EMOJI))])
 

@@ -99,17 +99,23 @@ def shown_difference(found: Difference, form: str) -> str:
     return f"**{words}**" if found.counts else words
 
 
-def claims(sides: Mapping[str, tuple[Sequence[Values], Sequence[Values]]], measures: Mapping[str, str]) -> str:
-    """A row for each claim that its first side is lower: the differences, and the verdict.
+def claims(
+    sides: Mapping[str, tuple[Sequence[Values], Sequence[Values]]],
+    measures: Mapping[str, str],
+    verdicts: Mapping[str, Sequence[int]] | None = None,
+) -> str:
+    """A row for each claim that its first side is lower: the differences, and the verdicts.
 
-    Each side has the values of every measure. measures: how the numbers of each are written.
+    Each side has the values of every measure. measures: how the numbers of each are written. verdicts: the numbers of
+    the measures that each is by; None: one, by all.
     """
+    verdicts = verdicts or {"verdict": range(len(measures))}
     rows = []
     for claim, (first, other) in sides.items():
         found = [Difference.between(*values) for values in zip(first, other, strict=True)]
         words = [shown_difference(d, form) for d, form in zip(found, measures.values(), strict=True)]
-        rows.append([claim, *words, verdict(found)])
-    return table(["claim", *(f"difference in {name}" for name in measures), "verdict"], rows)
+        rows.append([claim, *words, *(verdict([found[i] for i in chosen]) for chosen in verdicts.values())])
+    return table(["claim", *(f"difference in {name}" for name in measures), *verdicts], rows)
 
 
 def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUIDED) -> str:
