@@ -115,6 +115,10 @@ def test_the_loss_as_trained_is_linear_and_hardly_sees_the_lowest_levels(loss, l
 def test_a_curve_reaches_a_level_between_two_measurements():
     reached = [page.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
     assert reached == [10, 15, 25, 30, None]
+    curve = ([10, 20, 30], [4.0, 2.0, 1.0])
+    assert page.sooner(curve, 2.0, 25) == pytest.approx(0.2)
+    assert page.sooner(curve, 1.0, 25) == pytest.approx(-0.2)  # later
+    assert page.sooner(curve, 0.5, 25) is None
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):

@@ -130,16 +130,21 @@ SPEED = {
 
 
 def speed(kinds: Kinds) -> str:
-    rows = []
+    """How much sooner rank 8 reaches what rank 0 reaches after each quarter of its steps."""
+    rows, points = [], []
+    seeds = sorted(kinds["rank-0"].keys() & kinds["rank-8"].keys())
     for title, measure in SPEED.items():
-        saved = {}
-        for seed in sorted(kinds["rank-0"].keys() & kinds["rank-8"].keys()):
-            steps, values = curve(kinds["rank-0"][seed], measure)
-            step = reached(*curve(kinds["rank-8"][seed], measure), values[-1])
-            saved[seed] = None if step is None else 1 - step / steps[-1]
-        each = " · ".join("never" if value is None else f"{value:.0%}" for value in saved.values())
-        rows.append([title, each, shown(saved, "{:.0%}")])
-    return table(["rank 8 reaches the last value of rank 0 sooner by", "seeds", "mean"], rows)
+        slow, fast = ({s: curve(kinds[name][s], measure) for s in seeds} for name in ("rank-0", "rank-8"))
+        points = [slow[seeds[0]][0][len(slow[seeds[0]][0]) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+        saved = [{s: sooner(fast[s], slow[s][1][slow[s][0].index(point)], point) for s in seeds} for point in points]
+        rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
+    return table(["what rank 0 has after", *(f"{point:,} steps" for point in points)], rows)
+
+
+def sooner(curve: tuple[Sequence[int], Sequence[float]], level: float, step: int) -> float | None:
+    """By which share of `step` a curve reaches a level sooner; None: it never does."""
+    found = reached(*curve, level)
+    return None if found is None else 1 - found / step
 
 
 def curve(run: dict, measure: Callable[[dict], float]) -> tuple[list[int], list[float]]:
