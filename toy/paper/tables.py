@@ -84,12 +84,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def shown(values: Values, form: str) -> str:
-    """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05"."""
+    """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05, 2 of 3 seeds" if one has no value."""
     known = [value for value in values.values() if value is not None]
     if not known:
-        return "none"
+        return "none" if values else ""
     mean = form.format(statistics.fmean(known))
-    return f"{mean} ± {form.format(statistics.stdev(known))}" if len(known) > 1 else mean
+    words = f"{mean} ± {form.format(statistics.stdev(known))}" if len(known) > 1 else mean
+    return words if len(known) == len(values) else f"{words}, {len(known)} of {len(values)} seeds"
 
 
 def shown_difference(found: Difference, form: str) -> str:
