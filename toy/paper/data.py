@@ -39,7 +39,7 @@ class ShapesData:
 
     def others(self, labels: Tensor) -> Tensor:
         """Further pictures of these classes, to be measured as if they were samples."""
-        return of_classes(labels, *self.numbered(2 * HELD_OUT, 4 * len(labels)))
+        return of_classes(labels, *self.numbered(2 * HELD_OUT, 4 * len(labels) + 400))
 
     def numbered(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         samples = [Shapes(first + count, SIZE)[first + i] for i in range(count)]
