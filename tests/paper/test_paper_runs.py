@@ -25,7 +25,7 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert paper.main(words) == 0
     assert file.stat().st_mtime_ns == written
     assert paper.main([word for word in words if word != "--quick"]) == 2
-    assert "has a classifier of other data: choose another --out" in capsys.readouterr().err
+    assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err
     file.write_text(json.dumps({**found, "run": {**found["run"], "settings": ["subspace.rank=9"]}}))
     assert paper.main(words) == 2
     assert "rank-8-seed-0.json is of another run: choose another --out" in capsys.readouterr().err
