@@ -6,6 +6,7 @@ import tarfile
 import pytest
 import torch
 
+from asymflow.errors import InputError
 from asymflow.training.config.reading import load_config
 from toy.paper import experiments, page
 from toy.paper.data import KEPT, EmojiData, ShapesData, code_point, of_classes
@@ -101,6 +102,10 @@ def test_emoji_of_one_code_point_are_all_kept_or_all_trained_on(tmp_path):
     assert not points[0] & points[1]
     assert sorted([*parts[0], *parts[1]]) == sorted(names_in(tmp_path / "all.tar"))
     assert KEPT <= len(parts[1]) / 2 < KEPT + 3
+    with tarfile.open(tmp_path / "other.tar", "w"):
+        pass
+    with pytest.raises(InputError, match=r"has the parts of another file than .*other.tar: choose another --out"):
+        EmojiData(tmp_path / "other.tar", tmp_path / "out").part("training")
     assert len(data.judged_by(0)) == len(parts[0]) / 2
     assert data.held_out(5)[0].shape == data.others(torch.ones(5)).shape == (5, 3, 64, 64)
 

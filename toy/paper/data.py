@@ -1,5 +1,6 @@
 """The two data sets: what is trained on, what is kept from the training, and what the classifier learns from."""
 
+import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from asymflow.data.shapes import Shapes
 from asymflow.data.shards import TarShards
+from asymflow.errors import InputError
 from asymflow.files import replacing
 from toy.emoji64 import load
 
@@ -79,6 +81,9 @@ class EmojiData:
     def part(self, name: str) -> Path:
         """The shard with a part of the emoji. Both are made if they are not there."""
         shards = {part: self.out / self.folder / f"{part}.tar" for part in ("training", "held-out")}
+        digest, source = hashlib.sha256(self.tar.read_bytes()).hexdigest(), self.out / self.folder / "source.sha256"
+        if source.exists() and source.read_text() != digest:
+            raise InputError(f"{source.parent} has the parts of another file than {self.tar}: choose another --out")
         if not all(shard.exists() for shard in shards.values()):
             with tarfile.open(self.tar) as tar:
                 members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
@@ -91,6 +96,7 @@ class EmojiData:
                             info = tarfile.TarInfo(file)
                             info.size = len(content)
                             tar.addfile(info, io.BytesIO(content))
+            source.write_text(digest)
         return shards[name]
 
 

@@ -130,10 +130,11 @@ class Lab:
         others = self.data.others(self.labels[: self.scale.end[0]])
         for name, damage in DAMAGES.items():
             file = self.out / f"{self.data.name}-{name}-seed-0.json"
+            about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
             if not file.exists():
-                about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
                 end = {"guided": self.judged(damage(others))}
                 keep(file, about, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
+            stored(file, about)
 
     # ---- A run -------------------------------------------------------------------------------------------------------
     def result(self, run: Run) -> dict:
