@@ -8,6 +8,7 @@ from torchvision.models import vgg16, vgg16_bn
 
 from asymflow.color import rgb_to_oklab
 from asymflow.data.shapes import Shapes
+from asymflow.errors import InputError
 from asymflow.training.objectives.variance import PerceptualLoss
 from toy.paper import __main__ as paper
 from toy.paper import finetuning, teacher
@@ -35,6 +36,8 @@ def test_the_perceptual_network_is_read_by_the_perceptual_loss(tmp_path):
     written = file.read_bytes()
     finetuning.perceptual_net(file, steps=1)
     assert file.read_bytes() == written
+    with pytest.raises(InputError, match=r"vgg16.safetensors has not learnt for 2 steps: choose another --out"):
+        finetuning.perceptual_net(file, steps=2)
     images = rgb_to_oklab(torch.stack([Shapes(2, 32)[i].image for i in range(2)]) / 127.5 - 1)
     loss = PerceptualLoss(str(file), "cpu")
     weight = torch.ones(2, 1, 32, 32)
@@ -75,4 +78,4 @@ def test_all_models_are_trained_measured_and_compared_once(tmp_path, capsys):
     assert paper.main(words) == 0
     assert [file.stat().st_mtime_ns for file in files] == written
     assert paper.main(words[:1] + words[2:] + ["--only", "finetuning-seed-0"]) == 2
-    assert "is of another run: choose another --out" in capsys.readouterr().err
+    assert "is of another scale: choose another --out" in capsys.readouterr().err

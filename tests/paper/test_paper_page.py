@@ -6,12 +6,16 @@ import shutil
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
-from toy.paper import criterion, page, tables
+from toy.paper import blocks, criterion, page, tables
 from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
 from toy.paper.measures import LEVELS
 
@@ -57,7 +61,7 @@ def made_up(kind: str, seed: int, loss: float) -> dict:
     samples = dict.fromkeys(tables.COLUMNS, loss + 0.001 * seed)
     way = {str(k): {"held_out": {str(x): loss * 4 / k for x in LEVELS}, **samples} for k in (1, 2, 4)}
     end = dict.fromkeys((tables.GUIDED, tables.UNGUIDED, tables.UNCLAMPED), samples)
-    about = {"run": {"name": f"{kind}-seed-{seed}", "seed": seed}, "commit": "abc", "machine": "a CPU"}
+    about = {"run": {"name": f"{kind}-seed-{seed}", "seed": seed}, "scale": {}, "commit": "abc", "machine": "a CPU"}
     return {
         **about,
         "hours": {"training": 1.0, "measuring": 0.5},
@@ -71,13 +75,13 @@ def made_up(kind: str, seed: int, loss: float) -> dict:
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    further = [f"{name}{mark}" for name in page.RATED for mark in ("-own-rate", "-rate-0.0003", "-rate-0.0006")]
-    further += [f"{name}-emoji" for name in page.RANKS] + [f"shapes-{name}" for name in page.YARDSTICKS]
-    for number, kind in enumerate([*page.RANKS, "rank-8-repa", "rank-0-repa", *further]):
+    further = [f"{name}{mark}" for name in blocks.RATED for mark in ("-own-rate", "-rate-0.0003", "-rate-0.0006")]
+    further += [f"{name}-emoji" for name in blocks.RANKS] + [f"shapes-{name}" for name in blocks.YARDSTICKS]
+    for number, kind in enumerate([*blocks.RANKS, "rank-8-repa", "rank-0-repa", *further]):
         for seed in range(3):
             found = made_up(kind, seed, 1 + number + 0.01 * seed)
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
-    for number, model in enumerate(page.FINETUNED):
+    for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)
             keys = ("all", "correlation", "correlation of strangers", "read alike", *tables.COLUMNS)
@@ -88,20 +92,20 @@ def results(tmp_path):
 
 def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
     kinds = tables.read(results)
-    text = page.rank(kinds)
+    text = blocks.rank(kinds)
     mean, spread = statistics.fmean([1, 1.011, 1.022]), statistics.stdev([1, 1.011, 1.022])
     assert f"| 0 | 3 | {mean:.2f} ± {spread:.2f} |" in text
     assert (
         "| rank 8 is better than rank 0 (x0-prediction) | **+3.0000 ± 0.0000** | **+3.00 ± 0.00** | **+3.0 ± 0.0** |"
         in text
     )
-    assert f"{len(page.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
+    assert f"{len(blocks.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
 
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):
     """Ranks 0 and 8 are kinds number 0 and 3, with alignment 9 and 8: it costs rank 8 five, and rank 0 nine."""
     row = "more than rank 0 | **-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | shown | shown |"
-    assert row in page.repa(tables.read(results))
+    assert row in blocks.repa(tables.read(results))
 
 
 @given(st.floats(0, 3), st.floats(0, 3))
@@ -113,12 +117,12 @@ def test_the_loss_as_trained_is_linear_and_hardly_sees_the_lowest_levels(loss, l
 
 
 def test_a_curve_reaches_a_level_between_two_measurements():
-    reached = [page.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
+    reached = [blocks.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
     assert reached == [10, 15, 25, 30, None]
     curve = ([10, 20, 30], [4.0, 2.0, 1.0])
-    assert page.sooner(curve, 2.0, 25) == pytest.approx(0.2)
-    assert page.sooner(curve, 1.0, 25) == pytest.approx(-0.2)  # later
-    assert page.sooner(curve, 0.5, 25) is None
+    assert blocks.sooner(curve, 2.0, 25) == pytest.approx(0.2)
+    assert blocks.sooner(curve, 1.0, 25) == pytest.approx(-0.2)  # later
+    assert blocks.sooner(curve, 0.5, 25) is None
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):
@@ -128,7 +132,7 @@ def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):
     assert paper.main(words) == 0
     first = (tmp_path / "paper.md").read_text()
     assert "Not run yet." not in first
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in page.FIGURES)
+    assert all((tmp_path / f"paper_{name}.png").stat().st_size > 5000 for name in ("rank", "speed"))
     assert paper.main(words) == 0
     assert (tmp_path / "paper.md").read_text() == first
     assert by_hand(first) == by_hand((DOCS / "paper.md").read_text())
@@ -152,6 +156,28 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
     assert (tmp_path / "docs" / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
 
 
+def test_a_quick_look_does_not_come_into_the_page(results, tmp_path, capsys):
+    shutil.copy(DOCS / "paper.md", tmp_path)
+    file = results / "rank-2-seed-1.json"
+    file.write_text(json.dumps(made_up("rank-2", 1, 1.0) | {"scale": {"held_out": 16}}))
+    assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 2
+    assert f"{file} is of a quick look" in capsys.readouterr().err
+    assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
+
+
+def test_the_figure_of_samples_has_the_data_and_each_rank_that_was_drawn(results, tmp_path):
+    shutil.copy(DOCS / "paper.md", tmp_path)
+    images = torch.full((20, 3, 64, 64), -1.0)
+    for rank, columns in (("0", 8), ("full", 16)):
+        image_grid(images, columns).save(results / f"rank-{rank}-seed-0.png")
+    assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "paper_samples.png") as figure:
+        black = (np.asarray(figure.convert("L")) < 10).mean(1)
+    rows = np.flatnonzero(np.diff((black > 0.5).astype(int)) == 1)
+    assert len(rows) == 2
+    assert rows[0] > len(black) / 4  # above are the data, which are light
+
+
 def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
     """Of eight directions with much variance each is worth predicting noise in, and no more, if there is room."""
     shutil.copy(DOCS / "paper.md", tmp_path)
@@ -168,11 +194,11 @@ def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
 def test_losses_that_are_burdens_correlate_with_them_fully(tmp_path):
     values = [20.0 / (k + 1) for k in range(60)]
     spectra, kinds = {"shapes": values, "emoji": values}, {}
-    for rank, value in page.burdens(spectra, "shapes", 64).items():
+    for rank, value in blocks.burdens(spectra, "shapes", 64).items():
         found = made_up(f"rank-{rank}", 0, 1.0)
         found["on the way"] = {"4": {"held_out": dict.fromkeys(("0.4", "0.6", "0.8"), 0.1 + 0.01 * value)}}
         kinds[f"rank-{rank}"] = {0: found, 1: found}
-    text = page.best_ranks(kinds, spectra)
+    text = blocks.best_ranks(kinds, spectra)
     assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \|", text)
     assert "| shapes | 192 | nothing |" in text
     assert "| nothing | 48 | 48 | 1.00" not in text

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import vgg16_bn
 
+from asymflow import opening
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation.drawn import quantized
@@ -65,7 +66,8 @@ def finetuning(args: argparse.Namespace) -> None:
 
 
 def about(model: str, seed: int, steps: int) -> dict:
-    return {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed, "steps": steps}}
+    scale = {} if steps == STEPS else {"steps": steps}
+    return {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed}, "scale": scale}
 
 
 def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict) -> None:
@@ -124,7 +126,10 @@ def perceptual_net(file: Path, steps: int, seed: int = 0) -> None:
     It learns with batch normalization, without which it does not in so few steps, and which is then folded into its
     convolutions. What follows these in torchvision is made for 224 pixels; here one linear layer is enough.
     """
+    about = {"steps": str(steps)}
     if file.exists():
+        if opening.read_tensors(file)[1] != about:
+            raise InputError(f"{file} has not learnt for {steps} steps: choose another --out")
         return
     torch.manual_seed(seed)
     features, head = vgg16_bn().features, nn.Linear(512, Shapes.num_classes)
@@ -143,7 +148,7 @@ def perceptual_net(file: Path, steps: int, seed: int = 0) -> None:
     print(f"the perceptual network's last loss is {loss:.3f}, where a guess has 2.773")
     weights = {f"features.{name}": w.contiguous() for name, w in folded(features.eval()).state_dict().items()}
     with replacing(file) as beside:
-        save_file(weights, beside)
+        save_file(weights, beside, metadata=about)
 
 
 def folded(features: nn.Sequential) -> nn.Sequential:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from asymflow import opening
+from asymflow.errors import InputError
 from toy.paper.differences import Difference, verdict
 
 Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
@@ -32,10 +33,12 @@ COLUMNS = {  # of samples: what it is called, and how its numbers are written
 
 # ---- What is in a file -----------------------------------------------------------------------------------------------
 def read(folder: Path) -> dict[str, Runs]:
-    """All results in a folder, by the names of their runs without the seed."""
+    """All results in a folder, by the names of their runs without the seed. InputError if one is of a quick look."""
     kinds: dict[str, dict[int, dict]] = {}
     for file in sorted(folder.glob("*-seed-*.json")):
         found = opening.read_json(file)
+        if found["scale"]:
+            raise InputError(f"{file} is of a quick look, whose figures are no results: choose another --out")
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
     return kinds
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asymflow import opening
 from asymflow.data.shapes import Shapes
+from asymflow.errors import InputError
 from asymflow.evaluation.dinov2 import MEAN, STD
 from asymflow.progress import progress_bar
 
@@ -22,6 +24,8 @@ BATCH = 64
 
 def teacher_in(folder: Path, grid: int, steps: int, size: int = 64, seed: int = 0) -> float:
     """Train the network, unless it is in the folder. Returns the share of new pictures whose class it knows.
+
+    InputError if the one there has learnt for another number of steps.
 
     grid: patches along a side, as many as the transformer has that is aligned with it. size: of pictures, in pixels.
     """
@@ -52,7 +56,10 @@ def teacher_in(folder: Path, grid: int, steps: int, size: int = 64, seed: int = 
             right.append(heads[0](model(images).last_hidden_state[:, 1:].mean(1)).argmax(1) == labels)
         model.save_pretrained(folder)
         about.write_text(json.dumps({"right": torch.cat(right).double().mean().item(), "steps": steps}) + "\n")
-    return json.loads(about.read_text())["right"]
+    found = opening.read_json(about)
+    if found["steps"] != steps:
+        raise InputError(f"{folder} has a network of {found['steps']} steps, not of {steps}: choose another --out")
+    return found["right"]
 
 
 def batch(pictures: Shapes, step: int, grid: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,303 @@
+"""The tables of docs/paper.md: a function for each, from what was measured of the runs."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from toy.paper import criterion
+from toy.paper.criterion import burden, errors
+from toy.paper.tables import (
+    GUIDED,
+    UNCLAMPED,
+    UNGUIDED,
+    Measure,
+    Runs,
+    Values,
+    as_trained,
+    at_the_end,
+    by_seed,
+    claims,
+    held_out,
+    losses,
+    mean_loss,
+    minus,
+    origin,
+    samples,
+    shown,
+    table,
+)
+
+Kinds = Mapping[str, Runs]
+RANDOM = "random 8"
+RANKS = {f"rank-{rank}": str(rank) for rank in (0, 2, 4, 8, 16, 32)} | {"rank-full": "768", "rank-random-8": RANDOM}
+YARDSTICKS = {  # in place of samples
+    "whole": "other pictures",
+    "blur-0.5": "blurred by 0.5 pixels",
+    "blur-1": "blurred by 1 pixel",
+    "noise-5": "noise of 5 grey levels",
+    "noise-15": "noise of 15 grey levels",
+    "patches-3": "patches too dark or bright by 3 grey levels",
+    "patches-10": "patches too dark or bright by 10 grey levels",
+    "strangers-10": "a tenth of other classes",
+}
+QUALITY: dict[str, tuple[Measure, str]] = {
+    "held-out loss": (held_out, "{:.4f}"),
+    "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
+    "residual": (at_the_end("residual"), "{:.1f}"),
+}
+BY = {"verdict": (0, 1), "by loss and residual": (0, 2)}  # which of them; the page says why there are two
+
+
+def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QUALITY) -> list[Values]:
+    """The values of each measure of a kind of run."""
+    return [by_seed(kinds[name], measure) for measure, _ in measures.values()]
+
+
+def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY, verdicts=BY) -> str:
+    """The claims that the first kind of each pair is better, where both kinds have been run."""
+    sides = {
+        claim: (of(kinds, first, measures), of(kinds, other, measures))
+        for claim, (first, other) in pairs.items()
+        if first in kinds and other in kinds
+    }
+    return claims(sides, {name: form for name, (_, form) in measures.items()}, verdicts)
+
+
+# ---- Figure 5 --------------------------------------------------------------------------------------------------------
+RANK_CLAIMS = {
+    "rank 8 is better than rank 0 (x0-prediction)": ("rank-8", "rank-0"),
+    "rank 8 is better than rank 768 (u-prediction)": ("rank-8", "rank-full"),
+    "rank 8 by PCA is better than a random subspace of rank 8": ("rank-8", "rank-random-8"),
+    "a random subspace of rank 8 is better than rank 0 (the paper: it is not)": ("rank-random-8", "rank-0"),
+    "rank 8 is better than rank 2": ("rank-8", "rank-2"),
+    "rank 8 is better than rank 32": ("rank-8", "rank-32"),
+}
+
+
+WHOLE = {f"{data}-whole": YARDSTICKS["whole"] for data in ("shapes", "emoji")}
+
+
+def yardsticks(kinds: Kinds) -> str:
+    return samples(kinds, {f"shapes-{name}": title for name, title in YARDSTICKS.items()})
+
+
+def rank(kinds: Kinds) -> str:
+    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | WHOLE)]
+    parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
+    return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
+
+
+# ---- Figure 6 --------------------------------------------------------------------------------------------------------
+SPEED = {
+    "held-out loss": mean_loss,
+    "Fréchet distance, unguided": lambda found: found["frechet_distance"],
+    "residual, unguided": lambda found: math.inf if found["residual"] is None else found["residual"],
+}
+
+
+def speed(kinds: Kinds) -> str:
+    """How much sooner rank 8 reaches what rank 0 reaches after each quarter of its steps."""
+    rows, points = [], []
+    seeds = sorted(kinds["rank-0"].keys() & kinds["rank-8"].keys())
+    for title, measure in SPEED.items():
+        slow, fast = ({s: curve(kinds[name][s], measure) for s in seeds} for name in ("rank-0", "rank-8"))
+        points = [slow[seeds[0]][0][len(slow[seeds[0]][0]) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+        saved = [{s: sooner(fast[s], slow[s][1][slow[s][0].index(point)], point) for s in seeds} for point in points]
+        rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
+    return table(["what rank 0 has after", *(f"{point:,} steps" for point in points)], rows)
+
+
+def sooner(curve: tuple[Sequence[int], Sequence[float]], level: float, step: int) -> float | None:
+    """By which share of `step` a curve reaches a level sooner; None: it never does."""
+    found = reached(*curve, level)
+    return None if found is None else 1 - found / step
+
+
+def curve(run: dict, measure: Callable[[dict], float]) -> tuple[list[int], list[float]]:
+    return [int(step) for step in run["on the way"]], [measure(found) for found in run["on the way"].values()]
+
+
+def reached(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:
+    """The step at which a curve comes down to a level, on a straight line between two measurements; None: never."""
+    for i, value in enumerate(values):
+        if value <= level:
+            share = (values[i - 1] - level) / (values[i - 1] - value) if i else 1.0
+            return steps[i] - (1 - share) * (steps[i] - steps[i - 1])
+    return None
+
+
+# ---- Table 1 ---------------------------------------------------------------------------------------------------------
+PAPER_CLAMP = {"rank-8": 2.28 - 1.76, "rank-0": 3.27 - 1.90}  # by how much its FID rises without a clamp
+CLAMPED = {"Fréchet distance": ("frechet_distance", "{:.2f}"), "residual": ("residual", "{:.2f}")}
+
+
+def clamp(kinds: Kinds) -> str:
+    values = lambda name, key, how: by_seed(kinds[name], at_the_end(key, how))
+    lost = {
+        name: [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key, _ in CLAMPED.values()]
+        for name in PAPER_CLAMP
+    }
+    forms = {title: form for title, (_, form) in CLAMPED.items()}
+    rows = [
+        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, lost[name], forms.values())]
+        for name, paper in PAPER_CLAMP.items()
+    ]
+    head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
+    return "\n\n".join([table(head, rows), claims({"rank 8 loses less than rank 0": list(lost.values())}, forms)])
+
+
+# ---- Table 2 ---------------------------------------------------------------------------------------------------------
+ALIGNED = {"rank-0": "0", "rank-0-repa": "0, with alignment", "rank-8": "8", "rank-8-repa": "8, with alignment"}
+
+
+def repa(kinds: Kinds) -> str:
+    pairs = {f"rank {rank} is better with alignment": (f"rank-{rank}-repa", f"rank-{rank}") for rank in (8, 0)}
+    sides = {claim: (of(kinds, first), of(kinds, other)) for claim, (first, other) in pairs.items()}
+    sides["it helps rank 8 more than rank 0"] = [list(map(minus, *both)) for both in sides.values()]
+    made = claims(sides, {name: form for name, (_, form) in QUALITY.items()}, BY)
+    return "\n\n".join([made, samples(kinds, ALIGNED), origin(kinds, ["rank-0-repa", "rank-8-repa"])])
+
+
+# ---- Each with its own learning rate ---------------------------------------------------------------------------------
+RATED = {"rank-0": "0", "rank-8": "8", "rank-full": "768", "rank-random-8": RANDOM}
+
+
+def rate(kinds: Kinds) -> str:
+    searched = {name: {k: runs for k, runs in kinds.items() if k.startswith(f"{name}-rate-")} for name in RATED}
+    rates = sorted({k.rpartition("-rate-")[2] for found in searched.values() for k in found}, key=float)
+    rows = []
+    for name, found in searched.items():
+        rows.append([RATED[name], *(shown(by_seed(found[f"{name}-rate-{r}"], held_out), "{:.4f}") for r in rates)])
+    own = {f"{name}-own-rate": rank for name, rank in RATED.items()}
+    pairs = {
+        claim: tuple(f"{name}-own-rate" for name in pair)
+        for claim, pair in RANK_CLAIMS.items()
+        if all(name in RATED for name in pair)
+    }
+    parts = [table(["rank", *rates], rows), compared(kinds, pairs), samples(kinds, own), losses(kinds, own)]
+    return "\n\n".join([*parts, origin(kinds, [*own, *(k for found in searched.values() for k in found)])])
+
+
+# ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------
+FINETUNED = {  # its title, and the paper's HPSv3 and FID
+    "latent": ("the latent model", "", ""),
+    "start": ("lifted, before any training", "", ""),
+    "latent-finetuned": ("the latent model, finetuned", "10.70", "15.0"),
+    "plain": ("pixels, plain loss", "12.03", "20.2"),
+    "reduced": ("pixels, variance-reduced", "12.99", "18.5"),
+    "perceptual": ("pixels, variance-reduced and perceptual", "13.06", "19.1"),
+    "scratch": ("pixels, from scratch", "", ""),
+}
+DRAWN = {
+    "all right": (lambda run: run["at the end"]["all"], "{:.1%}"),
+    "sharpness": (lambda run: run["at the end"]["sharpness"], "{:.3f}"),
+    "residual": (lambda run: run["at the end"]["residual"], "{:.1f}"),
+    "Fréchet distance": (lambda run: run["at the end"]["frechet_distance"], "{:.2f}"),
+    "patches": (lambda run: run["at the end"]["patches"], "{:.4f}"),
+    "spectrum": (lambda run: run["at the end"]["spectrum"], "{:.2f}"),
+}
+FAULTS = {"residual": DRAWN["residual"], "share not right": (lambda run: 1 - run["at the end"]["all"], "{:.1%}")}
+FINETUNING_CLAIMS = {
+    "plain is better than the latent model, finetuned": ("plain", "latent-finetuned"),
+    "variance-reduced is better than plain": ("reduced", "plain"),
+    "with the perceptual term it is better than without": ("perceptual", "reduced"),
+    "variance-reduced is better than from scratch": ("reduced", "scratch"),
+    "plain is better than from scratch": ("plain", "scratch"),
+}
+
+
+def finetuning(kinds: Kinds) -> str:
+    names = {f"finetuning-{model}": FINETUNED[model] for model in FINETUNED if f"finetuning-{model}" in kinds}
+    pairs = {claim: tuple(f"finetuning-{model}" for model in pair) for claim, pair in FINETUNING_CLAIMS.items()}
+    rows = [
+        [title, hps, fid, *(shown(by_seed(kinds[name], measure), form) for measure, form in DRAWN.values())]
+        for name, (title, hps, fid) in names.items()
+    ]
+    head = ["", "the paper: HPSv3", "its FID", *DRAWN]
+    return "\n\n".join([compared(kinds, pairs, FAULTS, None), table(head, rows), origin(kinds, list(names))])
+
+
+def lifted(kinds: Kinds) -> str:
+    titles = {
+        "correlation": "correlation with what the latent model draws from the same noise",
+        "correlation of strangers": "from other noise, of another caption",
+        "read alike": "the oracle reads the same in both",
+    }
+    found = {key: by_seed(kinds["finetuning-start"], lambda run, key=key: run["at the end"][key]) for key in titles}
+    rows = [[title, shown(found[key], "{:.1%}")] for key, title in titles.items()]
+    return table(["the lifted model, before any training", ""], rows)
+
+
+# ---- Emoji -----------------------------------------------------------------------------------------------------------
+EMOJI = {f"{name}-emoji": rank for name, rank in RANKS.items()}
+
+
+def emoji(kinds: Kinds) -> str:
+    pairs = {claim: tuple(f"{name}-emoji" for name in pair) for claim, pair in RANK_CLAIMS.items()}
+    quality = {name: QUALITY[name] for name in ("held-out loss", "Fréchet distance")}
+    loss = {"held-out loss": QUALITY["held-out loss"]}
+    drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
+    others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
+    parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
+    shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
+    return "\n\n".join([*parts, samples(kinds, {**shown_too, **WHOLE}), origin(kinds, list(EMOJI))])
+
+
+def has_samples(kinds: Kinds, name: str) -> bool:
+    return any(run["at the end"] for run in kinds.get(name, {}).values())
+
+
+# ---- The best rank ---------------------------------------------------------------------------------------------------
+NETWORKS = {  # what is in the names of the runs of each data and width
+    ("shapes", 192): "",
+    ("shapes", 96): "-narrow",
+    ("emoji", 192): "-emoji",
+    ("emoji", 96): "-emoji-narrow",
+}
+
+
+def rooms(width: int) -> dict[str, float]:
+    """For how many directions of noise a network may have room, by what might bound it."""
+    return {f"the bottleneck, {width // 3}": width // 3, f"the width, {width}": width, "nothing": float("inf")}
+
+
+def burdens(spectra: Mapping[str, list[float]], data: str, room: float) -> dict[int, float]:
+    """The burden of each rank by the criterion."""
+    sides = errors(torch.tensor(spectra[data]))
+    return {rank: burden(*sides, rank, room) for rank in criterion.RANKS if rank < room}
+
+
+def predicted(spectra: Mapping[str, list[float]]) -> str:
+    """The burden of each rank by the criterion, in units of that of rank 8; the least in bold."""
+    rows = []
+    for data, width in NETWORKS:
+        for bound, room in rooms(width).items():
+            found = burdens(spectra, data, room)
+            best = min(found, key=found.__getitem__)
+            words = {rank: f"{value / found[8]:.2f}" for rank, value in found.items()}
+            words[best] = f"**{words[best]}**"
+            rows.append([data, str(width), bound, *(words.get(rank, "") for rank in criterion.RANKS)])
+    return table(["data", "width", "the room is bounded by", *map(str, criterion.RANKS)], rows)
+
+
+def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
+    """The held-out loss of each rank, at the noise levels of the training, and how well each burden goes with it."""
+    rows, fits = [], []
+    for (data, width), mark in NETWORKS.items():
+        found = {r: by_seed(kinds[k], as_trained) for r in criterion.RANKS if (k := f"rank-{r}{mark}") in kinds}
+        means = {rank: statistics.fmean(values.values()) for rank, values in found.items()}
+        best = min(means, key=means.__getitem__, default=None)
+        words = {rank: shown(values, "{:.4f}") for rank, values in found.items()}
+        words |= {best: f"**{words[best]}**"} if found else {}
+        rows.append([data, str(width), *(words.get(rank, "") for rank in criterion.RANKS)])
+        for bound, room in rooms(width).items():
+            predictions = burdens(spectra, data, room)
+            both = [rank for rank in means if rank in predictions]
+            if len(both) > 2:
+                r = statistics.correlation([predictions[rank] for rank in both], [means[rank] for rank in both])
+                expected = min(both, key=predictions.__getitem__)
+                fits.append([data, str(width), bound, str(expected), str(best), f"{r:.2f}"])
+    head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
+    return "\n\n".join([table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)])

@@ -1,0 +1,68 @@
+"""The figures of docs/paper.md."""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from asymflow.pictures import image_grid
+from toy.paper.blocks import QUALITY, RANDOM, RANKS, SPEED, Kinds, curve
+from toy.paper.data import SIZE, ShapesData
+from toy.paper.tables import by_seed
+
+PAPER_RANKS = {"0": 2.68, "2": 2.41, "4": 2.37, "8": 2.34, "16": 2.35, "32": 2.36, RANDOM: 2.63}  # its FIDs
+SAMPLES = 8  # of each model
+
+
+def rank_figure(kinds: Kinds) -> Figure:
+    """The paper's Figure 5 beside ours: a point for each seed, a line through the means."""
+    panels = {"the paper: FID, H/16, 160 epochs": {rank: {0: fid} for rank, fid in PAPER_RANKS.items()}}
+    for title, (measure, _) in QUALITY.items():
+        panels[f"ours: {title}"] = {RANKS[name]: by_seed(kinds[name], measure) for name in RANKS if name in kinds}
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    places = [rank for rank in RANKS.values() if rank != RANDOM]
+    for axis, (title, found) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        means = {}
+        for rank, values in found.items():
+            known = [value for value in values.values() if value is not None]
+            if rank == RANDOM:
+                axis.plot([places.index("8")] * len(known), known, "x", color="C3", markersize=5)
+            elif known:
+                means[places.index(rank)] = statistics.fmean(known)
+                axis.plot([places.index(rank)] * len(known), known, "o", color="C0", markersize=4)
+        axis.plot(means.keys(), means.values(), color="C0")
+        axis.set_xticks(range(len(places)), places)
+        axis.set(xlabel="rank (x: a random subspace)", yscale="log" if "ours" in title else "linear")
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def speed_figure(kinds: Kinds) -> Figure:
+    """What is measured on the way, over the steps of training: a line for each seed."""
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (title, measure) in zip(figure.subplots(1, len(SPEED)), SPEED.items(), strict=True):
+        for name, color in (("rank-0", "C1"), ("rank-8", "C0"), ("rank-random-8", "C3")):
+            for i, run in enumerate(kinds.get(name, {}).values()):
+                label = None if i else f"rank {RANKS[name]}"
+                axis.plot(*curve(run, measure), color=color, linewidth=1, marker=".", label=label)
+        axis.set(title=title, xlabel="step", yscale="log")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def samples_figure(pictures: Mapping[str, Path]) -> Figure:
+    """The first samples of each rank, and data of their classes. pictures: by rank, of `Lab.ending`."""
+    strips = {"data": image_grid(ShapesData().held_out(SAMPLES)[0] / 127.5 - 1, SAMPLES)}
+    width, height = strips["data"].size
+    for rank, file in pictures.items():
+        with Image.open(file) as grid:
+            strips[f"rank {rank}"] = grid.convert("RGB").crop((0, 0, width, height))
+    figure = Figure(figsize=(8, 8 / width * (height + SIZE / 8) * len(strips)), layout="constrained")
+    for axis, (title, strip) in zip(figure.subplots(len(strips)), strips.items(), strict=True):
+        axis.imshow(strip, interpolation="nearest")
+        axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure
