@@ -81,6 +81,12 @@ def results(tmp_path):
         for seed in range(3):
             found = made_up(kind, seed, 1 + number + 0.01 * seed)
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
+    for kind, level in (("guidance-rank-0", 3.0), ("guidance-rank-8", 2.0)):
+        for seed in range(3):
+            found = made_up(kind, seed, level)
+            guided = found["at the end"][tables.GUIDED]
+            found["at the end"] = {"guidance 1.5": guided, "guidance 3": dict.fromkeys(guided, 9.0)}
+            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)
@@ -100,6 +106,11 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
         in text
     )
     assert f"{len(blocks.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
+
+
+def test_guidance_that_the_runs_were_drawn_with_stands_between_that_of_the_experiment(results):
+    row = "| Fréchet distance | 8 | 4.01 ± 0.01 | 2.00 ± 0.00 | 4.01 ± 0.01 | 9.00 ± 0.00 |"
+    assert row in blocks.guidance(tables.read(results))
 
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):

@@ -24,6 +24,12 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert guided["patches"] != loose["patches"]  # rank 8 divides by sigma outside of its subspace
     assert paper.main(words) == 0
     assert file.stat().st_mtime_ns == written
+    assert paper.main(["guidance", *words[1:4], "--only", "guidance-rank-8-seed-0"]) == 0
+    redrawn = json.loads((tmp_path / "guidance-rank-8-seed-0.json").read_text())["at the end"]
+    assert redrawn.keys() == {"guidance 1.5", "guidance 3"}
+    assert redrawn["guidance 1.5"].keys() == guided.keys()
+    assert redrawn["guidance 1.5"]["patches"] != redrawn["guidance 3"]["patches"] != guided["patches"]
+    assert not (tmp_path / "guidance-rank-8-seed-0").exists()  # nothing was trained
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err
     file.write_text(json.dumps({**found, "run": {**found["run"], "settings": ["subspace.rank=9"]}}))

@@ -9,6 +9,7 @@ import torch
 from toy.paper import criterion
 from toy.paper.criterion import burden, errors
 from toy.paper.tables import (
+    COLUMNS,
     GUIDED,
     UNCLAMPED,
     UNGUIDED,
@@ -87,6 +88,19 @@ def rank(kinds: Kinds) -> str:
     parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | WHOLE)]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
+
+
+def guidance(kinds: Kinds) -> str:
+    """Samples of ranks 0 and 8 with more and less guidance; two of the four are in the results of `rank`."""
+    measured = {"1": ("", UNGUIDED), "1.5": ("guidance-", "guidance 1.5"), "2": ("", GUIDED)}
+    measured["3"] = ("guidance-", "guidance 3")
+    rows = []
+    for key in ("frechet_distance", "residual", "right"):
+        title, form = COLUMNS[key]
+        for name in ("rank-0", "rank-8"):
+            values = [by_seed(kinds[f"{mark}{name}"], at_the_end(key, how)) for mark, how in measured.values()]
+            rows.append([title, RANKS[name], *(shown(found, form) for found in values)])
+    return table(["with guidance", "rank", *measured], rows)
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------

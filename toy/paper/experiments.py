@@ -11,6 +11,7 @@ from toy.paper.tables import held_out
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
 IN_FIGURE_6 = ("rank-8-", "rank-0-", "rank-random-8-")  # what is measured of samples on the way, too
 SEEDS = (0, 1, 2)
+GUIDANCES = (1.5, 3.0)  # the runs themselves are drawn with 1 and 2
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
 NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATES = (3e-4, 6e-4, 1.2e-3)
@@ -28,6 +29,12 @@ def rank(out: Path) -> list[Run]:
     """Figures 5 and 6 and Table 1: which rank is best, how fast is it, and what does it lose without a clamp?"""
     runs = [of_rank(rank, seed) for ranks in (RANKS[:2], RANKS[2:]) for seed in SEEDS for rank in ranks]
     return [run if run.name.startswith(IN_FIGURE_6) else replace(run, drawn="at the end") for run in runs]
+
+
+def guidance(out: Path) -> list[Run]:
+    """What was trained for `rank`, drawn with more and less guidance: is one rank only used to another?"""
+    runs = [of_rank(rank, seed) for seed in SEEDS for rank in RANKS[:2]]
+    return [replace(run, name=f"guidance-{run.name}", trained=run.name, guidances=GUIDANCES) for run in runs]
 
 
 def rate(out: Path) -> list[Run]:
@@ -76,6 +83,7 @@ def emoji(out: Path) -> list[Run]:
 
 PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "rank": rank,
+    "guidance": guidance,
     "repa": repa,
     "rate": rate,
     "own-rate": own_rate,

@@ -51,7 +51,8 @@ class Run:
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
     whether it is aligned with `teacher`. drawn: when samples are measured: "always" (also on the way), "at the end" or
-    "never"; held-out losses always are.
+    "never"; held-out losses always are. guidances: if there are any, nothing is measured but samples with each of
+    these, of the training of the run `trained`.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Run:
     random: int = 0
     repa: bool = False
     drawn: str = "always"
+    guidances: tuple[float, ...] = ()
+    trained: str = ""
+
+    @property
+    def folder(self) -> str:
+        return self.trained or self.name
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Lab:
         return stored(file, about)
 
     def train(self, run: Run) -> None:
-        folder = self.out / run.name
+        folder = self.out / run.folder
         settings = [*self.scale.settings, *self.data.settings, *run.settings, f"train.seed={run.seed}"]
         if run.random:
             settings.append(f"subspace.file={self.random_subspace(run)}")
@@ -175,11 +182,16 @@ class Lab:
         return path
 
     def measure(self, run: Run) -> dict:
-        folder, way = self.out / run.name, {}
+        folder, way = self.out / run.folder, {}
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
+        averaged = lambda step: load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
+        if run.guidances:
+            flow, bar = averaged(steps[-1]), progress_bar(run.guidances, f"measuring {run.name}", "guidance")
+            end = {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
+            return {"hours": {"training": 0.0}, "at the end": end}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
-            flow = load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
+            flow = averaged(step)
             way[step] = {"held_out": measures.held_out_losses(flow, images, labels)}
             if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
