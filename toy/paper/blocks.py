@@ -43,6 +43,7 @@ YARDSTICKS = {  # in place of samples
     "patches-10": "patches too dark or bright by 10 grey levels",
     "strangers-10": "a tenth of other classes",
 }
+WHOLE = {f"{data}-whole": YARDSTICKS["whole"] for data in ("shapes", "emoji")}
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
@@ -75,9 +76,6 @@ RANK_CLAIMS = {
     "rank 8 is better than rank 2": ("rank-8", "rank-2"),
     "rank 8 is better than rank 32": ("rank-8", "rank-32"),
 }
-
-
-WHOLE = {f"{data}-whole": YARDSTICKS["whole"] for data in ("shapes", "emoji")}
 
 
 def yardsticks(kinds: Kinds) -> str:
