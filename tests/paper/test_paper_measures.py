@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from asymflow.backbones.jit import JiT
 from asymflow.data.shapes import Shapes
 from asymflow.model import AsymFlow
+from asymflow.patches import unpatchify
 from asymflow.subspace import Subspace
 from toy.paper import measures
 
@@ -87,3 +88,18 @@ def test_the_loss_is_the_flow_matching_loss_at_its_level(real):
     assert list(found) == list(measures.LEVELS)
     for loss in found.values():
         assert loss == pytest.approx(expected, rel=0.03)
+
+
+def test_what_is_missed_along_some_directions_is_inside_and_the_rest_outside(real):
+    """A model that is right but for a number along each of five directions misses nothing outside."""
+    basis = torch.linalg.qr(torch.randn(192, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    off = torch.tensor([0.5, 1.0, 0.0, -2.0, 3.0], dtype=torch.float64) @ basis.mT
+
+    def flow(x_t, sigma, labels):
+        velocity = (x_t - (real.float() / 127.5 - 1)) / sigma.view(-1, 1, 1, 1)  # x_t = x0 + sigma (eps - x0)
+        return velocity + unpatchify(off.float().expand(len(x_t), 16, 192), (4, 4), PATCH)
+
+    inside, outside = measures.losses_by_direction(flow, real, torch.zeros(len(real)), basis, PATCH)
+    assert list(inside) == list(outside) == list(measures.LEVELS)
+    assert list(inside.values()) == pytest.approx([off.square().sum().item() / 192] * len(inside), rel=1e-4)
+    assert max(map(abs, outside.values())) < 1e-6

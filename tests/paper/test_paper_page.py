@@ -87,6 +87,12 @@ def results(tmp_path):
             guided = found["at the end"][tables.GUIDED]
             found["at the end"] = {"guidance 1.5": guided, "guidance 3": dict.fromkeys(guided, 9.0)}
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
+    for number, name in enumerate(("rank-0", "rank-8", "rank-random-8")):
+        for seed in range(3):
+            found = made_up(f"directions-{name}", seed, 1.0)
+            parts = [{str(level): i + number + level + 0.01 * seed for level in LEVELS} for i in (0, 3)]
+            found["at the end"] = dict(zip(("inside", "outside"), parts, strict=True))
+            (folder / f"directions-{name}-seed-{seed}.json").write_text(json.dumps(found))
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)
@@ -111,6 +117,13 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
 def test_guidance_that_the_runs_were_drawn_with_stands_between_that_of_the_experiment(results):
     row = "| Fréchet distance | 8 | 4.01 ± 0.01 | 2.00 ± 0.00 | 4.01 ± 0.01 | 9.00 ± 0.00 |"
     assert row in blocks.guidance(tables.read(results))
+
+
+def test_losses_inside_and_outside_have_a_row_for_each_rank(results):
+    text = blocks.directions(tables.read(results))
+    mean = statistics.fmean(LEVELS)
+    assert f"| inside | 0 | {mean + 0.01:.4f} ± 0.0100 | 0.0600 ± 0.0100 |" in text
+    assert f"| outside | random 8 | {mean + 5.01:.4f} ± 0.0100 |" in text
 
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):

@@ -8,6 +8,7 @@ import torch
 
 from toy.paper import criterion
 from toy.paper.criterion import burden, errors
+from toy.paper.measures import LEVELS
 from toy.paper.tables import (
     COLUMNS,
     GUIDED,
@@ -86,6 +87,19 @@ def rank(kinds: Kinds) -> str:
     parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | WHOLE)]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
+
+
+def directions(kinds: Kinds) -> str:
+    """The held-out losses along the first eight directions of the data, and along all others."""
+    rows = []
+    for part in ("inside", "outside"):
+        for name in ("rank-0", "rank-8", "rank-random-8"):
+            runs = kinds.get(f"directions-{name}", {})
+            at = lambda run, part=part: list(run["at the end"][part].values())
+            mean = by_seed(runs, lambda run, at=at: statistics.fmean(at(run)))
+            levels = [by_seed(runs, lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
+            rows.append([part, RANKS[name], *(shown(values, "{:.4f}") for values in [mean, *levels])])
+    return table(["", "rank", "mean", *map(str, LEVELS)], rows)
 
 
 def guidance(kinds: Kinds) -> str:

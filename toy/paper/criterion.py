@@ -33,13 +33,18 @@ def noise_levels(count: int = 2000, mean: float = 0.8, std: float = 0.8) -> Tens
 
 
 def spectrum(images: Tensor, patch_size: int) -> Tensor:
-    """The variances of patches along the directions of the fitted basis, (D,), float64. images: (n, 3, H, W), uint8.
+    """The variances of patches along the `directions` of these images, (D,), float64, about their mean."""
+    patches = patchify(images.double() / 127.5 - 1, patch_size).flatten(0, 1)
+    return ((patches - patches.mean(0)) @ directions(images, patch_size)).square().mean(0)
 
-    The basis is, as in training, that of the uncentred energies; the variances are about the mean.
+
+def directions(images: Tensor, patch_size: int) -> Tensor:
+    """The principal directions of patches, (D, D), float64, the first first. images: (n, 3, H, W), uint8.
+
+    As in training they are those of the uncentred energies.
     """
     patches = patchify(images.double() / 127.5 - 1, patch_size).flatten(0, 1)
-    directions = torch.linalg.eigh(patches.mT @ patches).eigenvectors.flip(1)
-    return ((patches - patches.mean(0)) @ directions).square().mean(0)
+    return torch.linalg.eigh(patches.mT @ patches).eigenvectors.flip(1)
 
 
 def powers(variance: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from toy.paper.tables import held_out
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
 IN_FIGURE_6 = ("rank-8-", "rank-0-", "rank-random-8-")  # what is measured of samples on the way, too
 SEEDS = (0, 1, 2)
-GUIDANCES = (1.5, 3.0)  # the runs themselves are drawn with 1 and 2
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
 NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATES = (3e-4, 6e-4, 1.2e-3)
@@ -32,9 +31,18 @@ def rank(out: Path) -> list[Run]:
 
 
 def guidance(out: Path) -> list[Run]:
-    """What was trained for `rank`, drawn with more and less guidance: is one rank only used to another?"""
-    runs = [of_rank(rank, seed) for seed in SEEDS for rank in RANKS[:2]]
-    return [replace(run, name=f"guidance-{run.name}", trained=run.name, guidances=GUIDANCES) for run in runs]
+    """What was trained for `rank`, drawn with more and less guidance: does one rank want another than the other?"""
+    return again("guidance", RANKS[:2])
+
+
+def directions(out: Path) -> list[Run]:
+    """The held-out losses of what was trained for `rank`, inside of the subspace and outside: where is the gain?"""
+    return again("directions", RANKS[:3])
+
+
+def again(what: str, ranks: tuple[str, ...]) -> list[Run]:
+    runs = [of_rank(rank, seed) for seed in SEEDS for rank in ranks]
+    return [replace(run, name=f"{what}-{run.name}", again=what, trained=run.name) for run in runs]
 
 
 def rate(out: Path) -> list[Run]:
@@ -83,6 +91,7 @@ def emoji(out: Path) -> list[Run]:
 
 PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "rank": rank,
+    "directions": directions,
     "guidance": guidance,
     "repa": repa,
     "rate": rate,

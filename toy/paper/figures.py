@@ -13,6 +13,7 @@ from toy.paper.data import SIZE, ShapesData
 from toy.paper.tables import by_seed
 
 PAPER_RANKS = {"0": 2.68, "2": 2.41, "4": 2.37, "8": 2.34, "16": 2.35, "32": 2.36, RANDOM: 2.63}  # its FIDs
+LAST = RANKS["rank-full"]
 SAMPLES = 8  # of each model
 
 
@@ -24,17 +25,18 @@ def rank_figure(kinds: Kinds) -> Figure:
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     places = [rank for rank in RANKS.values() if rank != RANDOM]
     for axis, (title, found) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        means = {}
-        for rank, values in found.items():
-            known = [value for value in values.values() if value is not None]
-            if rank == RANDOM:
-                axis.plot([places.index("8")] * len(known), known, "x", color="C3", markersize=5)
-            elif known:
-                means[places.index(rank)] = statistics.fmean(known)
-                axis.plot([places.index(rank)] * len(known), known, "o", color="C0", markersize=4)
-        axis.plot(means.keys(), means.values(), color="C0")
+        known = {rank: [v for v in values.values() if v is not None] for rank, values in found.items()}
+        means = {rank: statistics.fmean(values) for rank, values in known.items() if values and rank != RANDOM}
+        if means.get(LAST, 0) > 2 * max(mean for rank, mean in means.items() if rank != LAST):  # off the scale
+            text = dict(transform=axis.get_xaxis_transform(), ha="right", va="top", color="C0", fontsize=9)
+            axis.text(len(places) - 0.6, 0.98, f"{LAST}: {means.pop(LAST):.3g} ↑", **text)
+            known.pop(LAST)
+        for rank, values in known.items():
+            place, mark, color = ("8", "x", "C3") if rank == RANDOM else (rank, "o", "C0")
+            axis.plot([places.index(place)] * len(values), values, mark, color=color, markersize=4)
+        axis.plot([places.index(rank) for rank in means], means.values(), color="C0")
         axis.set_xticks(range(len(places)), places)
-        axis.set(xlabel="rank (x: a random subspace)", yscale="log" if "ours" in title else "linear")
+        axis.set(xlabel="rank (x: a random subspace)", xlim=(-0.5, len(places) - 0.5))
         axis.set_title(title, fontsize=9)
     return figure
 

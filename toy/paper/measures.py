@@ -1,7 +1,9 @@
 """What samples are judged by, chosen before the runs: each looks at another thing that could be wrong.
 
-All take images (n, 3, H, W), uint8. `held_out_losses` takes a model.
+All take images (n, 3, H, W), uint8; those of held-out losses take a model.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,19 +18,30 @@ BATCH = 64
 
 
 @torch.no_grad()
-def held_out_losses(flow: AsymFlow, images: Tensor, labels: Tensor, seed: int = 0) -> dict[float, float]:
-    """The flow-matching loss at each of `LEVELS`, of images that the training has not seen, and the same noise."""
+def predictions(flow: AsymFlow, images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[tuple[float, list[Tensor]]]:
+    """At each of `LEVELS`, of images that the training has not seen, and the same noise: velocity, x0, eps, sigma."""
     x0 = images.float() / 127.5 - 1
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
-    found = {}
     for level in LEVELS:
-        losses = []
-        for part in torch.arange(len(x0)).split(BATCH):
-            sigma = torch.full((len(part),), level)
-            velocity = flow(noisy(x0[part], eps[part], sigma), sigma, labels=labels[part])
-            losses.append(flow_matching_loss(velocity, x0[part], eps[part], sigma))
-        found[level] = torch.cat(losses).mean().item()
-    return found
+        sigma = torch.full((len(x0),), level)
+        parts = torch.arange(len(x0)).split(BATCH)
+        velocity = [flow(noisy(x0[p], eps[p], sigma[p]), sigma[p], labels=labels[p]) for p in parts]
+        yield level, [torch.cat(velocity), x0, eps, sigma]
+
+
+def held_out_losses(flow: AsymFlow, images: Tensor, labels: Tensor) -> dict[float, float]:
+    """The flow-matching loss at each noise level."""
+    return {level: flow_matching_loss(*found).mean().item() for level, found in predictions(flow, images, labels)}
+
+
+def losses_by_direction(flow: AsymFlow, images: Tensor, labels: Tensor, basis: Tensor, patch_size: int) -> list[dict]:
+    """The same in two parts, whose sum it is: along `basis`, (D, r), of the patches, and along all other directions."""
+    inside, outside = {}, {}
+    for level, (velocity, x0, eps, _) in predictions(flow, images, labels):
+        error = patchify(velocity - (eps - x0), patch_size).to(basis.dtype)
+        inside[level] = (error @ basis).square().mean().item() * basis.shape[1] / basis.shape[0]
+        outside[level] = error.square().mean().item() - inside[level]
+    return [inside, outside]
 
 
 def patch_distance(samples: Tensor, images: Tensor, patch_size: int, seed: int = 0) -> float:

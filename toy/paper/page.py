@@ -14,6 +14,7 @@ from toy.paper.tables import read
 BLOCKS = {  # how each is made, and of which kinds of runs
     "yardsticks": (blocks.yardsticks, ["shapes-whole"]),
     "rank": (blocks.rank, ["rank-0", "rank-8"]),
+    "directions": (blocks.directions, ["directions-rank-0", "directions-rank-8"]),
     "guidance": (blocks.guidance, ["guidance-rank-0", "guidance-rank-8"]),
     "speed": (blocks.speed, ["rank-0", "rank-8"]),
     "clamp": (blocks.clamp, ["rank-0", "rank-8"]),

@@ -33,6 +33,7 @@ from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.criterion import directions
 from toy.paper.damage import DAMAGES
 from toy.paper.data import SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
@@ -41,6 +42,8 @@ HERE = Path(__file__).resolve().parent
 PATCH = 16
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
+GUIDANCES = (1.5, 3.0)  # further ones
+INSIDE = 8  # directions, the first of the data
 SHOWN = 256  # samples in the picture of a run
 AVERAGED = 50  # steps whose mean loss is kept
 
@@ -51,8 +54,8 @@ class Run:
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
     whether it is aligned with `teacher`. drawn: when samples are measured: "always" (also on the way), "at the end" or
-    "never"; held-out losses always are. guidances: if there are any, nothing is measured but samples with each of
-    these, of the training of the run `trained`.
+    "never"; held-out losses always are. again, trained: what alone is measured, of the training of another run:
+    "guidance", samples with other guidance, or "directions", the held-out losses in two parts.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Run:
     random: int = 0
     repa: bool = False
     drawn: str = "always"
-    guidances: tuple[float, ...] = ()
+    again: str = ""
     trained: str = ""
 
     @property
@@ -185,10 +188,9 @@ class Lab:
         folder, way = self.out / run.folder, {}
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
         averaged = lambda step: load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
-        if run.guidances:
-            flow, bar = averaged(steps[-1]), progress_bar(run.guidances, f"measuring {run.name}", "guidance")
-            end = {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
-            return {"hours": {"training": 0.0}, "at the end": end}
+        if run.again:
+            again = {"guidance": self.by_guidance, "directions": self.by_direction}[run.again]
+            return {"hours": {"training": 0.0}, "at the end": again(averaged(steps[-1]))}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = averaged(step)
@@ -211,6 +213,16 @@ class Lab:
         flow.sigma_min = 0.0
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
         return end
+
+    def by_guidance(self, flow: AsymFlow) -> dict[str, dict]:
+        bar = progress_bar(GUIDANCES, "drawing", "guidance")
+        return {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
+
+    def by_direction(self, flow: AsymFlow) -> dict[str, dict]:
+        images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
+        basis = directions(self.real, PATCH)[:, :INSIDE]
+        parts = measures.losses_by_direction(flow, images, labels, basis, PATCH)
+        return dict(zip(("inside", "outside"), parts, strict=True))
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
         """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""
