@@ -186,6 +186,9 @@ def test_a_quick_look_does_not_come_into_the_page(results, tmp_path, capsys):
     file.write_text(json.dumps(made_up("rank-2", 1, 1.0) | {"scale": {"held_out": 16}}))
     assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 2
     assert f"{file} is of a quick look" in capsys.readouterr().err
+    file.write_text('{"loss": 1}')
+    assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 2
+    assert f"{file} is no result of toy.paper" in capsys.readouterr().err
     assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
 
 

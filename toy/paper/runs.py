@@ -54,8 +54,10 @@ class Run:
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
     whether it is aligned with `teacher`. drawn: when samples are measured: "always" (also on the way), "at the end" or
-    "never"; held-out losses always are. again, trained: what alone is measured, of the training of another run:
-    "guidance", samples with other guidance, or "directions", the held-out losses in two parts.
+    "never"; held-out losses always are.
+
+    If `trained` is the name of another run, the training is that one's, and one thing is measured of it, `again`:
+    "guidance", samples with more and less guidance, or "directions", the held-out losses in two parts.
     """
 
     name: str

@@ -33,10 +33,12 @@ COLUMNS = {  # of samples: what it is called, and how its numbers are written
 
 # ---- What is in a file -----------------------------------------------------------------------------------------------
 def read(folder: Path) -> dict[str, Runs]:
-    """All results in a folder, by the names of their runs without the seed. InputError if one is of a quick look."""
+    """All results in a folder, by the names of their runs without the seed. InputError if one is of no whole run."""
     kinds: dict[str, dict[int, dict]] = {}
     for file in sorted(folder.glob("*-seed-*.json")):
         found = opening.read_json(file)
+        if not {"run", "scale"} <= found.keys():
+            raise InputError(f"{file} is no result of toy.paper: choose another --out")
         if found["scale"]:
             raise InputError(f"{file} is of a quick look, whose figures are no results: choose another --out")
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
