@@ -50,6 +50,15 @@ def test_what_is_compared_has_the_same_seeds_and_differs_in_what_its_name_says(s
     }
 
 
+def test_where_the_search_finds_the_rate_of_the_configuration_nothing_runs_again(searched):
+    file = searched / "rank-8-rate-0.0006-seed-3.json"
+    file.write_text(json.dumps({"on the way": {"1": {"held_out": {"0.5": -1.0}}}}))
+    assert load_config(HERE / "shapes64.yaml").optimizer.lr == experiments.RATE
+    own = experiments.own_rate(searched)
+    assert len(own) == 9
+    assert not any(run.name.startswith("rank-8") for run in own)
+
+
 def test_every_kind_on_the_page_is_in_a_plan(searched):
     kinds = {run.name.rpartition("-seed-")[0] for plan in PLANS.values() for run in plan(searched)}
     needed = {kind for _, kinds in page.BLOCKS.values() for kind in kinds if kind.startswith("rank-")}

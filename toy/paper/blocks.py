@@ -8,6 +8,7 @@ import torch
 
 from toy.paper import criterion
 from toy.paper.criterion import burden, errors
+from toy.paper.experiments import RATE, RATES
 from toy.paper.measures import LEVELS
 from toy.paper.tables import (
     COLUMNS,
@@ -188,22 +189,23 @@ def repa(kinds: Kinds) -> str:
 
 # ---- Each with its own learning rate ---------------------------------------------------------------------------------
 RATED = {"rank-0": "0", "rank-8": "8", "rank-full": "768", "rank-random-8": RANDOM}
+SEARCH = {name: {rate: f"{name}-rate-{rate:g}" for rate in RATES} for name in RATED}
 
 
 def rate(kinds: Kinds) -> str:
-    searched = {name: {k: runs for k, runs in kinds.items() if k.startswith(f"{name}-rate-")} for name in RATED}
-    rates = sorted({k.rpartition("-rate-")[2] for found in searched.values() for k in found}, key=float)
-    rows = []
-    for name, found in searched.items():
-        rows.append([RATED[name], *(shown(by_seed(found[f"{name}-rate-{r}"], held_out), "{:.4f}") for r in rates)])
-    own = {f"{name}-own-rate": rank for name, rank in RATED.items()}
-    pairs = {
-        claim: tuple(f"{name}-own-rate" for name in pair)
-        for claim, pair in RANK_CLAIMS.items()
-        if all(name in RATED for name in pair)
-    }
-    parts = [table(["rank", *rates], rows), compared(kinds, pairs), samples(kinds, own), losses(kinds, own)]
-    return "\n\n".join([*parts, origin(kinds, [*own, *(k for found in searched.values() for k in found)])])
+    """The search, its lowest losses in bold; then the runs of each rank at the rate that has its lowest."""
+    rows, own = [], {}
+    for name, searched in SEARCH.items():
+        found = {rate: by_seed(kinds[kind], held_out) for rate, kind in searched.items()}
+        best = min(found, key=lambda rate, found=found: statistics.fmean(found[rate].values()))
+        words = {rate: shown(values, "{:.4f}") for rate, values in found.items()}
+        rows.append([RATED[name], *(words | {best: f"**{words[best]}**"}).values()])
+        own[name] = name if best == RATE else f"{name}-own-rate"
+    pairs = {claim: tuple(map(own.get, pair)) for claim, pair in RANK_CLAIMS.items() if own.keys() >= set(pair)}
+    titles = {kind: RATED[name] for name, kind in own.items()}
+    further = [*(f"{name}-own-rate" for name in RATED), *(kind for kinds in SEARCH.values() for kind in kinds.values())]
+    parts = [table(["rank", *map("{:g}".format, RATES)], rows), compared(kinds, pairs), samples(kinds, titles)]
+    return "\n\n".join([*parts, losses(kinds, titles), origin(kinds, further)])
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ IN_FIGURE_6 = ("rank-8-", "rank-0-", "rank-random-8-")  # what is measured of sa
 SEEDS = (0, 1, 2)
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
 NARROW_RANKS = ("8", "0", "16", "4", "24")
-RATES = (3e-4, 6e-4, 1.2e-3)
+RATE = 6e-4  # of the configurations
+RATES = (3e-4, RATE, 1.2e-3)
 RATED = ("8", "0", "random 8", "full")  # whose learning rate is looked for
 
 
@@ -52,7 +53,10 @@ def rate(out: Path) -> list[Run]:
 
 
 def own_rate(out: Path) -> list[Run]:
-    """The runs of `rank` again, each with the learning rate of the lowest held-out loss in `rate`, which goes first."""
+    """The runs of `rank` again, each with the learning rate of the lowest held-out loss in `rate`, which goes first.
+
+    Where that is the rate of the configuration, the runs of `rank` are these runs.
+    """
     best = {}
     for rank in RATED:
         files = {r: out / f"{of_rank(rank, SEARCHED, f'-rate-{r:g}').name}.json" for r in RATES}
@@ -60,7 +64,8 @@ def own_rate(out: Path) -> list[Run]:
             best[rank] = min(RATES, key=lambda r, files=files: held_out(opening.read_json(files[r])))
         else:
             print(f"rank {rank} has no learning rate of its own yet: python -m toy.paper rate", flush=True)
-    runs = [of_rank(rank, s, "-own-rate", (f"optimizer.lr={r:g}",)) for s in SEEDS for rank, r in best.items()]
+    rated = [(rank, r) for rank, r in best.items() if r != RATE]
+    runs = [of_rank(rank, seed, "-own-rate", (f"optimizer.lr={r:g}",)) for seed in SEEDS for rank, r in rated]
     return [replace(run, drawn="at the end") for run in runs]
 
 

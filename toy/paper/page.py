@@ -19,7 +19,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "speed": (blocks.speed, ["rank-0", "rank-8"]),
     "clamp": (blocks.clamp, ["rank-0", "rank-8"]),
     "repa": (blocks.repa, ["rank-0-repa", "rank-8-repa"]),
-    "rate": (blocks.rate, [f"{name}-own-rate" for name in blocks.RATED]),
+    "rate": (blocks.rate, [kind for searched in blocks.SEARCH.values() for kind in searched.values()]),
     "finetuning": (blocks.finetuning, ["finetuning-plain", "finetuning-reduced"]),
     "lifted": (blocks.lifted, ["finetuning-start"]),
     "emoji": (blocks.emoji, ["rank-0-emoji", "rank-8-emoji"]),
