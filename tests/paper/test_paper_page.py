@@ -88,6 +88,13 @@ def results(tmp_path):
             guided = found["at the end"][tables.GUIDED]
             found["at the end"] = {"guidance 1.5": guided, "guidance 3": dict.fromkeys(guided, 9.0)}
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
+    for kind, levels in (("speed-rank-0", (8.0, 4.0, 2.0)), ("speed-rank-8", (4.0, 3.5, 3.0))):
+        for seed in range(3):
+            found = made_up(kind, seed, 1.0)
+            found["at the end"] = {
+                str(step): dict.fromkeys(tables.COLUMNS, level) for step, level in zip((1, 2, 3), levels, strict=True)
+            }
+            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
     for number, name in enumerate(("rank-0", "rank-8", "rank-random-8")):
         for seed in range(3):
             found = made_up(f"directions-{name}", seed, 1.0)
@@ -161,6 +168,13 @@ def test_a_curve_reaches_a_level_between_two_measurements():
     assert blocks.sooner(curve, 2.0, 25) == pytest.approx(0.2)
     assert blocks.sooner(curve, 1.0, 25) == pytest.approx(-0.2)  # later
     assert blocks.sooner(curve, 0.5, 25) is None
+
+
+def test_guided_samples_on_the_way_go_on_to_those_at_the_end(results):
+    """Rank 8 is at 4, 3.5 and 3, and at its end at 4.001 or so; rank 0 at 8, 4 and 2, and at its end at 1.001."""
+    text = blocks.speed(tables.read(results))
+    assert "| what rank 0 has after | 1 steps | 2 steps | 3 steps | 4 steps |" in text
+    assert "| residual, guided | 0% ± 0% | 50% ± 0% | none | none |" in text
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):

@@ -34,7 +34,12 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     for level, loss in found["on the way"]["8"]["held_out"].items():
         assert parts["inside"][level] + parts["outside"][level] == pytest.approx(loss, rel=1e-5)
         assert min(parts["inside"][level], parts["outside"][level]) > 0
-    assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions"))
+    assert paper.main(["speed", *words[1:4], "--only", "speed-rank-8-seed-0"]) == 0
+    halfway = json.loads((tmp_path / "speed-rank-8-seed-0.json").read_text())["at the end"]
+    assert list(halfway) == ["4"]
+    assert halfway["4"].keys() == guided.keys()
+    assert halfway["4"]["patches"] != guided["patches"]
+    assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err
     file.write_text(json.dumps({**found, "run": {**found["run"], "settings": ["subspace.rank=9"]}}))

@@ -119,31 +119,48 @@ def guidance(kinds: Kinds) -> str:
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
 SPEED = {
     "held-out loss": mean_loss,
-    "Fréchet distance, unguided": lambda found: found["frechet_distance"],
-    "residual, unguided": lambda found: math.inf if found["residual"] is None else found["residual"],
+    "Fréchet distance, {}": lambda found: found["frechet_distance"],
+    "residual, {}": lambda found: math.inf if found["residual"] is None else found["residual"],
 }
+Curve = tuple[Sequence[int], Sequence[float]]  # steps, and what is measured after each
 
 
 def speed(kinds: Kinds) -> str:
     """How much sooner rank 8 reaches what rank 0 reaches after each quarter of its steps."""
     rows, points = [], []
-    seeds = sorted(kinds["rank-0"].keys() & kinds["rank-8"].keys())
-    for title, measure in SPEED.items():
-        slow, fast = ({s: curve(kinds[name][s], measure) for s in seeds} for name in ("rank-0", "rank-8"))
-        points = [slow[seeds[0]][0][len(slow[seeds[0]][0]) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
-        saved = [{s: sooner(fast[s], slow[s][1][slow[s][0].index(point)], point) for s in seeds} for point in points]
+    all_slow, all_fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
+    for title in filter(all_fast.__contains__, all_slow):
+        slow, fast = ({s: found[title][s] for s in sorted(found[title])} for found in (all_slow, all_fast))
+        seeds = [s for s in slow if s in fast]
+        steps = slow[seeds[0]][0]
+        points = [step for step in steps if 4 * step % steps[-1] == 0]
+        saved = [{s: sooner(fast[s], dict(zip(*slow[s], strict=True))[p], p) for s in seeds} for p in points]
         rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
     return table(["what rank 0 has after", *(f"{point:,} steps" for point in points)], rows)
 
 
-def sooner(curve: tuple[Sequence[int], Sequence[float]], level: float, step: int) -> float | None:
+def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
+    """All that is measured on the way, by seed. Of guided samples the last is among the results of `rank`."""
+    runs, further = kinds.get(name, {}), kinds.get(f"speed-{name}", {})
+    ways = {"unguided": {s: run["on the way"] for s, run in runs.items()}}
+    ends = {s: {max(run["on the way"], key=int): run["at the end"][GUIDED]} for s, run in runs.items()}
+    ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items()}
+    return {
+        title.format(how): {s: curve(way, measure) for s, way in found.items()}
+        for how, found in ways.items()
+        for title, measure in SPEED.items()
+        if found and (how == "unguided" or "{}" in title)
+    }
+
+
+def sooner(curve: Curve, level: float, step: int) -> float | None:
     """By which share of `step` a curve reaches a level sooner; None: it never does."""
     found = reached(*curve, level)
     return None if found is None else 1 - found / step
 
 
-def curve(run: dict, measure: Callable[[dict], float]) -> tuple[list[int], list[float]]:
-    return [int(step) for step in run["on the way"]], [measure(found) for found in run["on the way"].values()]
+def curve(way: Mapping[str, dict], measure: Callable[[dict], float]) -> Curve:
+    return [int(step) for step in way], [measure(found) for found in way.values()]
 
 
 def reached(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:

@@ -36,6 +36,11 @@ def guidance(out: Path) -> list[Run]:
     return again("guidance", RANKS[:2])
 
 
+def speed(out: Path) -> list[Run]:
+    """What was trained for `rank`, drawn with guidance on the way, too: is rank 8 ahead in such samples?"""
+    return again("speed", RANKS[:2])
+
+
 def directions(out: Path) -> list[Run]:
     """The held-out losses of what was trained for `rank`, inside of the subspace and outside: where is the gain?"""
     return again("directions", RANKS[:3])
@@ -98,6 +103,7 @@ PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "rank": rank,
     "directions": directions,
     "guidance": guidance,
+    "speed": speed,
     "repa": repa,
     "rate": rate,
     "own-rate": own_rate,

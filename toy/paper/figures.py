@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asymflow.pictures import image_grid
-from toy.paper.blocks import QUALITY, RANDOM, RANKS, SPEED, Kinds, curve
+from toy.paper.blocks import QUALITY, RANDOM, RANKS, Kinds, curves
 from toy.paper.data import SIZE, ShapesData
 from toy.paper.tables import by_seed
 
@@ -44,13 +44,17 @@ def rank_figure(kinds: Kinds) -> Figure:
 def speed_figure(kinds: Kinds) -> Figure:
     """What is measured on the way, over the steps of training: a line for each seed."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axis, (title, measure) in zip(figure.subplots(1, len(SPEED)), SPEED.items(), strict=True):
-        for name, color in (("rank-0", "C1"), ("rank-8", "C0"), ("rank-random-8", "C3")):
-            for i, run in enumerate(kinds.get(name, {}).values()):
+    names = {"rank-0": "C1", "rank-8": "C0", "rank-random-8": "C3"}
+    found = {name: curves(kinds, name) for name in names}
+    titles = found["rank-8"]
+    for axis, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
+        for name, color in names.items():
+            for i, curve in enumerate(found[name].get(title, {}).values()):
                 label = None if i else f"rank {RANKS[name]}"
-                axis.plot(*curve(run, measure), color=color, linewidth=1, marker=".", label=label)
-        axis.set(title=title, xlabel="step", yscale="log")
-    axis.legend(fontsize=8)
+                axis.plot(*curve, color=color, linewidth=1, marker=".", label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="step", yscale="log")
+    figure.axes[0].legend(fontsize=8)
     return figure
 
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -57,7 +58,8 @@ class Run:
     "never"; held-out losses always are.
 
     If `trained` is the name of another run, the training is that one's, and one thing is measured of it, `again`:
-    "guidance", samples with more and less guidance, or "directions", the held-out losses in two parts.
+    "guidance", samples with more and less guidance, "directions", the held-out losses in two parts, or "speed", guided
+    samples after each quarter of the steps but the last.
     """
 
     name: str
@@ -191,8 +193,8 @@ class Lab:
         steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
         averaged = lambda step: load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
         if run.again:
-            again = {"guidance": self.by_guidance, "directions": self.by_direction}[run.again]
-            return {"hours": {"training": 0.0}, "at the end": again(averaged(steps[-1]))}
+            again = {"guidance": self.by_guidance, "directions": self.by_direction, "speed": self.by_step}[run.again]
+            return {"hours": {"training": 0.0}, "at the end": again(averaged, steps)}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = averaged(step)
@@ -216,14 +218,18 @@ class Lab:
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
         return end
 
-    def by_guidance(self, flow: AsymFlow) -> dict[str, dict]:
-        bar = progress_bar(GUIDANCES, "drawing", "guidance")
+    def by_guidance(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
+        flow, bar = averaged(steps[-1]), progress_bar(GUIDANCES, "drawing", "guidance")
         return {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
 
-    def by_direction(self, flow: AsymFlow) -> dict[str, dict]:
+    def by_step(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
+        bar = progress_bar([step for step in steps[:-1] if 4 * step % steps[-1] == 0], "drawing", "snapshot")
+        return {str(step): self.judged(self.draw(averaged(step), *self.scale.end, GUIDANCE)) for step in bar}
+
+    def by_direction(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         basis = directions(self.real, PATCH)[:, :INSIDE]
-        parts = measures.losses_by_direction(flow, images, labels, basis, PATCH)
+        parts = measures.losses_by_direction(averaged(steps[-1]), images, labels, basis, PATCH)
         return dict(zip(("inside", "outside"), parts, strict=True))
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
