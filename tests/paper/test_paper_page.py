@@ -15,7 +15,7 @@ from PIL import Image
 
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
-from toy.paper import blocks, criterion, page, tables
+from toy.paper import blocks, criterion, page, summary, tables
 from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
 from toy.paper.measures import LEVELS
 
@@ -122,6 +122,21 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
     assert f"{len(blocks.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
 
 
+def test_emoji_have_no_column_of_the_oracle_and_yardsticks_of_their_own(results):
+    kinds = tables.read(results)
+    for name, runs in kinds.items():
+        if "emoji" in name:
+            for run in runs.values():
+                guided = run["at the end"][tables.GUIDED]
+                run["at the end"] = {tables.GUIDED: {key: guided[key] for key in ("frechet_distance", "patches")}}
+    kinds["emoji-whole"] = kinds["rank-8-emoji"]
+    kinds["rank-48-emoji"] = {s: run | {"at the end": {}} for s, run in kinds["rank-8-emoji"].items()}
+    text = blocks.emoji(kinds)
+    assert "|  | seeds | Fréchet distance | patches |" in text
+    assert "| other pictures | 3 |" in text
+    assert text.count("\n| 48 |") == 1  # its losses, of no samples
+
+
 def test_guidance_that_the_runs_were_drawn_with_stands_between_that_of_the_experiment(results):
     row = "| Fréchet distance | 8 | 4.01 ± 0.01 | 2.00 ± 0.00 | 4.01 ± 0.01 | 9.00 ± 0.00 |"
     assert row in blocks.guidance(tables.read(results))
@@ -175,6 +190,30 @@ def test_guided_samples_on_the_way_go_on_to_those_at_the_end(results):
     text = blocks.speed(tables.read(results))
     assert "| what rank 0 has after | 1 steps | 2 steps | 3 steps | 4 steps |" in text
     assert "| residual, guided | 0% ± 0% | 50% ± 0% | none | none |" in text
+
+
+def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):
+    """Ranks 0 and 8 are kinds 0 and 3: by all that is made up, rank 8 is worse."""
+    kinds = tables.read(results)
+    text = summary.summary(kinds)
+    assert "not run yet" not in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    claims = {row[1]: row[2:] for row in rows}
+    assert summary.PUBLISHED.keys() <= claims.keys()
+    published, ours, *verdicts = claims["rank 8 is better than rank 0 (x0-prediction)"]
+    assert published == "FID 2.34, 2.68"
+    assert ours.startswith("held-out loss 4.0100, 1.0100; Fréchet distance 4.01, 1.01")
+    assert verdicts == [OPPOSITE, OPPOSITE]
+    sections = (blocks.rank, blocks.clamp, blocks.repa, blocks.finetuning)
+    below = "\n".join(make(kinds) for make in sections).splitlines()
+    for claim, (_, _, *verdicts) in claims.items():
+        if found := [line for line in below if line.startswith(f"| {claim} |")]:
+            assert found[0].rstrip(" |").endswith(" | ".join(filter(None, verdicts)))
+    assert len(claims) == len(rows)
+    assert claims["rank 8 has sooner what rank 0 has at its end"][1].startswith("held-out loss 4, 4; ")
+    for kind in ("rank-8-repa", "finetuning-start"):
+        del kinds[kind]
+    assert summary.summary(kinds).count("not run yet") == 2
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):

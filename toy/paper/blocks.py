@@ -17,6 +17,7 @@ from toy.paper.tables import (
     UNGUIDED,
     Measure,
     Runs,
+    Sides,
     Values,
     as_trained,
     at_the_end,
@@ -45,7 +46,6 @@ YARDSTICKS = {  # in place of samples
     "patches-10": "patches too dark or bright by 10 grey levels",
     "strangers-10": "a tenth of other classes",
 }
-WHOLE = {f"{data}-whole": YARDSTICKS["whole"] for data in ("shapes", "emoji")}
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
@@ -59,14 +59,21 @@ def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QU
     return [by_seed(kinds[name], measure) for measure, _ in measures.values()]
 
 
-def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY, verdicts=BY) -> str:
-    """The claims that the first kind of each pair is better, where both kinds have been run."""
-    sides = {
+def sides(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY) -> Sides:
+    """Both sides of each claim that the first kind of a pair is better, where both kinds have been run."""
+    return {
         claim: (of(kinds, first, measures), of(kinds, other, measures))
         for claim, (first, other) in pairs.items()
         if first in kinds and other in kinds
     }
-    return claims(sides, {name: form for name, (_, form) in measures.items()}, verdicts)
+
+
+def forms(measures: Mapping[str, tuple[Measure | str, str]]) -> dict[str, str]:
+    return {name: form for name, (_, form) in measures.items()}
+
+
+def compared(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY, verdicts=BY) -> str:
+    return claims(sides(kinds, pairs, measures), forms(measures), verdicts)
 
 
 # ---- Figure 5 --------------------------------------------------------------------------------------------------------
@@ -85,7 +92,11 @@ def yardsticks(kinds: Kinds) -> str:
 
 
 def rank(kinds: Kinds) -> str:
-    parts = [compared(kinds, RANK_CLAIMS), "With guidance 2:", samples(kinds, RANKS | WHOLE)]
+    parts = [
+        compared(kinds, RANK_CLAIMS),
+        "With guidance 2:",
+        samples(kinds, RANKS | {"shapes-whole": YARDSTICKS["whole"]}),
+    ]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
 
@@ -153,6 +164,20 @@ def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
     }
 
 
+SOONER = {name: (name, "{:,.0f}") for name in ("held-out loss", "Fréchet distance, guided", "residual, guided")}
+
+
+def speed_sides(kinds: Kinds) -> Sides:
+    """After how many steps each has what rank 0 has at its end. What rank 8 never reaches, it does not reach sooner."""
+    slow, fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
+    first, other = [], []
+    for title in SOONER:
+        ends = {s: (found[0][-1], found[1][-1]) for s, found in slow[title].items()}
+        first.append({s: reached(*fast[title][s], level) or step for s, (step, level) in ends.items()})
+        other.append({s: step for s, (step, _) in ends.items()})
+    return {"rank 8 has sooner what rank 0 has at its end": (first, other)}
+
+
 def sooner(curve: Curve, level: float, step: int) -> float | None:
     """By which share of `step` a curve reaches a level sooner; None: it never does."""
     found = reached(*curve, level)
@@ -178,18 +203,22 @@ CLAMPED = {"Fréchet distance": ("frechet_distance", "{:.2f}"), "residual": ("re
 
 
 def clamp(kinds: Kinds) -> str:
-    values = lambda name, key, how: by_seed(kinds[name], at_the_end(key, how))
-    lost = {
-        name: [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key, _ in CLAMPED.values()]
-        for name in PAPER_CLAMP
-    }
-    forms = {title: form for title, (_, form) in CLAMPED.items()}
+    lost = clamp_sides(kinds)["rank 8 loses less than rank 0"]
     rows = [
-        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, lost[name], forms.values())]
-        for name, paper in PAPER_CLAMP.items()
+        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, values, forms(CLAMPED).values())]
+        for (name, paper), values in zip(PAPER_CLAMP.items(), lost, strict=True)
     ]
     head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
-    return "\n\n".join([table(head, rows), claims({"rank 8 loses less than rank 0": list(lost.values())}, forms)])
+    return "\n\n".join([table(head, rows), claims(clamp_sides(kinds), forms(CLAMPED))])
+
+
+def clamp_sides(kinds: Kinds) -> Sides:
+    values = lambda name, key, how: by_seed(kinds[name], at_the_end(key, how))
+    first, other = (
+        [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key, _ in CLAMPED.values()]
+        for name in PAPER_CLAMP
+    )
+    return {"rank 8 loses less than rank 0": (first, other)}
 
 
 # ---- Table 2 ---------------------------------------------------------------------------------------------------------
@@ -197,11 +226,14 @@ ALIGNED = {"rank-0": "0", "rank-0-repa": "0, with alignment", "rank-8": "8", "ra
 
 
 def repa(kinds: Kinds) -> str:
-    pairs = {f"rank {rank} is better with alignment": (f"rank-{rank}-repa", f"rank-{rank}") for rank in (8, 0)}
-    sides = {claim: (of(kinds, first), of(kinds, other)) for claim, (first, other) in pairs.items()}
-    sides["it helps rank 8 more than rank 0"] = [list(map(minus, *both)) for both in sides.values()]
-    made = claims(sides, {name: form for name, (_, form) in QUALITY.items()}, BY)
+    made = claims(repa_sides(kinds), forms(QUALITY), BY)
     return "\n\n".join([made, samples(kinds, ALIGNED), origin(kinds, ["rank-0-repa", "rank-8-repa"])])
+
+
+def repa_sides(kinds: Kinds) -> Sides:
+    found = sides(kinds, {f"rank {r} is better with alignment": (f"rank-{r}-repa", f"rank-{r}") for r in (8, 0)})
+    first, other = ([minus(*both) for both in zip(*pair, strict=True)] for pair in found.values())
+    return found | {"it helps rank 8 more than rank 0": (first, other)}
 
 
 # ---- Each with its own learning rate ---------------------------------------------------------------------------------
@@ -245,23 +277,31 @@ DRAWN = {
 }
 FAULTS = {"residual": DRAWN["residual"], "share not right": (lambda run: 1 - run["at the end"]["all"], "{:.1%}")}
 FINETUNING_CLAIMS = {
-    "plain is better than the latent model, finetuned": ("plain", "latent-finetuned"),
-    "variance-reduced is better than plain": ("reduced", "plain"),
-    "with the perceptual term it is better than without": ("perceptual", "reduced"),
-    "variance-reduced is better than from scratch": ("reduced", "scratch"),
-    "plain is better than from scratch": ("plain", "scratch"),
+    "plain is better than the latent model, finetuned": ("finetuning-plain", "finetuning-latent-finetuned"),
+    "variance-reduced is better than plain": ("finetuning-reduced", "finetuning-plain"),
+    "with the perceptual term it is better than without": ("finetuning-perceptual", "finetuning-reduced"),
+    "variance-reduced is better than from scratch": ("finetuning-reduced", "finetuning-scratch"),
+    "plain is better than from scratch": ("finetuning-plain", "finetuning-scratch"),
 }
 
 
 def finetuning(kinds: Kinds) -> str:
     names = {f"finetuning-{model}": FINETUNED[model] for model in FINETUNED if f"finetuning-{model}" in kinds}
-    pairs = {claim: tuple(f"finetuning-{model}" for model in pair) for claim, pair in FINETUNING_CLAIMS.items()}
     rows = [
         [title, hps, fid, *(shown(by_seed(kinds[name], measure), form) for measure, form in DRAWN.values())]
         for name, (title, hps, fid) in names.items()
     ]
     head = ["", "the paper: HPSv3", "its FID", *DRAWN]
-    return "\n\n".join([compared(kinds, pairs, FAULTS, None), table(head, rows), origin(kinds, list(names))])
+    return "\n\n".join(
+        [compared(kinds, FINETUNING_CLAIMS, FAULTS, None), table(head, rows), origin(kinds, list(names))]
+    )
+
+
+def lifted_sides(kinds: Kinds) -> Sides:
+    """How little of what the latent model drew the lifted one draws, and how little anyone would."""
+    both = ("correlation", "correlation of strangers")
+    first, other = ([by_seed(kinds["finetuning-start"], lambda run, k=k: 1 - run["at the end"][k])] for k in both)
+    return {"the lifted model draws what the latent model drew": (first, other)}
 
 
 def lifted(kinds: Kinds) -> str:
@@ -276,7 +316,8 @@ def lifted(kinds: Kinds) -> str:
 
 
 # ---- Emoji -----------------------------------------------------------------------------------------------------------
-EMOJI = {f"{name}-emoji": rank for name, rank in RANKS.items()}
+EMOJI = {f"rank-{rank}-emoji": str(rank) for rank in (0, 4, 8, 16, 32, 48)}
+EMOJI |= {"rank-full-emoji": "768", "rank-random-8-emoji": RANDOM}
 
 
 def emoji(kinds: Kinds) -> str:
@@ -286,8 +327,10 @@ def emoji(kinds: Kinds) -> str:
     drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
     others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
     parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
+    yardsticks = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
     shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
-    return "\n\n".join([*parts, samples(kinds, {**shown_too, **WHOLE}), origin(kinds, list(EMOJI))])
+    parts += [samples(kinds, shown_too | yardsticks), "Held-out losses by noise level:", losses(kinds, EMOJI)]
+    return "\n\n".join([*parts, origin(kinds, list(EMOJI))])
 
 
 def has_samples(kinds: Kinds, name: str) -> bool:
@@ -345,4 +388,6 @@ def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
                 expected = min(both, key=predictions.__getitem__)
                 fits.append([data, str(width), bound, str(expected), str(best), f"{r:.2f}"])
     head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
-    return "\n\n".join([table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)])
+    further = [kind for kind in kinds if kind.endswith("-narrow")]
+    parts = [table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)]
+    return "\n\n".join([*parts, *([origin(kinds, further)] if further else [])])

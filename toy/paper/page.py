@@ -9,9 +9,11 @@ from asymflow import opening
 from asymflow.files import replacing
 from toy.paper import blocks
 from toy.paper.figures import rank_figure, samples_figure, speed_figure
+from toy.paper.summary import summary
 from toy.paper.tables import read
 
 BLOCKS = {  # how each is made, and of which kinds of runs
+    "summary": (summary, ["rank-0", "rank-8"]),
     "yardsticks": (blocks.yardsticks, ["shapes-whole"]),
     "rank": (blocks.rank, ["rank-0", "rank-8"]),
     "directions": (blocks.directions, ["directions-rank-0", "directions-rank-8"]),
@@ -34,7 +36,8 @@ def write(folder: Path, docs: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     for name, (make, needed) in BLOCKS.items():
         if missing_here := [kind for kind in needed if kind not in kinds]:
-            missing.append(f"{name}, of {' and '.join(missing_here)}")
+            further = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
+            missing.append(f"{name}, of {' and '.join(missing_here[:2])}{further}")
         text = filled(text, name, "Not run yet." if missing_here else make(kinds))
     if (folder / SPECTRA).exists():
         spectra = opening.read_json(folder / SPECTRA)

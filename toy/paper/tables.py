@@ -13,6 +13,7 @@ from toy.paper.differences import Difference, verdict
 Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
 Measure = Callable[[dict], float | None]  # a number from what was measured; None: there was nothing to measure
 Values = Mapping[int, float | None]  # of a measure, by seed
+Sides = Mapping[str, tuple[Sequence[Values], Sequence[Values]]]  # by claim: the values of each measure, on both sides
 
 GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
 COLUMNS = {  # of samples: what it is called, and how its numbers are written
@@ -105,35 +106,36 @@ def shown_difference(found: Difference, form: str) -> str:
     return f"**{words}**" if found.counts else words
 
 
-def claims(
-    sides: Mapping[str, tuple[Sequence[Values], Sequence[Values]]],
-    measures: Mapping[str, str],
-    verdicts: Mapping[str, Sequence[int]] | None = None,
-) -> str:
+def claims(sides: Sides, measures: Mapping[str, str], verdicts: Mapping[str, Sequence[int]] | None = None) -> str:
     """A row for each claim that its first side is lower: the differences, and the verdicts.
 
-    Each side has the values of every measure. measures: how the numbers of each are written. verdicts: the numbers of
-    the measures that each is by; None: one, by all.
+    measures: how the numbers of each are written. verdicts: the numbers of the measures that each is by; None: one, by
+    all.
     """
     verdicts = verdicts or {"verdict": range(len(measures))}
     rows = []
-    for claim, (first, other) in sides.items():
-        found = [Difference.between(*values) for values in zip(first, other, strict=True)]
+    for claim, both in sides.items():
+        found = [Difference.between(*values) for values in zip(*both, strict=True)]
         words = [shown_difference(d, form) for d, form in zip(found, measures.values(), strict=True)]
-        rows.append([claim, *words, *(verdict([found[i] for i in chosen]) for chosen in verdicts.values())])
+        rows.append([claim, *words, *(judged(both, chosen) for chosen in verdicts.values())])
     return table(["claim", *(f"difference in {name}" for name in measures), *verdicts], rows)
 
 
+def judged(both: tuple[Sequence[Values], Sequence[Values]], chosen: Sequence[int]) -> str:
+    """The verdict on a claim by some of its measures."""
+    return verdict([Difference.between(both[0][i], both[1][i]) for i in chosen])
+
+
 def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUIDED) -> str:
-    """A row for each kind of run, with all that was measured of its samples."""
+    """A row for each kind of run, with all that was measured of its samples: of emoji nothing by the oracle."""
+    found = {name: kinds[name] for name in titles if name in kinds}
+    measured = {key for runs in found.values() for run in runs.values() for key in run["at the end"][how]}
+    columns = {key: column for key, column in COLUMNS.items() if key in measured}
     rows = []
-    for name in filter(kinds.__contains__, titles):
-        cells = [
-            shown(by_seed(kinds[name], lambda run, key=key: run["at the end"].get(how, {}).get(key)), form)
-            for key, (_, form) in COLUMNS.items()
-        ]
-        rows.append([titles[name], str(len(kinds[name])), *cells])
-    return table(["", "seeds", *(title for title, _ in COLUMNS.values())], rows)
+    for name, runs in found.items():
+        cells = [shown(by_seed(runs, at_the_end(key, how)), form) for key, (_, form) in columns.items()]
+        rows.append([titles[name], str(len(runs)), *cells])
+    return table(["", "seeds", *(title for title, _ in columns.values())], rows)
 
 
 def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
