@@ -16,7 +16,7 @@ from PIL import Image
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
 from toy.paper import blocks, criterion, page, summary, tables
-from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, Difference, verdict
+from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, TOO_FEW, Difference, verdict
 from toy.paper.measures import LEVELS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -39,7 +39,9 @@ def test_differences_are_of_the_seeds_that_both_have(first, other, moved):
 
 
 def test_one_seed_is_not_enough_and_noise_does_not_count():
-    assert not Difference.between({0: 5.0}, {0: 1.0}).counts
+    one = Difference.between({0: 5.0}, {0: 1.0})
+    assert not one.counts
+    assert verdict([Difference(-1.0, 0.1, 3), one]) == TOO_FEW
     assert Difference.between({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0}).counts
     assert not Difference.between({0: 5.0, 1: 3.0}, {0: 1.0, 1: 3.5}).counts
     assert Difference.between({0: None, 1: 2.0}, {0: 1.0, 1: 1.0}).seeds == 1
@@ -243,7 +245,9 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     shutil.copy(DOCS / "paper.md", tmp_path / "docs")
     assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
-    assert "no results yet for rank, of rank-0 and rank-8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no results yet for rank, of rank-0 and rank-8" in said
+    assert "no results yet for predicted and best ranks, which stay as they were, of spectra.json" in said
     assert (tmp_path / "docs" / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SHOWN, SO_FAR, NOT, OPPOSITE = "shown", "shown so far", "not shown", "the opposite is shown"
+TOO_FEW = "none of one seed"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ def verdict(differences: Sequence[Difference]) -> str:
     """Of the claim that the first is lower, judged by each of these differences.
 
     Shown: each of them counts. Shown so far: one counts, and none to the contrary. The opposite: the other way round.
+    One seed says nothing of the spread.
     """
+    if any(d.seeds < 2 for d in differences):
+        return TOO_FEW
     lower = [d.counts and d.mean < 0 for d in differences]
     higher = [d.counts and d.mean > 0 for d in differences]
     if any(lower) and any(higher):

@@ -43,6 +43,8 @@ def write(folder: Path, docs: Path) -> list[str]:
         spectra = opening.read_json(folder / SPECTRA)
         text = filled(text, "predicted", blocks.predicted(spectra))
         text = filled(text, "best ranks", blocks.best_ranks(kinds, spectra))
+    else:
+        missing.append(f"predicted and best ranks, which stay as they were, of {SPECTRA}")
     figures = {}
     if {"rank-0", "rank-8"} <= kinds.keys():
         figures = {"paper_rank": rank_figure(kinds), "paper_speed": speed_figure(kinds)}
