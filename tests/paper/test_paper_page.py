@@ -213,9 +213,22 @@ def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):
             assert found[0].rstrip(" |").endswith(" | ".join(filter(None, verdicts)))
     assert len(claims) == len(rows)
     assert claims["rank 8 has sooner what rank 0 has at its end"][1].startswith("held-out loss 4, 4; ")
+    apart = {"rank-0": {0: kinds["rank-0"][0]}, "rank-8": {1: kinds["rank-8"][1]}}
+    assert "| held-out loss none, none; " in summary.summary(kinds | apart)
     for kind in ("rank-8-repa", "finetuning-start"):
         del kinds[kind]
     assert summary.summary(kinds).count("not run yet") == 2
+
+
+def test_whatever_is_still_missing_the_page_is_made_of_the_rest(results):
+    """Without a kind of run, and without one seed of it."""
+    kinds = tables.read(results)
+    for kind, runs in kinds.items():
+        for left in ({}, {s: run for s, run in runs.items() if s}, {0: runs[0]}):
+            fewer = {k: v for k, v in (kinds | {kind: left}).items() if v}
+            for make, needed in page.BLOCKS.values():
+                if all(name in fewer for name in needed):
+                    assert make(fewer)
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):

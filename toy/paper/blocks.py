@@ -143,7 +143,7 @@ def speed(kinds: Kinds) -> str:
     for title in filter(all_fast.__contains__, all_slow):
         slow, fast = ({s: found[title][s] for s in sorted(found[title])} for found in (all_slow, all_fast))
         seeds = [s for s in slow if s in fast]
-        steps = slow[seeds[0]][0]
+        steps = next(iter(slow.values()))[0]
         points = [step for step in steps if 4 * step % steps[-1] == 0]
         saved = [{s: sooner(fast[s], dict(zip(*slow[s], strict=True))[p], p) for s in seeds} for p in points]
         rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
@@ -155,7 +155,7 @@ def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
     runs, further = kinds.get(name, {}), kinds.get(f"speed-{name}", {})
     ways = {"unguided": {s: run["on the way"] for s, run in runs.items()}}
     ends = {s: {max(run["on the way"], key=int): run["at the end"][GUIDED]} for s, run in runs.items()}
-    ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items()}
+    ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items() if s in ends}
     return {
         title.format(how): {s: curve(way, measure) for s, way in found.items()}
         for how, found in ways.items()
@@ -172,7 +172,7 @@ def speed_sides(kinds: Kinds) -> Sides:
     slow, fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
     first, other = [], []
     for title in SOONER:
-        ends = {s: (found[0][-1], found[1][-1]) for s, found in slow[title].items()}
+        ends = {s: (steps[-1], values[-1]) for s, (steps, values) in slow[title].items() if s in fast[title]}
         first.append({s: reached(*fast[title][s], level) or step for s, (step, level) in ends.items()})
         other.append({s: step for s, (step, _) in ends.items()})
     return {"rank 8 has sooner what rank 0 has at its end": (first, other)}

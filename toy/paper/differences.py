@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SHOWN, SO_FAR, NOT, OPPOSITE = "shown", "shown so far", "not shown", "the opposite is shown"
-TOO_FEW = "none of one seed"
+TOO_FEW = "too few seeds"
 
 
 @dataclass(frozen=True)

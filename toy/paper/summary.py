@@ -14,9 +14,19 @@ PARTS = {  # where it is below: its claims, how they are measured and judged, an
         BY,
         ["rank-0", "rank-8"],
     ),
-    "[Figure 6](#speed-figure-6)": (blocks.speed_sides, blocks.SOONER, BY, ["speed-rank-0", "speed-rank-8"]),
+    "[Figure 6](#speed-figure-6)": (
+        blocks.speed_sides,
+        blocks.SOONER,
+        BY,
+        ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"],
+    ),
     "[Table 1](#the-clamp-table-1)": (blocks.clamp_sides, blocks.CLAMPED, ONE, ["rank-0", "rank-8"]),
-    "[Table 2](#alignment-table-2)": (blocks.repa_sides, QUALITY, BY, ["rank-0-repa", "rank-8-repa"]),
+    "[Table 2](#alignment-table-2)": (
+        blocks.repa_sides,
+        QUALITY,
+        BY,
+        ["rank-0", "rank-8", "rank-0-repa", "rank-8-repa"],
+    ),
     "[Table 3](#from-latents-to-pixels-table-3)": (
         lambda kinds: blocks.sides(kinds, blocks.FINETUNING_CLAIMS, blocks.FAULTS),
         blocks.FAULTS,
@@ -53,7 +63,7 @@ def summary(kinds: Kinds) -> str:
             continue
         for claim, both in sides(kinds).items():
             ours = [
-                f"{name} {mean(first, form)}, {mean(other, form)}"
+                f"{name} {mean(first, other, form)}, {mean(other, first, form)}"
                 for (name, (_, form)), first, other in zip(measures.items(), *both, strict=True)
             ]
             found = [judged(both, chosen) for chosen in verdicts.values()]
@@ -61,6 +71,7 @@ def summary(kinds: Kinds) -> str:
     return table(["paper", "claim", "the paper's figures", "ours", *BY], rows)
 
 
-def mean(values: Values, form: str) -> str:
-    known = [value for value in values.values() if value is not None]
+def mean(values: Values, others: Values, form: str) -> str:
+    """Of the seeds that both sides have, as in the verdict."""
+    known = [values[s] for s in values if values[s] is not None and others.get(s) is not None]
     return form.format(statistics.fmean(known)) if known else "none"
