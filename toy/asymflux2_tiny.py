@@ -232,19 +232,25 @@ def gradient_moments(model: Finetuned, objective: LatentToPixel, batches: Encode
     return Moments(mean, (squares - draws * mean.square().sum().item()) / (draws - 1))
 
 
-def variance_ratio(out: Path, settings: dict, draws: int) -> dict:
-    """Of the gradient at the start, plain to variance-reduced, in micro-batches of the same images and noise."""
+def variance_ratio(out: Path, settings: dict, draws: int, weights: str = "start") -> dict:
+    """Of the gradient, plain to variance-reduced, in micro-batches of the same images and noise.
+
+    weights: the model that has them, before the first step or finetuned; the reference is the latent model for all.
+    """
     data, moments = EncodedShards(settings["data.path"]), {}
     for name, shift in (("plain", "null"), ("reduced", 0.3)):
-        given = {**settings, "finetune.base": out / "pixel-base", "loss.variance_reduction": shift}
+        given = {**settings, **EVERYTHING, "finetune.base": out / "pixel-base", "loss.variance_reduction": shift}
         config = load_config("asymflux2_tiny", [f"{key}={value}" for key, value in given.items()])
         torch.manual_seed(config.train.seed)
         model = make_finetuned(config, Subspace.load(settings["finetune.subspace"]))
+        if weights != "start":
+            model.load_state_dict(model.state_dict() | loaded(out, weights).state_dict())
         objective = LatentToPixel(config, data)
         moments[name] = gradient_moments(model, objective, EncodedBatches(data, config, 0, 1), draws)
     plain, reduced = moments["plain"], moments["reduced"]
     cosine = torch.nn.functional.cosine_similarity(plain.mean, reduced.mean, dim=0).item()
-    return {"ratio": plain.variance / reduced.variance, "cosine_of_means": cosine, "draws": draws}
+    ratio = plain.variance / reduced.variance
+    return {"ratio": ratio, "cosine_of_means": cosine, "plain": plain.variance, "draws": draws}
 
 
 # ---- What they draw --------------------------------------------------------------------------------------------------

@@ -73,6 +73,10 @@ def test_all_models_are_trained_measured_and_compared_once(tmp_path, capsys):
     ends = {name.split("-seed")[0]: one["at the end"] for name, one in found.items()}
     assert ends["finetuning-latent"]["correlation"] == pytest.approx(1)
     assert ends["finetuning-plain"] != ends["finetuning-reduced"] != ends["finetuning-perceptual"]
+    variance = json.loads((tmp_path / "finetuning-variance-seed-0.json").read_text())["at the end"]
+    at = lambda weights: [found["plain"] for found in variance[weights].values()]
+    assert len(at("start")) == 1 + len(finetuning.LEVELS)
+    assert all(first != after for first, after in zip(at("start"), at("plain"), strict=True))
     assert (tmp_path / "finetuning-seed-0.png").stat().st_size > 5000
     written = [file.stat().st_mtime_ns for file in files]
     assert paper.main(words) == 0

@@ -15,7 +15,7 @@ from PIL import Image
 
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
-from toy.paper import blocks, criterion, page, summary, tables
+from toy.paper import best_rank, blocks, criterion, page, summary, tables
 from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, TOO_FEW, Difference, verdict
 from toy.paper.measures import LEVELS
 
@@ -109,7 +109,18 @@ def results(tmp_path):
             keys = ("all", "correlation", "correlation of strangers", "read alike", *tables.COLUMNS)
             found["at the end"] = dict.fromkeys(keys, 0.1 * number + 0.001 * seed)
             (folder / f"finetuning-{model}-seed-{seed}.json").write_text(json.dumps(found))
+    for seed in range(3):
+        found = made_up("finetuning-variance", seed, 1.0)
+        at = lambda plain: {"ratio": 1.5, "cosine_of_means": 0.9, "plain": plain, "draws": 64}
+        levels = {"as trained": at(2.0 + seed), "0.1": at(6.0 + 3 * seed)}
+        found["at the end"] = {"start": levels, "plain": levels}
+        (folder / f"finetuning-variance-seed-{seed}.json").write_text(json.dumps(found))
     return folder
+
+
+def test_the_variance_of_each_level_is_in_units_of_that_of_the_training(results):
+    text = blocks.variance(tables.read(results))
+    assert "| before finetuning | variance, plain, that of the training = 1 | 1.00 ± 0.00 | 3.00 ± 0.00 |" in text
 
 
 def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
@@ -305,11 +316,11 @@ def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
 def test_losses_that_are_burdens_correlate_with_them_fully(tmp_path):
     values = [20.0 / (k + 1) for k in range(60)]
     spectra, kinds = {"shapes": values, "emoji": values}, {}
-    for rank, value in blocks.burdens(spectra, "shapes", 64).items():
+    for rank, value in best_rank.burdens(spectra, "shapes", 64).items():
         found = made_up(f"rank-{rank}", 0, 1.0)
         found["on the way"] = {"4": {"held_out": dict.fromkeys(("0.4", "0.6", "0.8"), 0.1 + 0.01 * value)}}
         kinds[f"rank-{rank}"] = {0: found, 1: found}
-    text = blocks.best_ranks(kinds, spectra)
+    text = best_rank.best_ranks(kinds, spectra)
     assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \|", text)
     assert "| shapes | 192 | nothing |" in text
     assert "| nothing | 48 | 48 | 1.00" not in text

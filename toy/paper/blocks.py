@@ -3,11 +3,8 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-import torch
-
-from toy.paper import criterion
-from toy.paper.criterion import burden, errors
 from toy.paper.experiments import RATE, RATES
 from toy.paper.measures import LEVELS
 from toy.paper.tables import (
@@ -19,7 +16,6 @@ from toy.paper.tables import (
     Runs,
     Sides,
     Values,
-    as_trained,
     at_the_end,
     by_seed,
     claims,
@@ -265,6 +261,7 @@ FINETUNED = {  # its title, and the paper's HPSv3 and FID
     "plain": ("pixels, plain loss", "12.03", "20.2"),
     "reduced": ("pixels, variance-reduced", "12.99", "18.5"),
     "perceptual": ("pixels, variance-reduced and perceptual", "13.06", "19.1"),
+    "perceptual-weak": ("pixels, variance-reduced and a fifth of the perceptual term", "", ""),
     "scratch": ("pixels, from scratch", "", ""),
 }
 DRAWN = {
@@ -280,6 +277,7 @@ FINETUNING_CLAIMS = {
     "plain is better than the latent model, finetuned": ("finetuning-plain", "finetuning-latent-finetuned"),
     "variance-reduced is better than plain": ("finetuning-reduced", "finetuning-plain"),
     "with the perceptual term it is better than without": ("finetuning-perceptual", "finetuning-reduced"),
+    "with a fifth of it it is better than without": ("finetuning-perceptual-weak", "finetuning-reduced"),
     "variance-reduced is better than from scratch": ("finetuning-reduced", "finetuning-scratch"),
     "plain is better than from scratch": ("finetuning-plain", "finetuning-scratch"),
 }
@@ -295,6 +293,25 @@ def finetuning(kinds: Kinds) -> str:
     return "\n\n".join(
         [compared(kinds, FINETUNING_CLAIMS, FAULTS, None), table(head, rows), origin(kinds, list(names))]
     )
+
+
+def variance(kinds: Kinds) -> str:
+    """Of the gradient, by the noise level of all images of a batch."""
+    runs, rows = kinds["finetuning-variance"], []
+    levels = list(next(iter(runs.values()))["at the end"]["start"])
+    for weights, title in (("start", "before finetuning"), ("plain", "after it, with the plain loss")):
+        of = lambda level, key, weights=weights: by_seed(runs, lambda run: run["at the end"][weights][level][key])
+        whole = of("as trained", "plain")
+        share = lambda level, of=of, whole=whole: {seed: v / whole[seed] for seed, v in of(level, "plain").items()}
+        measures = {
+            "variance, plain, that of the training = 1": share,
+            "variance, plain / reduced": partial(of, key="ratio"),
+            "cosine of the mean gradients": partial(of, key="cosine_of_means"),
+        }
+        rows += [
+            [title, words, *(shown(values(level), "{:.2f}") for level in levels)] for words, values in measures.items()
+        ]
+    return table(["weights", "", *levels], rows)
 
 
 def lifted_sides(kinds: Kinds) -> Sides:
@@ -335,59 +352,3 @@ def emoji(kinds: Kinds) -> str:
 
 def has_samples(kinds: Kinds, name: str) -> bool:
     return any(run["at the end"] for run in kinds.get(name, {}).values())
-
-
-# ---- The best rank ---------------------------------------------------------------------------------------------------
-NETWORKS = {  # what is in the names of the runs of each data and width
-    ("shapes", 192): "",
-    ("shapes", 96): "-narrow",
-    ("emoji", 192): "-emoji",
-    ("emoji", 96): "-emoji-narrow",
-}
-
-
-def rooms(width: int) -> dict[str, float]:
-    """For how many directions of noise a network may have room, by what might bound it."""
-    return {f"the bottleneck, {width // 3}": width // 3, f"the width, {width}": width, "nothing": float("inf")}
-
-
-def burdens(spectra: Mapping[str, list[float]], data: str, room: float) -> dict[int, float]:
-    """The burden of each rank by the criterion."""
-    sides = errors(torch.tensor(spectra[data]))
-    return {rank: burden(*sides, rank, room) for rank in criterion.RANKS if rank < room}
-
-
-def predicted(spectra: Mapping[str, list[float]]) -> str:
-    """The burden of each rank by the criterion, in units of that of rank 8; the least in bold."""
-    rows = []
-    for data, width in NETWORKS:
-        for bound, room in rooms(width).items():
-            found = burdens(spectra, data, room)
-            best = min(found, key=found.__getitem__)
-            words = {rank: f"{value / found[8]:.2f}" for rank, value in found.items()}
-            words[best] = f"**{words[best]}**"
-            rows.append([data, str(width), bound, *(words.get(rank, "") for rank in criterion.RANKS)])
-    return table(["data", "width", "the room is bounded by", *map(str, criterion.RANKS)], rows)
-
-
-def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
-    """The held-out loss of each rank, at the noise levels of the training, and how well each burden goes with it."""
-    rows, fits = [], []
-    for (data, width), mark in NETWORKS.items():
-        found = {r: by_seed(kinds[k], as_trained) for r in criterion.RANKS if (k := f"rank-{r}{mark}") in kinds}
-        means = {rank: statistics.fmean(values.values()) for rank, values in found.items()}
-        best = min(means, key=means.__getitem__, default=None)
-        words = {rank: shown(values, "{:.4f}") for rank, values in found.items()}
-        words |= {best: f"**{words[best]}**"} if found else {}
-        rows.append([data, str(width), *(words.get(rank, "") for rank in criterion.RANKS)])
-        for bound, room in rooms(width).items():
-            predictions = burdens(spectra, data, room)
-            both = [rank for rank in means if rank in predictions]
-            if len(both) > 2:
-                r = statistics.correlation([predictions[rank] for rank in both], [means[rank] for rank in both])
-                expected = min(both, key=predictions.__getitem__)
-                fits.append([data, str(width), bound, str(expected), str(best), f"{r:.2f}"])
-    head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
-    further = [kind for kind in kinds if kind.endswith("-narrow")]
-    parts = [table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)]
-    return "\n\n".join([*parts, *([origin(kinds, further)] if further else [])])

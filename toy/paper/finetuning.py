@@ -43,9 +43,14 @@ LOSSES = {  # what is trained, and how its configuration differs
     "reduced": tiny.EVERYTHING,
     "plain": {**tiny.EVERYTHING, "loss.variance_reduction": "null"},
     "scratch": tiny.FROM_NOTHING,
-    "perceptual": tiny.EVERYTHING,  # and the perceptual term, whose network is trained first
+    "perceptual": tiny.EVERYTHING,
+    "perceptual-weak": tiny.EVERYTHING,
 }
-MODELS = ("latent", "start", "latent-finetuned", "scratch", "plain", "reduced", "perceptual")
+PERCEPTUAL = {"perceptual": 1.0, "perceptual-weak": 0.2}  # weights of the term, whose network is trained first
+MODELS = ("latent", "start", "latent-finetuned", *LOSSES)
+VARIANCE = "variance"  # of the gradient: in the place of a model, in the names of results
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which it is measured
+DRAWS = 64  # micro-batches that it is measured over, at most
 
 
 def finetuning(args: argparse.Namespace) -> None:
@@ -56,13 +61,14 @@ def finetuning(args: argparse.Namespace) -> None:
         raise InputError(f"--only {strange[0]} is none of {', '.join(folders)}")
     for name in names:
         seed, steps = folders[name], QUICK_STEPS if args.quick else STEPS
-        results = {args.out / f"finetuning-{model}-seed-{seed}.json": model for model in MODELS}
-        if not all(file.exists() for file in results):
-            one_seed(
-                args.out, args.out / name, seed, steps, tiny.QUICK if args.quick else {**tiny.FULL, "asked": ASKED}
-            )
-        for file, model in results.items():
-            print(f"{file.stem}: {in_words(stored(file, about(model, seed, steps))['at the end'])}", flush=True)
+        results = {model: args.out / f"finetuning-{model}-seed-{seed}.json" for model in (*MODELS, VARIANCE)}
+        missing = {model: file for model, file in results.items() if not file.exists()}
+        if missing:
+            sizes = tiny.QUICK if args.quick else {**tiny.FULL, "asked": ASKED}
+            one_seed(args.out, args.out / name, seed, steps, sizes, missing)
+        for model, file in results.items():
+            found = stored(file, about(model, seed, steps))["at the end"]
+            print(f"{file.stem}: {'done' if model == VARIANCE else in_words(found)}", flush=True)
 
 
 def about(model: str, seed: int, steps: int) -> dict:
@@ -70,8 +76,8 @@ def about(model: str, seed: int, steps: int) -> dict:
     return {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed}, "scale": scale}
 
 
-def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict) -> None:
-    """Train all models of a seed, let them draw, and write their results. sizes: as in toy/asymflux2_tiny.py."""
+def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, results: dict[str, Path]) -> None:
+    """Train all models of a seed, let them draw, and write results. sizes: as in toy/asymflux2_tiny.py."""
     pictures = Shapes(max(sizes["pictures"], 200), tiny.SIZE, seed=5)
     judge_in(out / "finetuning", pictures, *load(pictures), epochs=6)
     vgg = out / "finetuning" / VGG
@@ -80,16 +86,38 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict) -> Non
     longer = lambda beside: tiny.latent_model(folder / "pixel-base", beside, folder / "shards", seed + 100, steps)
     tiny.once(folder / "latent-finetuned", longer)
     for model, settings in LOSSES.items():
-        term = {"loss.perceptual": f"{{vgg: {vgg}, weight: 1.0}}"} if model == "perceptual" else {}
+        weight = PERCEPTUAL.get(model)
+        term = {"loss.perceptual": f"{{vgg: {vgg}, weight: {weight}}}"} if weight else {}
         tiny.train({folder / model: {**common, "finetune.base": tiny.base_of(folder, model), **settings, **term}})
+    if VARIANCE in results:
+        started = time.time()
+        found = variances(folder, common, min(DRAWS, sizes["draws"]))
+        hours = {"training": 0.0, "measuring": (time.time() - started) / 3600}
+        keep(results[VARIANCE], about(VARIANCE, seed, steps), {"hours": hours, "at the end": found})
+    if any(model in results for model in MODELS):
+        measure(out, folder, seed, steps, sizes["asked"], results)
 
+
+def variances(folder: Path, common: dict, draws: int) -> dict[str, dict[str, dict]]:
+    """Of the gradients of the plain and the reduced loss, for the weights at the start and those of the plain model.
+
+    In micro-batches at the noise levels of the training, and in some of one noise level.
+    """
+    one = {"loss.sigma_std": 0.0, "loss.sigma_shift": 1.0}
+    levels = {str(level): {"loss.sigma_mean": math.log(level / (1 - level)), **one} for level in LEVELS}
+    levels = {"as trained": {}, **levels}
+    ratio = lambda settings, weights: tiny.variance_ratio(folder, common | settings, draws, weights)
+    return {weights: {k: ratio(settings, weights) for k, settings in levels.items()} for weights in ("start", "plain")}
+
+
+def measure(out: Path, folder: Path, seed: int, steps: int, asked: int, results: dict[str, Path]) -> None:
     started = time.time()
-    drawn, captions = tiny.drawings(folder, seed, sizes["asked"], MODELS)
+    drawn, captions = tiny.drawings(folder, seed, asked, MODELS)
     image_grid(torch.cat([images[:SHOWN] for images in drawn.values()]), columns=SHOWN).save(out / f"{folder.name}.png")
     features = load_extractor("classifier", out / "finetuning" / JUDGE)
     statistics_of = lambda images: moments(torch.cat([features(part) for part in images.split(measures.BATCH)]))
     real = quantized(drawn["data"], "round")
-    for model in MODELS:
+    for model in filter(results.__contains__, MODELS):
         samples = quantized(drawn[model], "round")
         end = {
             **score(drawn[model], captions),
@@ -104,9 +132,7 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict) -> Non
         end = {key: None if math.isnan(value) else value for key, value in end.items()}  # NaN: nothing was recognized
         hours = {"training": training_hours(folder / model) if model in LOSSES else 0.0}
         hours["measuring"] = (time.time() - started) / 3600 / len(MODELS)
-        keep(
-            out / f"finetuning-{model}-seed-{seed}.json", about(model, seed, steps), {"hours": hours, "at the end": end}
-        )
+        keep(results[model], about(model, seed, steps), {"hours": hours, "at the end": end})
 
 
 def readings(images: Tensor) -> list[str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asymflow import opening
 from asymflow.files import replacing
-from toy.paper import blocks
+from toy.paper import best_rank, blocks
 from toy.paper.figures import rank_figure, samples_figure, speed_figure
 from toy.paper.summary import summary
 from toy.paper.tables import read
@@ -23,6 +23,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "repa": (blocks.repa, ["rank-0", "rank-8", "rank-0-repa", "rank-8-repa"]),
     "rate": (blocks.rate, [kind for searched in blocks.SEARCH.values() for kind in searched.values()]),
     "finetuning": (blocks.finetuning, ["finetuning-plain", "finetuning-reduced"]),
+    "variance": (blocks.variance, ["finetuning-variance"]),
     "lifted": (blocks.lifted, ["finetuning-start"]),
     "emoji": (blocks.emoji, ["rank-0-emoji", "rank-8-emoji"]),
 }
@@ -41,8 +42,8 @@ def write(folder: Path, docs: Path) -> list[str]:
         text = filled(text, name, "Not run yet." if missing_here else make(kinds))
     if (folder / SPECTRA).exists():
         spectra = opening.read_json(folder / SPECTRA)
-        text = filled(text, "predicted", blocks.predicted(spectra))
-        text = filled(text, "best ranks", blocks.best_ranks(kinds, spectra))
+        text = filled(text, "predicted", best_rank.predicted(spectra))
+        text = filled(text, "best ranks", best_rank.best_ranks(kinds, spectra))
     else:
         missing.append(f"predicted and best ranks, which stay as they were, of {SPECTRA}")
     figures = {}
