@@ -50,7 +50,7 @@ PERCEPTUAL = {"perceptual": 1.0, "perceptual-weak": 0.2}  # weights of the term,
 MODELS = ("latent", "start", "latent-finetuned", *LOSSES)
 VARIANCE = "variance"  # of the gradient: in the place of a model, in the names of results
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which it is measured
-DRAWS = 64  # micro-batches that it is measured over, at most
+DRAWS, QUICK_DRAWS = 64, 2  # micro-batches that it is measured over
 
 
 def finetuning(args: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, result
         tiny.train({folder / model: {**common, "finetune.base": tiny.base_of(folder, model), **settings, **term}})
     if VARIANCE in results:
         started = time.time()
-        found = variances(folder, common, min(DRAWS, sizes["draws"]))
+        found = variances(folder, common, DRAWS if steps == STEPS else QUICK_DRAWS)
         hours = {"training": 0.0, "measuring": (time.time() - started) / 3600}
         keep(results[VARIANCE], about(VARIANCE, seed, steps), {"hours": hours, "at the end": found})
     if any(model in results for model in MODELS):
