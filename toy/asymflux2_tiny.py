@@ -64,6 +64,7 @@ with importing(__name__):
     from toy.common import main
     from toy.tiny_flux2 import TEXT_LENGTH, make_base, normalize_latents
 
+HERE = Path(__file__).resolve().parent
 SIZE, PATCH = 32, 8  # pixels; 4 x 4 tokens of D = 192
 VALIDATION = 2**32 + 1  # seed of scenes that no training draws
 GUIDANCE, STEPS = 2.0, 25
@@ -71,7 +72,8 @@ GUIDANCE, STEPS = 2.0, 25
 # mean of their patches would be 93 % of what the subspace has to hold. At half the brightness they are near it.
 BRIGHTNESS = 0.5
 MODELS = ("latent", "start", "pixel", "scratch")
-LATENT = {"latent": "pixel-base", "latent-finetuned": "latent-finetuned"}  # models of latents, and their folders
+# Models of latents, and their folders; "lifted": the same latents as of "latent", by the basis and not decoded.
+LATENT = {"latent": "pixel-base", "latent-finetuned": "latent-finetuned", "lifted": "pixel-base"}
 # All weights are trained: LoRA layers of a transformer as narrow as this one learn less than training from scratch.
 EVERYTHING = {"finetune.lora": "null"}
 FROM_NOTHING = {**EVERYTHING, "loss.variance_reduction": "null", "optimizer.multipliers.proj_out": 1.0}
@@ -185,10 +187,8 @@ def latent_model(base: Path, folder: Path, shards: Path, seed: int, steps: int) 
         chosen = torch.randint(len(latents), (32,), generator=draws)
         x0, text = latents[chosen], prompts[chosen].clone()
         text[torch.rand(len(text), generator=draws) < 0.1] = data.empty_prompt
-        sigma, eps = (
-            noise_level(torch.randn(len(x0), generator=draws), 0.0, 1.0),
-            torch.randn(x0.shape, generator=draws),
-        )
+        sigma = noise_level(torch.randn(len(x0), generator=draws), 0.0, 1.0)
+        eps = torch.randn(x0.shape, generator=draws)
         loss = flow_matching_loss(flow(noisy(x0, eps, sigma), sigma, encoder_hidden_states=text), x0, eps, sigma).mean()
         optimize(optimizer, loss)
         decay = min(0.998, (step + 1) / (step + 10))
@@ -221,7 +221,7 @@ class Moments(NamedTuple):
 
 
 def gradient_moments(model: Finetuned, objective: LatentToPixel, batches: EncodedBatches, draws: int) -> Moments:
-    """Of the gradient of a micro-batch, over the first `draws` of them, for the weights that are trained."""
+    """Of the gradient of a micro-batch, for the weights that are trained, over the first `draws` of them."""
     total, squares = 0.0, 0.0
     for k in trange(draws, desc="gradients", unit="batch", leave=False):
         losses = objective.losses(model.train(), batches[k])[:, 0]
@@ -233,10 +233,7 @@ def gradient_moments(model: Finetuned, objective: LatentToPixel, batches: Encode
 
 
 def variance_ratio(out: Path, settings: dict, draws: int, weights: str = "start") -> dict:
-    """Of the gradient, plain to variance-reduced, in micro-batches of the same images and noise.
-
-    weights: the model that has them, before the first step or finetuned; the reference is the latent model for all.
-    """
+    """Of the gradient for the weights of a model, plain to variance-reduced, in micro-batches of the same images."""
     data, moments = EncodedShards(settings["data.path"]), {}
     for name, shift in (("plain", "null"), ("reduced", 0.3)):
         given = {**settings, **EVERYTHING, "finetune.base": out / "pixel-base", "loss.variance_reduction": shift}
@@ -295,6 +292,9 @@ def of_latents(model, transformer, vae, subspace: Subspace, noise: Tensor, text:
         sample(velocity, part, sigma_grid(STEPS), "euler")
         for velocity, part in parts(model, flow, unpatchify(tokens, grid, 1), text, empty)
     ]
+    if model == "lifted":
+        tokens = patchify(torch.cat(latents), 1) @ (subspace.scale * subspace.basis).float().mT
+        return oklab_to_rgb(unpatchify(tokens, grid, subspace.patch_size, subspace.token_order)).clamp(-1, 1)
     return torch.cat([decode_latents(vae, part) for part in latents])
 
 
@@ -340,7 +340,7 @@ def begin(out: Path, settings: dict) -> None:
     path = out / "settings.json"
     out.mkdir(parents=True, exist_ok=True)
     if path.exists() and (known := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{out} was made with other settings ({known}): choose another --out")
+        raise InputError(f"{out} was made with other settings ({known}): choose another --out")
     path.write_text(json.dumps(settings))
 
 
@@ -370,10 +370,10 @@ def train(settings: dict[Path, dict]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for out, values in settings.items():
         words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "train_ddp.py", "--config", "asymflux2_tiny", "--out", str(out), *words]
+        command = [sys.executable, HERE.parent / "train_ddp.py", "--config", "asymflux2_tiny", "--out", out, *words]
         with out.with_suffix(".log").open("a") as log:
             hidden = dict(stdout=log, stderr=log) if processes else {}
-            processes[out] = subprocess.Popen(command, env=environment, **hidden)
+            processes[out] = subprocess.Popen([*map(str, command)], env=environment, **hidden)
     codes = {out: process.wait() for out, process in processes.items()}
     if failed := [str(out) for out, code in codes.items() if code]:
         raise InputError(f"the training in {' and in '.join(failed)} failed")

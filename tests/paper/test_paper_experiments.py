@@ -113,6 +113,9 @@ def test_emoji_of_one_code_point_are_all_kept_or_all_trained_on(tmp_path):
     assert KEPT <= len(parts[1]) / 2 < KEPT + 3
     with tarfile.open(tmp_path / "other.tar", "w"):
         pass
+    (tmp_path / "text.tar").write_text("no archive")
+    with pytest.raises(InputError, match=r"text.tar cannot be read as a tar file"):
+        EmojiData(tmp_path / "text.tar", tmp_path / "new").part("training")
     with pytest.raises(InputError, match=r"has the parts of another file than .*other.tar: choose another --out"):
         EmojiData(tmp_path / "other.tar", tmp_path / "out").part("training")
     assert len(data.judged_by(0)) == len(parts[0]) / 2

@@ -72,6 +72,14 @@ def test_all_models_are_trained_measured_and_compared_once(tmp_path, capsys):
     found = {file.name: json.loads(file.read_text()) for file in files}
     ends = {name.split("-seed")[0]: one["at the end"] for name, one in found.items()}
     assert ends["finetuning-latent"]["correlation"] == pytest.approx(1)
+    assert ends["finetuning-start"]["correlation with the lifted latents"] == pytest.approx(1, abs=1e-3)
+    assert ends["finetuning-latent"]["correlation with the lifted latents"] < 0.999
+    assert (
+        found["finetuning-latent-seed-0.json"]["hours"]["training"]
+        > found["finetuning-start-seed-0.json"]["hours"]["training"]
+        == 0
+    )
+    assert found["finetuning-perceptual-weak-seed-0.json"]["loss"]["perceptual"] == 0.2
     assert ends["finetuning-plain"] != ends["finetuning-reduced"] != ends["finetuning-perceptual"]
     variance = json.loads((tmp_path / "finetuning-variance-seed-0.json").read_text())["at the end"]
     at = lambda weights: [found["plain"] for found in variance[weights].values()]

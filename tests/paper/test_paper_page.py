@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from asymflow.errors import InputError
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
 from toy.paper import best_rank, blocks, criterion, page, summary, tables
@@ -42,6 +42,7 @@ def test_one_seed_is_not_enough_and_noise_does_not_count():
     one = Difference.between({0: 5.0}, {0: 1.0})
     assert not one.counts
     assert verdict([Difference(-1.0, 0.1, 3), one]) == TOO_FEW
+    assert verdict([Difference(-1.0, 0.1, 2)]) == TOO_FEW
     assert Difference.between({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0}).counts
     assert not Difference.between({0: 5.0, 1: 3.0}, {0: 1.0, 1: 3.5}).counts
     assert Difference.between({0: None, 1: 2.0}, {0: 1.0, 1: 1.0}).seeds == 1
@@ -53,7 +54,7 @@ def test_the_verdict_is_the_rule_of_the_page(signs):
     lower, higher = signs.count(-1), signs.count(1)
     assert (found == SHOWN) == (lower == len(signs))
     assert (found == SO_FAR) == (0 < lower < len(signs) and not higher)
-    assert (found == OPPOSITE) == (higher > 0 and not lower)
+    assert (found == OPPOSITE) == (higher == len(signs))
     assert found in (SHOWN, SO_FAR, OPPOSITE, NOT)
 
 
@@ -106,7 +107,8 @@ def results(tmp_path):
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)
-            keys = ("all", "correlation", "correlation of strangers", "read alike", *tables.COLUMNS)
+            keys = {"all", "measured", "position", "correlation", "correlation of strangers", *tables.COLUMNS}
+            keys |= {"correlation with the lifted latents", "read alike", "strangers read alike"}
             found["at the end"] = dict.fromkeys(keys, 0.1 * number + 0.001 * seed)
             (folder / f"finetuning-{model}-seed-{seed}.json").write_text(json.dumps(found))
     for seed in range(3):
@@ -164,7 +166,8 @@ def test_losses_inside_and_outside_have_a_row_for_each_rank(results):
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):
     """Ranks 0 and 8 are kinds number 0 and 3, with alignment 9 and 8: it costs rank 8 five, and rank 0 nine."""
-    row = "more than rank 0 | **-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | shown | shown |"
+    four = "**-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | **-4.0000 ± 0.0000**"
+    row = f"more than rank 0 | {four} | shown | shown |"
     assert row in blocks.repa(tables.read(results))
 
 
@@ -190,19 +193,28 @@ def test_the_loss_as_trained_is_linear_and_hardly_sees_the_lowest_levels(loss, l
 
 
 def test_a_curve_reaches_a_level_between_two_measurements():
-    reached = [blocks.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0, 0.5)]
-    assert reached == [10, 15, 25, 30, None]
-    curve = ([10, 20, 30], [4.0, 2.0, 1.0])
-    assert blocks.sooner(curve, 2.0, 25) == pytest.approx(0.2)
-    assert blocks.sooner(curve, 1.0, 25) == pytest.approx(-0.2)  # later
-    assert blocks.sooner(curve, 0.5, 25) is None
+    assert [blocks.reached([10, 20, 30], [4.0, 2.0, 1.0], level) for level in (5.0, 3.0, 1.5, 1.0)] == [10, 15, 25, 30]
+    assert blocks.reached([10, 20], [float("inf"), 1.0], 2.0) == 20  # nothing was recognized after 10
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=6))
+def test_sooner_is_later_the_other_way_round(values):
+    """However noisy two curves are: both are held against what both have reached."""
+    steps = [10 * (i + 1) for i in range(len(values))]
+    first, other = ((steps, list(column)) for column in zip(*values, strict=True))
+    found = blocks.sooner(first, other, steps[-1])
+    assert found == -blocks.sooner(other, first, steps[-1])
+    assert -1 < found < 1
+    assert blocks.sooner(first, first, steps[0]) == 0
+    if min(other[1][:-1], default=10.0) > other[1][-1] >= first[1][-1]:  # as a loss is: the last is the lowest
+        assert found == 1 - blocks.reached(*first, other[1][-1]) / steps[-1]
 
 
 def test_guided_samples_on_the_way_go_on_to_those_at_the_end(results):
     """Rank 8 is at 4, 3.5 and 3, and at its end at 4.001 or so; rank 0 at 8, 4 and 2, and at its end at 1.001."""
     text = blocks.speed(tables.read(results))
-    assert "| what rank 0 has after | 1 steps | 2 steps | 3 steps | 4 steps |" in text
-    assert "| residual, guided | 0% ± 0% | 50% ± 0% | none | none |" in text
+    assert "| what both have after | 1 steps | 2 steps | 3 steps | 4 steps |" in text
+    assert re.search(r"\| residual, guided \| 0% ± 0% \| 50% ± 0% \| -17% ± 0% \| 25% ± 0% \|", text)
 
 
 def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):
@@ -223,7 +235,7 @@ def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):
         if found := [line for line in below if line.startswith(f"| {claim} |")]:
             assert found[0].rstrip(" |").endswith(" | ".join(filter(None, verdicts)))
     assert len(claims) == len(rows)
-    assert claims["rank 8 has sooner what rank 0 has at its end"][1].startswith("held-out loss 4, 4; ")
+    assert claims["rank 8 has sooner what both have at the end"][1].startswith("held-out loss 4 steps, 1 steps; ")
     apart = {"rank-0": {0: kinds["rank-0"][0]}, "rank-8": {1: kinds["rank-8"][1]}}
     assert "| held-out loss none, none; " in summary.summary(kinds | apart)
     for kind in ("rank-8-repa", "finetuning-start"):
@@ -243,8 +255,6 @@ def test_whatever_is_still_missing_the_page_is_made_of_the_rest(results):
 
 
 def test_the_page_keeps_the_words_and_replaces_the_tables(results, tmp_path):
-    for file in ("paper.md",):
-        shutil.copy(DOCS / file, tmp_path)
     words = ["page", "--out", str(results), "--docs", str(tmp_path)]
     assert paper.main(words) == 0
     first = (tmp_path / "paper.md").read_text()
@@ -260,23 +270,30 @@ def by_hand(text: str) -> str:
 
 
 def test_the_page_here_is_what_the_results_here_give(tmp_path):
-    shutil.copy(DOCS / "paper.md", tmp_path)
     assert paper.main(["page", "--out", str(DOCS / "paper"), "--docs", str(tmp_path)]) == 0
     assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
 
 
 def test_what_has_no_results_is_said(tmp_path, capsys):
-    (tmp_path / "docs").mkdir()
-    shutil.copy(DOCS / "paper.md", tmp_path / "docs")
-    assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
+    assert paper.main(["page", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no results yet: python -m toy.paper rank" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "rank-2-seed-0.json").write_text(json.dumps(made_up("rank-2", 0, 1.0)))
+    assert paper.main(["page", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "no results yet for rank, of rank-0 and rank-8" in said
+    assert "no results yet for paper_samples.png, of the pictures beside the JSON files" in said
     assert "no results yet for predicted and best ranks, which stay as they were, of spectra.json" in said
-    assert (tmp_path / "docs" / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
+    assert (tmp_path / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
+
+
+@pytest.mark.parametrize("text", ["a <!-- b --> c", "a <!-- end of b --> c", "<!-- end of b --> <!-- b -->", "none"])
+def test_a_page_without_the_place_of_a_block_is_not_written(text):
+    with pytest.raises(InputError, match="must have <!-- b --> and, after it, <!-- end of b -->, each once"):
+        page.filled(text, "b", "the block")
 
 
 def test_a_quick_look_does_not_come_into_the_page(results, tmp_path, capsys):
-    shutil.copy(DOCS / "paper.md", tmp_path)
     file = results / "rank-2-seed-1.json"
     file.write_text(json.dumps(made_up("rank-2", 1, 1.0) | {"scale": {"held_out": 16}}))
     assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 2
@@ -284,11 +301,10 @@ def test_a_quick_look_does_not_come_into_the_page(results, tmp_path, capsys):
     file.write_text('{"loss": 1}')
     assert paper.main(["page", "--out", str(results), "--docs", str(tmp_path)]) == 2
     assert f"{file} is no result of toy.paper" in capsys.readouterr().err
-    assert (tmp_path / "paper.md").read_text() == (DOCS / "paper.md").read_text()
+    assert not (tmp_path / "paper.md").exists()
 
 
 def test_the_figure_of_samples_has_the_data_and_each_rank_that_was_drawn(results, tmp_path):
-    shutil.copy(DOCS / "paper.md", tmp_path)
     images = torch.full((20, 3, 64, 64), -1.0)
     for rank, columns in (("0", 8), ("full", 16)):
         image_grid(images, columns).save(results / f"rank-{rank}-seed-0.png")
@@ -302,7 +318,7 @@ def test_the_figure_of_samples_has_the_data_and_each_rank_that_was_drawn(results
 
 def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
     """Of eight directions with much variance each is worth predicting noise in, and no more, if there is room."""
-    shutil.copy(DOCS / "paper.md", tmp_path)
+    (tmp_path / "rank-2-seed-0.json").write_text(json.dumps(made_up("rank-2", 0, 1.0)))
     spectra = dict.fromkeys(("shapes", "emoji"), [30.0] * 8 + [0.01] * 90)
     (tmp_path / page.SPECTRA).write_text(json.dumps(spectra))
     assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0

@@ -39,6 +39,10 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert list(halfway) == ["4"]
     assert halfway["4"].keys() == guided.keys()
     assert halfway["4"]["patches"] != guided["patches"]
+    assert paper.main(["rate", *words[1:4], "--only", "rank-8-rate-0.0003-seed-3"]) == 0
+    assert list(json.loads((tmp_path / "rank-8-rate-0.0003-seed-3.json").read_text())["on the way"]) == ["4", "8"]
+    assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-seed-1"]) == 2
+    assert "python -m toy.paper rank --only rank-8-seed-1" in capsys.readouterr().err
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
     python -m toy.paper rank --quick              # a minute: it shows that it runs, and its figures are no results
     python -m toy.paper rank                      # hours; may be stopped, and goes on
-    python -m toy.paper page                      # docs/paper.md and its figures, from the JSON file of each run
+    python -m toy.paper page                      # the page and its figures, from the JSON file of each run
 
 The experiments, and what each needs besides `pip install -e ".[train]"`:
 
@@ -17,5 +17,5 @@ The experiments, and what each needs besides `pip install -e ".[train]"`:
     emoji         the same on emoji, at both widths; --data emoji64.tar (docs/emoji64.md)
     finetuning    Table 3 and Figure 4: from latents to pixels; ".[flux2]"
     predict       the best rank, predicted from spectra; --data emoji64.tar
-    all           all experiments, one after the other; --data emoji64.tar
+    all           the prediction, all experiments one after the other, and the page; --data emoji64.tar
 """

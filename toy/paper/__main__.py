@@ -23,30 +23,30 @@ with importing(__name__):
 
 EXPERIMENTS = (*PLANS, "finetuning")
 FURTHER = {"repa": ["transformers"], "finetuning": ["diffusers", "lpips"]}  # packages that others do without
+OUT = "runs/toy/paper"
 PICTURES = 4000  # whose spectrum is taken; of the emoji, all in the training
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("toy.paper", description=paper.__doc__, formatter_class=form, allow_abbrev=False)
     p.add_argument("what", choices=[*EXPERIMENTS, "predict", "all", "page"])
-    p.add_argument("--out", type=Path, default=Path("runs/toy/paper"), help="folder of the runs and their JSON files")
-    p.add_argument("--docs", type=Path, default=DOCS, help="folder of the page, paper.md")
+    p.add_argument("--out", type=Path, help=f"folder of the runs and their JSON files (default: {OUT}, or {OUT}-quick)")
+    p.add_argument("--docs", type=Path, help="folder that the page, paper.md, is written to (default: --out)")
     p.add_argument("--only", metavar="A,B", help="runs by their names, such as rank-8-seed-0, for a process of its own")
     p.add_argument("--data", type=Path, metavar="TAR", help="emoji64.tar, for emoji")
     p.add_argument("--quick", action="store_true", help="a minute: a look at whether it runs, no results")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.out = (args.out or Path(f"{OUT}-quick" if args.quick else OUT)).resolve()
+    return args
 
 
 def experiment(what: str, args: argparse.Namespace) -> None:
     """All runs of an experiment, or those of --only; with --quick, the first three."""
-    with importing(__name__):
-        need(*FURTHER.get(what, ()))
-        if what == "finetuning":
-            from toy.paper.finetuning import finetuning
+    if what == "finetuning":
+        from toy.paper.finetuning import finetuning
 
-            return finetuning(args)
+        return finetuning(args)
     runs = {run.name: run for run in PLANS[what](args.out)}
     names = args.only.split(",") if args.only else list(runs)[: 3 if args.quick else None]
     if strange := [name for name in names if name not in runs]:
@@ -71,18 +71,30 @@ def predict(out: Path, emoji: EmojiData) -> None:
     print(f"wrote {out / SPECTRA}")
 
 
+def make_page(out: Path, docs: Path) -> None:
+    missing = page.write(out, docs)
+    print("\n".join([f"wrote {docs / 'paper.md'}", *(f"no results yet for {name}" for name in missing)]))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    doing = [args.what]
+    if args.what == "all":
+        doing = ["predict", *EXPERIMENTS, *(["page"] if not args.quick else [])]
     try:
-        if args.what in ("emoji", "predict", "all") and not args.data:
+        if args.only and len(doing) > 1:
+            raise InputError("--only goes with one experiment, not with all")
+        if not args.data and {"emoji", "predict"} & set(doing):
             raise InputError(f"{args.what} needs --data emoji64.tar: docs/emoji64.md says how to make it")
-        if args.what == "page":
-            missing = page.write(args.out, args.docs)
-            print("\n".join([f"wrote {args.docs / 'paper.md'}", *(f"no results yet for {name}" for name in missing)]))
-        elif args.what == "predict":
-            predict(args.out, EmojiData(args.data, args.out))
-        else:
-            for what in EXPERIMENTS if args.what == "all" else [args.what]:
+        with importing(__name__):
+            for what in doing:  # before the first of them, which may take hours
+                need(*FURTHER.get(what, ()))
+        for what in doing:
+            if what == "page":
+                make_page(args.out, args.docs or args.out)
+            elif what == "predict":
+                predict(args.out, EmojiData(args.data, args.out))
+            else:
                 experiment(what, args)
     except (InputError, OSError) as e:
         print(f"toy.paper: error: {e}", file=sys.stderr)

@@ -47,10 +47,11 @@ def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
     rows, fits = [], []
     for (data, width), mark in NETWORKS.items():
         found = {r: by_seed(kinds[k], as_trained) for r in criterion.RANKS if (k := f"rank-{r}{mark}") in kinds}
-        means = {rank: statistics.fmean(values.values()) for rank, values in found.items()}
+        common = set.intersection(*map(set, found.values())) if found else set()
+        means = {rank: statistics.fmean(values[s] for s in common) for rank, values in found.items() if common}
         best = min(means, key=means.__getitem__, default=None)
         words = {rank: shown(values, "{:.4f}") for rank, values in found.items()}
-        words |= {best: f"**{words[best]}**"} if found else {}
+        words |= {best: f"**{words[best]}**"} if means else {}
         rows.append([data, str(width), *(words.get(rank, "") for rank in criterion.RANKS)])
         for bound, room in rooms(width).items():
             predictions = burdens(spectra, data, room)

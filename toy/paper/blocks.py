@@ -16,10 +16,12 @@ from toy.paper.tables import (
     Runs,
     Sides,
     Values,
+    as_trained,
     at_the_end,
     by_seed,
     claims,
     held_out,
+    loss_as_trained,
     losses,
     mean_loss,
     minus,
@@ -46,6 +48,7 @@ QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
     "residual": (at_the_end("residual"), "{:.1f}"),
+    "held-out loss, as trained": (as_trained, "{:.4f}"),
 }
 BY = {"verdict": (0, 1), "by loss and residual": (0, 2)}  # which of them; the page says why there are two
 
@@ -77,7 +80,7 @@ RANK_CLAIMS = {
     "rank 8 is better than rank 0 (x0-prediction)": ("rank-8", "rank-0"),
     "rank 8 is better than rank 768 (u-prediction)": ("rank-8", "rank-full"),
     "rank 8 by PCA is better than a random subspace of rank 8": ("rank-8", "rank-random-8"),
-    "a random subspace of rank 8 is better than rank 0 (the paper: it is not)": ("rank-random-8", "rank-0"),
+    "a random subspace of rank 8 is better than rank 0 (in the paper: not shown)": ("rank-random-8", "rank-0"),
     "rank 8 is better than rank 2": ("rank-8", "rank-2"),
     "rank 8 is better than rank 32": ("rank-8", "rank-32"),
 }
@@ -107,7 +110,8 @@ def directions(kinds: Kinds) -> str:
             mean = by_seed(runs, lambda run, at=at: statistics.fmean(at(run)))
             levels = [by_seed(runs, lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
             rows.append([part, RANKS[name], *(shown(values, "{:.4f}") for values in [mean, *levels])])
-    return table(["", "rank", "mean", *map(str, LEVELS)], rows)
+    made = table(["", "rank", "mean", *map(str, LEVELS)], rows)
+    return "\n\n".join([made, origin(kinds, [f"directions-{name}" for name in RANKS])])
 
 
 def guidance(kinds: Kinds) -> str:
@@ -120,20 +124,24 @@ def guidance(kinds: Kinds) -> str:
         for name in ("rank-0", "rank-8"):
             values = [by_seed(kinds[f"{mark}{name}"], at_the_end(key, how)) for mark, how in measured.values()]
             rows.append([title, RANKS[name], *(shown(found, form) for found in values)])
-    return table(["with guidance", "rank", *measured], rows)
+    made = table(["with guidance", "rank", *measured], rows)
+    return "\n\n".join([made, origin(kinds, ["guidance-rank-0", "guidance-rank-8"])])
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
-SPEED = {
+ON_THE_WAY = {  # of the held-out pictures
     "held-out loss": mean_loss,
-    "Fréchet distance, {}": lambda found: found["frechet_distance"],
-    "residual, {}": lambda found: math.inf if found["residual"] is None else found["residual"],
+    "held-out loss, as trained": loss_as_trained,
+}
+OF_SAMPLES = {
+    "Fréchet distance": lambda found: found["frechet_distance"],
+    "residual": lambda found: math.inf if found["residual"] is None else found["residual"],
 }
 Curve = tuple[Sequence[int], Sequence[float]]  # steps, and what is measured after each
 
 
 def speed(kinds: Kinds) -> str:
-    """How much sooner rank 8 reaches what rank 0 reaches after each quarter of its steps."""
+    """How much sooner rank 8 reaches what both have reached after each quarter of the steps."""
     rows, points = [], []
     all_slow, all_fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
     for title in filter(all_fast.__contains__, all_slow):
@@ -141,9 +149,10 @@ def speed(kinds: Kinds) -> str:
         seeds = [s for s in slow if s in fast]
         steps = next(iter(slow.values()))[0]
         points = [step for step in steps if 4 * step % steps[-1] == 0]
-        saved = [{s: sooner(fast[s], dict(zip(*slow[s], strict=True))[p], p) for s in seeds} for p in points]
+        saved = [{s: sooner(fast[s], slow[s], point) for s in seeds} for point in points]
         rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
-    return table(["what rank 0 has after", *(f"{point:,} steps" for point in points)], rows)
+    made = table(["what both have after", *(f"{point:,} steps" for point in points)], rows)
+    return "\n\n".join([made, origin(kinds, ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"])])
 
 
 def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
@@ -152,45 +161,50 @@ def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
     ways = {"unguided": {s: run["on the way"] for s, run in runs.items()}}
     ends = {s: {max(run["on the way"], key=int): run["at the end"][GUIDED]} for s, run in runs.items()}
     ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items() if s in ends}
-    return {
-        title.format(how): {s: curve(way, measure) for s, way in found.items()}
-        for how, found in ways.items()
-        for title, measure in SPEED.items()
-        if found and (how == "unguided" or "{}" in title)
-    }
+    found = {title: (ways["unguided"], measure) for title, measure in ON_THE_WAY.items()}
+    found |= {f"{title}, {how}": (way, measure) for how, way in ways.items() for title, measure in OF_SAMPLES.items()}
+    return {title: {s: curve(way, m) for s, way in seeds.items()} for title, (seeds, m) in found.items() if seeds}
 
 
-SOONER = {name: (name, "{:,.0f}") for name in ("held-out loss", "Fréchet distance, guided", "residual, guided")}
+SOONER = {
+    name: (name, "{:,.0f} steps")
+    for name in ("held-out loss", "Fréchet distance, guided", "residual, guided", "held-out loss, as trained")
+}
 
 
 def speed_sides(kinds: Kinds) -> Sides:
-    """After how many steps each has what rank 0 has at its end. What rank 8 never reaches, it does not reach sooner."""
+    """After how many steps each has what both have at the end."""
     slow, fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
     first, other = [], []
     for title in SOONER:
-        ends = {s: (steps[-1], values[-1]) for s, (steps, values) in slow[title].items() if s in fast[title]}
-        first.append({s: reached(*fast[title][s], level) or step for s, (step, level) in ends.items()})
-        other.append({s: step for s, (step, _) in ends.items()})
-    return {"rank 8 has sooner what rank 0 has at its end": (first, other)}
+        times = {s: both_reached(fast[title][s], slow[title][s]) for s in slow[title] if s in fast[title]}
+        first.append({s: found[0] for s, found in times.items()})
+        other.append({s: found[1] for s, found in times.items()})
+    return {"rank 8 has sooner what both have at the end": (first, other)}
 
 
-def sooner(curve: Curve, level: float, step: int) -> float | None:
-    """By which share of `step` a curve reaches a level sooner; None: it never does."""
-    found = reached(*curve, level)
-    return None if found is None else 1 - found / step
+def sooner(fast: Curve, slow: Curve, step: int) -> float:
+    """By which share of `step` the first curve is sooner where both are then: negative if it is later."""
+    first, other = both_reached(*(tuple(part[: curve[0].index(step) + 1] for part in curve) for curve in (fast, slow)))
+    return (other - first) / step
+
+
+def both_reached(first: Curve, other: Curve) -> tuple[float, float]:
+    """When each curve first has come to the level that both have at their ends, the higher of the two."""
+    level = max(first[1][-1], other[1][-1])
+    return reached(*first, level), reached(*other, level)
 
 
 def curve(way: Mapping[str, dict], measure: Callable[[dict], float]) -> Curve:
     return [int(step) for step in way], [measure(found) for found in way.values()]
 
 
-def reached(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:
-    """The step at which a curve comes down to a level, on a straight line between two measurements; None: never."""
-    for i, value in enumerate(values):
-        if value <= level:
-            share = (values[i - 1] - level) / (values[i - 1] - value) if i else 1.0
-            return steps[i] - (1 - share) * (steps[i] - steps[i - 1])
-    return None
+def reached(steps: Sequence[int], values: Sequence[float], level: float) -> float:
+    """The first step at which a curve that ends there or below has come to a level, on straight lines between steps."""
+    i = next(i for i, value in enumerate(values) if value <= level)
+    if i == 0 or math.isinf(values[i - 1]):
+        return steps[i]
+    return steps[i] - (level - values[i]) / (values[i - 1] - values[i]) * (steps[i] - steps[i - 1])
 
 
 # ---- Table 1 ---------------------------------------------------------------------------------------------------------
@@ -199,13 +213,16 @@ CLAMPED = {"Fréchet distance": ("frechet_distance", "{:.2f}"), "residual": ("re
 
 
 def clamp(kinds: Kinds) -> str:
-    lost = clamp_sides(kinds)["rank 8 loses less than rank 0"]
+    found = clamp_sides(kinds)
+    (lost,) = found.values()
     rows = [
         [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, values, forms(CLAMPED).values())]
         for (name, paper), values in zip(PAPER_CLAMP.items(), lost, strict=True)
     ]
     head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
-    return "\n\n".join([table(head, rows), claims(clamp_sides(kinds), forms(CLAMPED))])
+    titles = {name: RANKS[name] for name in PAPER_CLAMP}
+    parts = [table(head, rows), claims(found, forms(CLAMPED)), "With a clamp, and without:"]
+    return "\n\n".join([*parts, *(samples(kinds, titles, how) for how in (GUIDED, UNCLAMPED))])
 
 
 def clamp_sides(kinds: Kinds) -> Sides:
@@ -265,12 +282,23 @@ FINETUNED = {  # its title, and the paper's HPSv3 and FID
     "scratch": ("pixels, from scratch", "", ""),
 }
 DRAWN = {
-    "all right": (lambda run: run["at the end"]["all"], "{:.1%}"),
-    "sharpness": (lambda run: run["at the end"]["sharpness"], "{:.3f}"),
-    "residual": (lambda run: run["at the end"]["residual"], "{:.1f}"),
-    "Fréchet distance": (lambda run: run["at the end"]["frechet_distance"], "{:.2f}"),
-    "patches": (lambda run: run["at the end"]["patches"], "{:.4f}"),
-    "spectrum": (lambda run: run["at the end"]["spectrum"], "{:.2f}"),
+    title: (lambda run, key=key: run["at the end"][key], form)
+    for title, key, form in (
+        ("count", "count", "{:.1%}"),
+        ("colour", "color", "{:.1%}"),
+        ("shape", "shape", "{:.1%}"),
+        ("position", "position", "{:.1%}"),
+        ("all right", "all", "{:.1%}"),
+        ("recognized", "measured", "{:.1%}"),
+        ("sharpness", "sharpness", "{:.3f}"),
+        ("residual", "residual", "{:.1f}"),
+        ("Fréchet distance", "frechet_distance", "{:.2f}"),
+        ("precision", "precision", "{:.1%}"),
+        ("recall", "recall", "{:.1%}"),
+        ("patches", "patches", "{:.4f}"),
+        ("spectrum", "spectrum", "{:.2f}"),
+        ("seams", "seams", "{:.2f}"),
+    )
 }
 FAULTS = {"residual": DRAWN["residual"], "share not right": (lambda run: 1 - run["at the end"]["all"], "{:.1%}")}
 FINETUNING_CLAIMS = {
@@ -311,25 +339,32 @@ def variance(kinds: Kinds) -> str:
         rows += [
             [title, words, *(shown(values(level), "{:.2f}") for level in levels)] for words, values in measures.items()
         ]
-    return table(["weights", "", *levels], rows)
+    return "\n\n".join([table(["weights", "", *levels], rows), origin(kinds, ["finetuning-variance"])])
+
+
+LIFTED = {"1 - correlation": ("", "{:.2f}"), "share not read alike": ("", "{:.1%}")}
 
 
 def lifted_sides(kinds: Kinds) -> Sides:
-    """How little of what the latent model drew the lifted one draws, and how little anyone would."""
-    both = ("correlation", "correlation of strangers")
-    first, other = ([by_seed(kinds["finetuning-start"], lambda run, k=k: 1 - run["at the end"][k])] for k in both)
+    """How little of what the latent model drew the lifted one draws, and pictures of other captions."""
+    both = (("correlation", "read alike"), ("correlation of strangers", "strangers read alike"))
+    missed = lambda key: by_seed(kinds["finetuning-start"], lambda run: 1 - run["at the end"][key])
+    first, other = ([missed(key) for key in keys] for keys in both)
     return {"the lifted model draws what the latent model drew": (first, other)}
 
 
 def lifted(kinds: Kinds) -> str:
     titles = {
         "correlation": "correlation with what the latent model draws from the same noise",
-        "correlation of strangers": "from other noise, of another caption",
-        "read alike": "the oracle reads the same in both",
+        "correlation of strangers": "with that of another caption, from other noise",
+        "correlation with the lifted latents": "with the same latents, lifted by the basis in place of decoded",
+        "read alike": "the oracle reads the same as in what the latent model draws from the same noise",
+        "strangers read alike": "as in that of another caption",
     }
     found = {key: by_seed(kinds["finetuning-start"], lambda run, key=key: run["at the end"][key]) for key in titles}
     rows = [[title, shown(found[key], "{:.1%}")] for key, title in titles.items()]
-    return table(["the lifted model, before any training", ""], rows)
+    made = table(["what the lifted model draws, before any training", ""], rows)
+    return "\n\n".join([claims(lifted_sides(kinds), forms(LIFTED)), made])
 
 
 # ---- Emoji -----------------------------------------------------------------------------------------------------------

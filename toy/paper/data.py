@@ -52,7 +52,8 @@ class ShapesData:
 class EmojiData:
     """emoji64.tar, in two parts: those of some code points, about `KEPT`, are kept from the training.
 
-    A code point's emoji differ in skin colour or sex only, so one of them in the training would tell of the others.
+    The emoji that begin with one code point are alike, such as those of one person in several skin colours: one of them
+    in the training would tell of the others.
     """
 
     tar: Path
@@ -84,11 +85,15 @@ class EmojiData:
         digest, source = hashlib.sha256(self.tar.read_bytes()).hexdigest(), self.out / self.folder / "source.sha256"
         if source.exists() and source.read_text() != digest:
             raise InputError(f"{source.parent} has the parts of another file than {self.tar}: choose another --out")
-        if not all(shard.exists() for shard in shards.values()):
-            with tarfile.open(self.tar) as tar:
-                members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        if not all(made.exists() for made in (source, *shards.values())):
+            try:
+                with tarfile.open(self.tar) as tar:
+                    members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+            except (tarfile.TarError, EOFError) as e:
+                raise InputError(f"{self.tar} cannot be read as a tar file ({e})") from None
             kept = kept_from([code_point(file) for file in members if file.endswith(".cls")])
             (self.out / self.folder).mkdir(parents=True, exist_ok=True)
+            source.write_text(digest)
             for part, shard in shards.items():
                 with replacing(shard) as beside, tarfile.open(beside, "w") as tar:
                     for file, content in members.items():
@@ -96,7 +101,6 @@ class EmojiData:
                             info = tarfile.TarInfo(file)
                             info.size = len(content)
                             tar.addfile(info, io.BytesIO(content))
-            source.write_text(digest)
         return shards[name]
 
 

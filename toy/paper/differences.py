@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SHOWN, SO_FAR, NOT, OPPOSITE = "shown", "shown so far", "not shown", "the opposite is shown"
 TOO_FEW = "too few seeds"
+ENOUGH = 3  # seeds
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Difference:
 
     @classmethod
     def between(cls, first: Mapping[int, float | None], other: Mapping[int, float | None]) -> "Difference":
-        """Of the values by seed, at the seeds that both have. Without two of them nothing is known of the spread.
+        """Of the values by seed, at the seeds that both have. With one alone nothing is known of the spread.
 
         A value of None: there was nothing to measure.
         """
@@ -35,15 +36,15 @@ class Difference:
 def verdict(differences: Sequence[Difference]) -> str:
     """Of the claim that the first is lower, judged by each of these differences.
 
-    Shown: each of them counts. Shown so far: one counts, and none to the contrary. The opposite: the other way round.
-    One seed says nothing of the spread.
+    Shown: each of them counts. Shown so far: one counts, and none to the contrary. The opposite is shown: each of them
+    counts, the other way round.
     """
-    if any(d.seeds < 2 for d in differences):
+    if any(d.seeds < ENOUGH for d in differences):
         return TOO_FEW
     lower = [d.counts and d.mean < 0 for d in differences]
     higher = [d.counts and d.mean > 0 for d in differences]
-    if any(lower) and any(higher):
-        return NOT
-    if any(higher):
+    if all(lower):
+        return SHOWN
+    if all(higher):
         return OPPOSITE
-    return SHOWN if all(lower) else SO_FAR if any(lower) else NOT
+    return SO_FAR if any(lower) and not any(higher) else NOT

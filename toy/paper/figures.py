@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asymflow.pictures import image_grid
-from toy.paper.blocks import QUALITY, RANDOM, RANKS, Kinds, curves
+from toy.paper.blocks import FINETUNED, QUALITY, RANDOM, RANKS, Kinds, curves
 from toy.paper.data import SIZE, ShapesData
 from toy.paper.tables import by_seed
 
@@ -22,7 +22,7 @@ def rank_figure(kinds: Kinds) -> Figure:
     panels = {"the paper: FID, H/16, 160 epochs": {rank: {0: fid} for rank, fid in PAPER_RANKS.items()}}
     for title, (measure, _) in QUALITY.items():
         panels[f"ours: {title}"] = {RANKS[name]: by_seed(kinds[name], measure) for name in RANKS if name in kinds}
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
     places = [rank for rank in RANKS.values() if rank != RANDOM]
     for axis, (title, found) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         known = {rank: [v for v in values.values() if v is not None] for rank, values in found.items()}
@@ -43,10 +43,10 @@ def rank_figure(kinds: Kinds) -> Figure:
 
 def speed_figure(kinds: Kinds) -> Figure:
     """What is measured on the way, over the steps of training: a line for each seed."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
     names = {"rank-0": "C1", "rank-8": "C0", "rank-random-8": "C3"}
     found = {name: curves(kinds, name) for name in names}
     titles = found["rank-8"]
+    figure = Figure(figsize=(3 * len(titles), 3.2), layout="constrained")
     for axis, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
         for name, color in names.items():
             for i, curve in enumerate(found[name].get(title, {}).values()):
@@ -65,6 +65,21 @@ def samples_figure(pictures: Mapping[str, Path]) -> Figure:
     for rank, file in pictures.items():
         with Image.open(file) as grid:
             strips[f"rank {rank}"] = grid.convert("RGB").crop((0, 0, width, height))
+    return labelled(strips)
+
+
+def finetuning_figure(picture: Path) -> Figure:
+    """What each model of Table 3 draws of the same captions: a row each of `picture`, of `finetuning.measure`."""
+    titles = ["data", "their reconstructions", *(title for title, *_ in FINETUNED.values()), "the latents, lifted"]
+    with Image.open(picture) as grid:
+        width, height = grid.width, grid.height // len(titles)
+        rows = [grid.convert("RGB").crop((0, i * height, width, (i + 1) * height)) for i in range(len(titles))]
+    return labelled(dict(zip(titles, rows, strict=True)))
+
+
+def labelled(strips: Mapping[str, Image.Image]) -> Figure:
+    """Rows of pictures, each with its title on the left."""
+    width, height = next(iter(strips.values())).size
     figure = Figure(figsize=(8, 8 / width * (height + SIZE / 8) * len(strips)), layout="constrained")
     for axis, (title, strip) in zip(figure.subplots(len(strips)), strips.items(), strict=True):
         axis.imshow(strip, interpolation="nearest")

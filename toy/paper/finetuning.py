@@ -1,14 +1,17 @@
 """Table 3 and Figure 4: what each part of the loss adds when a latent model becomes a pixel model.
 
-The models are those of toy/asymflux2_tiny.py; here their losses differ. All are finetuned, or trained from scratch, for
-as many steps on the same pictures in the same order, and draw the same captions from the same noise.
+The models are those of toy/asymflux2_tiny.py; here their losses differ. The pixel models are trained for as many steps,
+on the same pictures and noise in the same order. The latent model goes on for as many, as it was trained before: on the
+same pictures in an order of its own. All draw the same captions from the same noise.
 """
 
 import argparse
+import json
 import math
-import operator
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,9 +26,9 @@ from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import load_extractor
-from asymflow.evaluation.frechet import frechet_distance
-from asymflow.evaluation.frechet import statistics as moments
+from asymflow.evaluation.measures import Reference, Samples, frechet, precision, recall
 from asymflow.evaluation.oracle import detail, read_scene, score
+from asymflow.evaluation.rows import Rows
 from asymflow.files import replacing
 from asymflow.pictures import image_grid
 from asymflow.progress import progress_bar
@@ -73,7 +76,9 @@ def finetuning(args: argparse.Namespace) -> None:
 
 def about(model: str, seed: int, steps: int) -> dict:
     scale = {} if steps == STEPS else {"steps": steps}
-    return {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed}, "scale": scale}
+    said = {"run": {"name": f"finetuning-{model}-seed-{seed}", "seed": seed}, "scale": scale}
+    loss = {"loss": {**LOSSES[model], "perceptual": PERCEPTUAL.get(model)}} if model in LOSSES else {}
+    return said | loss
 
 
 def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, results: dict[str, Path]) -> None:
@@ -81,10 +86,13 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, result
     pictures = Shapes(max(sizes["pictures"], 200), tiny.SIZE, seed=5)
     judge_in(out / "finetuning", pictures, *load(pictures), epochs=6)
     vgg = out / "finetuning" / VGG
-    perceptual_net(vgg, min(steps, 300))
-    common = tiny.prepared(folder, seed, steps, sizes)
+    with timed(folder, "latent"):
+        common = tiny.prepared(folder, seed, steps, sizes)
+    with timed(folder, "perceptual"):
+        perceptual_net(vgg, min(steps, 300))
     longer = lambda beside: tiny.latent_model(folder / "pixel-base", beside, folder / "shards", seed + 100, steps)
-    tiny.once(folder / "latent-finetuned", longer)
+    with timed(folder, "latent-finetuned"):
+        tiny.once(folder / "latent-finetuned", longer)
     for model, settings in LOSSES.items():
         weight = PERCEPTUAL.get(model)
         term = {"loss.perceptual": f"{{vgg: {vgg}, weight: {weight}}}"} if weight else {}
@@ -96,6 +104,19 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, result
         keep(results[VARIANCE], about(VARIANCE, seed, steps), {"hours": hours, "at the end": found})
     if any(model in results for model in MODELS):
         measure(out, folder, seed, steps, sizes["asked"], results)
+
+
+@contextmanager
+def timed(folder: Path, model: str) -> Iterator[None]:
+    """Add the hours that a block takes to those of a model in hours.json: it may be stopped, and go on."""
+    started, file = time.time(), folder / "hours.json"
+    try:
+        yield
+    finally:
+        hours = opening.read_json(file) if file.exists() else {}
+        hours[model] = hours.get(model, 0.0) + (time.time() - started) / 3600
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(hours))
 
 
 def variances(folder: Path, common: dict, draws: int) -> dict[str, dict[str, dict]]:
@@ -111,33 +132,46 @@ def variances(folder: Path, common: dict, draws: int) -> dict[str, dict[str, dic
 
 
 def measure(out: Path, folder: Path, seed: int, steps: int, asked: int, results: dict[str, Path]) -> None:
+    """Let all models draw, and write the results asked for, and a picture of all."""
     started = time.time()
-    drawn, captions = tiny.drawings(folder, seed, asked, MODELS)
+    drawn, captions = tiny.drawings(folder, seed, asked, (*MODELS, "lifted"))
     image_grid(torch.cat([images[:SHOWN] for images in drawn.values()]), columns=SHOWN).save(out / f"{folder.name}.png")
+    drawing = (time.time() - started) / 3600 / len(MODELS)
     features = load_extractor("classifier", out / "finetuning" / JUDGE)
-    statistics_of = lambda images: moments(torch.cat([features(part) for part in images.split(measures.BATCH)]))
+    read = lambda images: Samples(Rows([torch.cat([features(part) for part in images.split(measures.BATCH)])]))
     real = quantized(drawn["data"], "round")
+    data = read(real)
+    reference = Reference(data.statistics(), data.features)
     for model in filter(results.__contains__, MODELS):
+        started = time.time()
         samples = quantized(drawn[model], "round")
+        found, strangers = read(samples), drawn[model].roll(1, 0)
         end = {
             **score(drawn[model], captions),
             **detail(drawn[model]),
-            "frechet_distance": frechet_distance(statistics_of(samples), statistics_of(real)),
+            "frechet_distance": frechet(found, reference).value,
+            "precision": precision(found, reference).value,
+            "recall": recall(found, reference).value,
             "patches": measures.patch_distance(samples, real, tiny.PATCH),
             "spectrum": measures.spectrum_error(samples, real),
+            "seams": measures.seams(samples, tiny.PATCH) / measures.seams(real, tiny.PATCH),
             "correlation": correlation(drawn[model], drawn["latent"]),
-            "correlation of strangers": correlation(drawn[model].roll(1, 0), drawn["latent"]),
-            "read alike": statistics.fmean(map(operator.eq, readings(drawn[model]), readings(drawn["latent"]))),
+            "correlation of strangers": correlation(strangers, drawn["latent"]),
+            "correlation with the lifted latents": correlation(drawn[model], drawn["lifted"]),
+            "read alike": read_alike(drawn[model], drawn["latent"]),
+            "strangers read alike": read_alike(strangers, drawn["latent"]),
         }
         end = {key: None if math.isnan(value) else value for key, value in end.items()}  # NaN: nothing was recognized
-        hours = {"training": training_hours(folder / model) if model in LOSSES else 0.0}
-        hours["measuring"] = (time.time() - started) / 3600 / len(MODELS)
+        made = opening.read_json(folder / "hours.json").get(model, 0.0)
+        hours = {"training": made + (training_hours(folder / model) if model in LOSSES else 0.0)}
+        hours["measuring"] = drawing + (time.time() - started) / 3600
         keep(results[model], about(model, seed, steps), {"hours": hours, "at the end": end})
 
 
-def readings(images: Tensor) -> list[str | None]:
-    """What the oracle reads in each image: a caption, or None."""
-    return [read_scene(image).caption for image in images]
+def read_alike(images: Tensor, others: Tensor) -> float:
+    """The share of images in which the oracle reads a caption, and the same as in those of others."""
+    readings = [[read_scene(image).caption for image in part] for part in (images, others)]
+    return statistics.fmean(first is not None and first == other for first, other in zip(*readings, strict=True))
 
 
 def correlation(images: Tensor, others: Tensor) -> float:

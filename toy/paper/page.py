@@ -6,9 +6,10 @@ The page's words are written by hand. What comes between <!-- NAME --> and <!-- 
 from pathlib import Path
 
 from asymflow import opening
+from asymflow.errors import InputError
 from asymflow.files import replacing
 from toy.paper import best_rank, blocks
-from toy.paper.figures import rank_figure, samples_figure, speed_figure
+from toy.paper.figures import finetuning_figure, rank_figure, samples_figure, speed_figure
 from toy.paper.summary import summary
 from toy.paper.tables import read
 
@@ -28,13 +29,16 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "emoji": (blocks.emoji, ["rank-0-emoji", "rank-8-emoji"]),
 }
 SPECTRA = "spectra.json"
+PICTURES = {"paper_samples", "paper_finetuning"}  # figures of what was drawn, and not of numbers
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"  # the words
 
 
 def write(folder: Path, docs: Path) -> list[str]:
-    """Put the results in a folder into docs/paper.md, and the figures beside it. Returns what had no results."""
+    """Write the page to a folder, docs, with the results in another, and the figures. Returns what had no results."""
     kinds, missing = read(folder), []
-    page = docs / "paper.md"
-    text = page.read_text(encoding="utf-8")
+    if not kinds:
+        raise InputError(f"{folder} has no results yet: python -m toy.paper rank")
+    text = PAGE.read_text(encoding="utf-8")
     for name, (make, needed) in BLOCKS.items():
         if missing_here := [kind for kind in needed if kind not in kinds]:
             further = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
@@ -52,16 +56,21 @@ def write(folder: Path, docs: Path) -> list[str]:
     pictures = {rank: folder / f"{name}-seed-0.png" for name, rank in blocks.RANKS.items()}
     if pictures := {rank: file for rank, file in pictures.items() if file.exists()}:
         figures["paper_samples"] = samples_figure(pictures)
+    if (finetuned := folder / "finetuning-seed-0.png").exists():
+        figures["paper_finetuning"] = finetuning_figure(finetuned)
+    missing += [f"{name}.png, of the pictures beside the JSON files" for name in sorted(PICTURES - figures.keys())]
     for name, figure in figures.items():
         with replacing(docs / f"{name}.png") as beside:
             figure.savefig(beside, dpi=80, format="png")
-    with replacing(page) as beside:
+    with replacing(docs / "paper.md") as beside:
         beside.write_text(text, encoding="utf-8")
     return missing
 
 
 def filled(text: str, name: str, block: str) -> str:
-    """The page with a block in its place, which must be there."""
-    before, _, rest = text.partition(f"<!-- {name} -->")
-    after = rest.partition(f"<!-- end of {name} -->")[2]
-    return f"{before}<!-- {name} -->\n\n{block}\n\n<!-- end of {name} -->{after}"
+    """The page with a block in its place. InputError if that is not there, once."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if text.count(first) != 1 or text.count(last) != 1 or text.index(first) > text.index(last):
+        raise InputError(f"{PAGE} must have {first} and, after it, {last}, each once")
+    before, rest = text.split(first)
+    return f"{before}{first}\n\n{block}\n\n{last}{rest.split(last)[1]}"

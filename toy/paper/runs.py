@@ -34,7 +34,6 @@ from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
-from toy.paper.criterion import directions
 from toy.paper.damage import DAMAGES
 from toy.paper.data import SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
@@ -44,7 +43,8 @@ PATCH = 16
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
 GUIDANCES = (1.5, 3.0)  # further ones
-INSIDE = 8  # directions, the first of the data
+INSIDE = "rank-8"  # the runs whose subspace parts the losses by direction
+COMMIT = commit()  # of the code that runs, which takes hours
 SHOWN = 256  # samples in the picture of a run
 AVERAGED = 50  # steps whose mean loss is kept
 
@@ -168,7 +168,7 @@ class Lab:
 
     def train(self, run: Run) -> None:
         folder = self.out / run.folder
-        settings = [*self.scale.settings, *self.data.settings, *run.settings, f"train.seed={run.seed}"]
+        settings = [*self.data.settings, *run.settings, *self.scale.settings, f"train.seed={run.seed}"]
         if run.random:
             settings.append(f"subspace.file={self.random_subspace(run)}")
         if run.repa:
@@ -194,7 +194,7 @@ class Lab:
         averaged = lambda step: load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
         if run.again:
             again = {"guidance": self.by_guidance, "directions": self.by_direction, "speed": self.by_step}[run.again]
-            return {"hours": {"training": 0.0}, "at the end": again(averaged, steps)}
+            return {"hours": {"training": 0.0}, "at the end": again(averaged, steps, run.seed)}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
             flow = averaged(step)
@@ -218,18 +218,21 @@ class Lab:
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
         return end
 
-    def by_guidance(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
+    def by_guidance(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
         flow, bar = averaged(steps[-1]), progress_bar(GUIDANCES, "drawing", "guidance")
         return {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
 
-    def by_step(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
+    def by_step(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
         bar = progress_bar([step for step in steps[:-1] if 4 * step % steps[-1] == 0], "drawing", "snapshot")
         return {str(step): self.judged(self.draw(averaged(step), *self.scale.end, GUIDANCE)) for step in bar}
 
-    def by_direction(self, averaged: Callable[[int], AsymFlow], steps: list[int]) -> dict[str, dict]:
+    def by_direction(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
-        basis = directions(self.real, PATCH)[:, :INSIDE]
-        parts = measures.losses_by_direction(averaged(steps[-1]), images, labels, basis, PATCH)
+        file = self.out / f"{INSIDE}-seed-{seed}" / "subspace.safetensors"
+        if not file.exists():
+            raise InputError(f"there is no {file} yet: python -m toy.paper rank --only {INSIDE}-seed-{seed}")
+        flow, basis = averaged(steps[-1]), Subspace.load(file).basis.double()
+        parts = measures.losses_by_direction(flow, images, labels, basis, PATCH)
         return dict(zip(("inside", "outside"), parts, strict=True))
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
@@ -265,7 +268,7 @@ class Lab:
 def keep(file: Path, about: dict, found: dict) -> None:
     """Write a result, and where it comes from. about: what tells this run from others."""
     with replacing(file) as beside:
-        beside.write_text(json.dumps({**about, "commit": commit(), "machine": machine(), **found}, indent=1))
+        beside.write_text(json.dumps({**about, "commit": COMMIT, "machine": machine(), **found}, indent=1))
 
 
 def stored(file: Path, about: dict) -> dict:

@@ -1,52 +1,46 @@
 """The first table of docs/paper.md: each claim of the paper, its figures, and what came out here."""
 
 import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from toy.paper import blocks
 from toy.paper.blocks import BY, QUALITY, Kinds
-from toy.paper.tables import Values, judged, table
+from toy.paper.tables import Sides, Values, judged, table
 
 ONE = {"verdict": (0, 1)}
-PARTS = {  # where it is below: its claims, how they are measured and judged, and the kinds of runs without which not
-    "[Figure 5](#ranks-figure-5)": (
-        lambda kinds: blocks.sides(kinds, blocks.RANK_CLAIMS),
-        QUALITY,
-        BY,
-        ["rank-0", "rank-8"],
-    ),
-    "[Figure 6](#speed-figure-6)": (
-        blocks.speed_sides,
-        blocks.SOONER,
-        BY,
-        ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"],
-    ),
-    "[Table 1](#the-clamp-table-1)": (blocks.clamp_sides, blocks.CLAMPED, ONE, ["rank-0", "rank-8"]),
-    "[Table 2](#alignment-table-2)": (
-        blocks.repa_sides,
-        QUALITY,
-        BY,
-        ["rank-0", "rank-8", "rank-0-repa", "rank-8-repa"],
-    ),
-    "[Table 3](#from-latents-to-pixels-table-3)": (
+
+
+class Part(NamedTuple):
+    """Some claims: their sides, how they are measured and judged, and the kinds of runs that they cannot do without."""
+
+    sides: Callable[[Kinds], Sides]
+    measures: Mapping[str, tuple]
+    verdicts: Mapping[str, Sequence[int]]
+    needed: Sequence[str]
+
+
+BOTH = ["rank-0", "rank-8"]
+PARTS = {  # by where they are below
+    "[Figure 5](#ranks-figure-5)": Part(lambda kinds: blocks.sides(kinds, blocks.RANK_CLAIMS), QUALITY, BY, BOTH),
+    "[Figure 6](#speed-figure-6)": Part(blocks.speed_sides, blocks.SOONER, BY, [*BOTH, "speed-rank-0", "speed-rank-8"]),
+    "[Table 1](#the-clamp-table-1)": Part(blocks.clamp_sides, blocks.CLAMPED, ONE, BOTH),
+    "[Table 2](#alignment-table-2)": Part(blocks.repa_sides, QUALITY, BY, [*BOTH, "rank-0-repa", "rank-8-repa"]),
+    "[Table 3](#from-latents-to-pixels-table-3)": Part(
         lambda kinds: blocks.sides(kinds, blocks.FINETUNING_CLAIMS, blocks.FAULTS),
         blocks.FAULTS,
         ONE,
         ["finetuning-plain", "finetuning-reduced"],
     ),
-    "[Figure 4](#before-any-training-figure-4)": (
-        blocks.lifted_sides,
-        {"1 - correlation": ("", "{:.2f}")},
-        {"verdict": (0,)},
-        ["finetuning-start"],
-    ),
+    "[Figure 4](#before-any-training-figure-4)": Part(blocks.lifted_sides, blocks.LIFTED, ONE, ["finetuning-start"]),
 }
 PUBLISHED = {  # what the paper has for the first side, and for the other
     "rank 8 is better than rank 0 (x0-prediction)": "FID 2.34, 2.68",
     "rank 8 by PCA is better than a random subspace of rank 8": "FID 2.34, 2.63",
-    "a random subspace of rank 8 is better than rank 0 (the paper: it is not)": "FID 2.63, 2.68",
+    "a random subspace of rank 8 is better than rank 0 (in the paper: not shown)": "FID 2.63, 2.68",
     "rank 8 is better than rank 2": "FID 2.34, 2.41",
     "rank 8 is better than rank 32": "FID 2.34, 2.36",
-    "rank 8 has sooner what rank 0 has at its end": "about 40 % sooner",
+    "rank 8 has sooner what both have at the end": "about 40 % sooner",
     "rank 8 loses less than rank 0": "FID +0.52, +1.37",
     "rank 8 is better with alignment": "FID 1.57, 1.76",
     "plain is better than the latent model, finetuned": "HPSv3 12.03, 10.70; FID 20.2, 15.0",
@@ -57,16 +51,16 @@ PUBLISHED = {  # what the paper has for the first side, and for the other
 
 def summary(kinds: Kinds) -> str:
     rows = []
-    for place, (sides, measures, verdicts, needed) in PARTS.items():
-        if missing := [kind for kind in needed if kind not in kinds]:
+    for place, part in PARTS.items():
+        if missing := [kind for kind in part.needed if kind not in kinds]:
             rows.append([place, f"not run yet: {', '.join(missing)}", "", "", "", ""])
             continue
-        for claim, both in sides(kinds).items():
+        for claim, both in part.sides(kinds).items():
             ours = [
                 f"{name} {mean(first, other, form)}, {mean(other, first, form)}"
-                for (name, (_, form)), first, other in zip(measures.items(), *both, strict=True)
+                for (name, (_, form)), first, other in zip(part.measures.items(), *both, strict=True)
             ]
-            found = [judged(both, chosen) for chosen in verdicts.values()]
+            found = [judged(both, chosen) for chosen in part.verdicts.values()]
             rows.append([place, claim, PUBLISHED.get(claim, ""), "; ".join(ours), *found, *[""] * (2 - len(found))])
     return table(["paper", "claim", "the paper's figures", "ours", *BY], rows)
 

@@ -8,7 +8,7 @@ import torch
 
 from asymflow import opening
 from asymflow.errors import InputError
-from toy.paper.differences import Difference, verdict
+from toy.paper.differences import ENOUGH, Difference, verdict
 
 Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
 Measure = Callable[[dict], float | None]  # a number from what was measured; None: there was nothing to measure
@@ -56,11 +56,16 @@ def mean_loss(found: dict) -> float:
 
 
 def as_trained(run: dict) -> float:
+    """The held-out loss after the last step at the noise levels that the training draws: see `loss_as_trained`."""
+    return loss_as_trained(last(run))
+
+
+def loss_as_trained(found: dict) -> float:
     """The held-out loss of the noise levels that the training draws, sigmoid(0.8 + 0.8 normal), between those measured.
 
-    The mean over `held_out`'s levels is for the most part what the lowest of them has.
+    The mean over all levels is for the most part what the lowest of them has, which a training hardly ever draws.
     """
-    found = {float(level): loss for level, loss in last(run)["held_out"].items()}
+    found = {float(level): loss for level, loss in found["held_out"].items()}
     levels, losses = (torch.tensor(list(column), dtype=torch.float64) for column in (found, found.values()))
     density = torch.exp(-0.5 * ((levels.logit() - 0.8) / 0.8) ** 2) / (levels * (1 - levels))
     return (torch.trapezoid(density * losses, levels) / torch.trapezoid(density, levels)).item()
@@ -102,7 +107,9 @@ def shown(values: Values, form: str) -> str:
 def shown_difference(found: Difference, form: str) -> str:
     """In bold if it counts."""
     mean = form.replace("{:", "{:+").format(found.mean)
-    words = f"{mean} ± {form.format(found.spread)}" if found.seeds > 1 else f"{mean}, one seed"
+    if found.seeds < 2:
+        return f"{mean}, one seed" if found.seeds else "none"
+    words = f"{mean} ± {form.format(found.spread)}" + (f", {found.seeds} seeds" if found.seeds < ENOUGH else "")
     return f"**{words}**" if found.counts else words
 
 
@@ -144,8 +151,9 @@ def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
     for name in filter(kinds.__contains__, titles):
         levels = list(last(next(iter(kinds[name].values())))["held_out"])
         at = [lambda run, level=level: last(run)["held_out"][level] for level in levels]
-        rows.append([titles[name], *(shown(by_seed(kinds[name], measure), "{:.4f}") for measure in [held_out, *at])])
-    return table(["rank", "mean", *levels], rows)
+        measures = [held_out, as_trained, *at]
+        rows.append([titles[name], *(shown(by_seed(kinds[name], measure), "{:.4f}") for measure in measures)])
+    return table(["rank", "mean", "as trained", *levels], rows)
 
 
 def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
