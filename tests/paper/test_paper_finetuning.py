@@ -74,11 +74,8 @@ def test_all_models_are_trained_measured_and_compared_once(tmp_path, capsys):
     assert ends["finetuning-latent"]["correlation"] == pytest.approx(1)
     assert ends["finetuning-start"]["correlation with the lifted latents"] == pytest.approx(1, abs=1e-3)
     assert ends["finetuning-latent"]["correlation with the lifted latents"] < 0.999
-    assert (
-        found["finetuning-latent-seed-0.json"]["hours"]["training"]
-        > found["finetuning-start-seed-0.json"]["hours"]["training"]
-        == 0
-    )
+    latent, start = (found[f"finetuning-{model}-seed-0.json"]["hours"]["training"] for model in ("latent", "start"))
+    assert latent > start == 0
     assert found["finetuning-perceptual-weak-seed-0.json"]["loss"]["perceptual"] == 0.2
     assert ends["finetuning-plain"] != ends["finetuning-reduced"] != ends["finetuning-perceptual"]
     variance = json.loads((tmp_path / "finetuning-variance-seed-0.json").read_text())["at the end"]
