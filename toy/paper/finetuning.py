@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,7 @@ PERCEPTUAL = {"perceptual": 1.0, "perceptual-weak": 0.2}  # weights of the term,
 MODELS = ("latent", "start", "latent-finetuned", *LOSSES)
 VARIANCE = "variance"  # of the gradient: in the place of a model, in the names of results
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which it is measured
-DRAWS, QUICK_DRAWS = 64, 2  # micro-batches that it is measured over
+DRAWS = 64  # micro-batches that it is measured over
 
 
 def finetuning(args: argparse.Namespace) -> None:
@@ -99,7 +99,7 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, result
         tiny.train({folder / model: {**common, "finetune.base": tiny.base_of(folder, model), **settings, **term}})
     if VARIANCE in results:
         started = time.time()
-        found = variances(folder, common, DRAWS if steps == STEPS else QUICK_DRAWS)
+        found = variances(folder, common, *((LEVELS, DRAWS) if steps == STEPS else (LEVELS[-1:], 2)))
         hours = {"training": 0.0, "measuring": (time.time() - started) / 3600}
         keep(results[VARIANCE], about(VARIANCE, seed, steps), {"hours": hours, "at the end": found})
     if any(model in results for model in MODELS):
@@ -119,16 +119,16 @@ def timed(folder: Path, model: str) -> Iterator[None]:
         file.write_text(json.dumps(hours))
 
 
-def variances(folder: Path, common: dict, draws: int) -> dict[str, dict[str, dict]]:
+def variances(folder: Path, common: dict, levels: Sequence[float], draws: int) -> dict[str, dict[str, dict]]:
     """Of the gradients of the plain and the reduced loss, for the weights at the start and those of the plain model.
 
-    In micro-batches at the noise levels of the training, and in some of one noise level.
+    In micro-batches at the noise levels of the training, and in some where all images have one of `levels`.
     """
     one = {"loss.sigma_std": 0.0, "loss.sigma_shift": 1.0}
-    levels = {str(level): {"loss.sigma_mean": math.log(level / (1 - level)), **one} for level in LEVELS}
-    levels = {"as trained": {}, **levels}
+    batches = {"as trained": {}}
+    batches |= {str(level): {"loss.sigma_mean": math.log(level / (1 - level)), **one} for level in levels}
     ratio = lambda settings, weights: tiny.variance_ratio(folder, common | settings, draws, weights)
-    return {weights: {k: ratio(settings, weights) for k, settings in levels.items()} for weights in ("start", "plain")}
+    return {weights: {name: ratio(s, weights) for name, s in batches.items()} for weights in ("start", "plain")}
 
 
 def measure(out: Path, folder: Path, seed: int, steps: int, asked: int, results: dict[str, Path]) -> None:
