@@ -320,7 +320,7 @@ def test_the_prediction_is_written_and_its_best_ranks_are_bold(tmp_path):
     """Of eight directions with much variance each is worth predicting noise in, and no more, if there is room."""
     (tmp_path / "rank-2-seed-0.json").write_text(json.dumps(made_up("rank-2", 0, 1.0)))
     spectra = dict.fromkeys(("shapes", "emoji"), [30.0] * 8 + [0.01] * 90)
-    (tmp_path / page.SPECTRA).write_text(json.dumps(spectra))
+    (tmp_path / page.SPECTRA).write_text(json.dumps({"spectra": spectra}))
     assert paper.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
     text = (tmp_path / "paper.md").read_text().partition("<!-- predicted -->")[2].partition("<!-- end")[0]
     rows = [line.split(" | ") for line in text.splitlines() if "| shapes |" in line or "| emoji |" in line]

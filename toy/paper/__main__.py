@@ -19,7 +19,7 @@ with importing(__name__):
     from toy.paper.data import SIZE, EmojiData, ShapesData
     from toy.paper.experiments import PLANS
     from toy.paper.page import SPECTRA
-    from toy.paper.runs import PATCH, QUICK, Lab, Scale, in_words
+    from toy.paper.runs import COMMIT, PATCH, QUICK, Lab, Scale, in_words
 
 EXPERIMENTS = (*PLANS, "finetuning")
 FURTHER = {"repa": ["transformers"], "finetuning": ["diffusers", "lpips"]}  # packages that others do without
@@ -62,12 +62,13 @@ def experiment(what: str, args: argparse.Namespace) -> None:
 def predict(out: Path, emoji: EmojiData) -> None:
     """The spectra of the data that is trained on, of which the page's prediction is made."""
     pictures = {"shapes": Shapes(PICTURES, SIZE), "emoji": emoji.judged_by(PICTURES)}
-    spectra = {
-        name: [float(f"{v:.5g}") for v in spectrum(load(dataset)[0], PATCH)] for name, dataset in pictures.items()
+    found = {"commit": COMMIT, "pictures": {name: len(data) for name, data in pictures.items()}}
+    found["spectra"] = {
+        name: [float(f"{v:.5g}") for v in spectrum(load(data)[0], PATCH)] for name, data in pictures.items()
     }
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / SPECTRA) as beside:
-        beside.write_text(json.dumps(spectra) + "\n")
+        beside.write_text(json.dumps(found) + "\n")
     print(f"wrote {out / SPECTRA}")
 
 

@@ -45,7 +45,7 @@ def write(folder: Path, docs: Path) -> list[str]:
             missing.append(f"{name}, of {' and '.join(missing_here[:2])}{further}")
         text = filled(text, name, "Not run yet." if missing_here else make(kinds))
     if (folder / SPECTRA).exists():
-        spectra = opening.read_json(folder / SPECTRA)
+        spectra = opening.read_json(folder / SPECTRA)["spectra"]
         text = filled(text, "predicted", best_rank.predicted(spectra))
         text = filled(text, "best ranks", best_rank.best_ranks(kinds, spectra))
     else:
