@@ -18,10 +18,11 @@ from asymflow.subspace import Subspace
 
 SHOWN = 64  # at most so many patches are drawn: more would be too small to see
 GRID_WIDTH = 512  # of a grid for people, at least: images of 32 pixels would be too small to see
+GAP = 2  # pixels between the images of a grid
 INK, ACCENT = "0.25", "#d1495b"
 
 
-def image_grid(images: Tensor, columns: int | None = None, gap: int = 2, width: int = 0) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, gap: int = GAP, width: int = 0) -> Image.Image:
     """One image with all of the images (n, 3, H, W) in [-1, 1], row by row, with white gaps of `gap` pixels.
 
     columns: None makes the grid about square. width: at least so many pixels wide is the grid; for this, the pixels of

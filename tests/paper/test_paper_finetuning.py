@@ -45,6 +45,10 @@ def test_the_perceptual_network_is_read_by_the_perceptual_loss(tmp_path):
     assert loss(images, images.flip(0), weight).min() > 1e-4
 
 
+def test_every_model_that_is_trained_has_a_title():
+    assert set(finetuning.PERCEPTUAL) < set(finetuning.LOSSES) < set(finetuning.MODELS)
+
+
 def test_correlation_is_about_the_mean_image():
     """Images with a strong common part, and else unlike each other, are alike in nothing that tells them apart."""
     generator = torch.Generator().manual_seed(0)

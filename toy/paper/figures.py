@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asymflow.pictures import image_grid
+from asymflow.pictures import GAP, image_grid
 from toy.paper.blocks import FINETUNED, QUALITY, RANDOM, RANKS, Kinds, curves
-from toy.paper.data import SIZE, ShapesData
+from toy.paper.data import ShapesData
 from toy.paper.tables import by_seed
 
 PAPER_RANKS = {"0": 2.68, "2": 2.41, "4": 2.37, "8": 2.34, "16": 2.35, "32": 2.36, RANDOM: 2.63}  # its FIDs
@@ -72,18 +72,18 @@ def finetuning_figure(picture: Path) -> Figure:
     """What each model of Table 3 draws of the same captions: a row each of `picture`, of `finetuning.measure`."""
     titles = ["data", "their reconstructions", *(title for title, *_ in FINETUNED.values()), "the latents, lifted"]
     with Image.open(picture) as grid:
-        width, height = grid.width, grid.height // len(titles)
-        rows = [grid.convert("RGB").crop((0, i * height, width, (i + 1) * height)) for i in range(len(titles))]
+        step = (grid.height + GAP) // len(titles)
+        rows = [grid.convert("RGB").crop((0, i * step, grid.width, (i + 1) * step - GAP)) for i in range(len(titles))]
     return labelled(dict(zip(titles, rows, strict=True)))
 
 
 def labelled(strips: Mapping[str, Image.Image]) -> Figure:
-    """Rows of pictures, each with its title on the left."""
+    """Rows of pictures, each under its title."""
     width, height = next(iter(strips.values())).size
-    figure = Figure(figsize=(8, 8 / width * (height + SIZE / 8) * len(strips)), layout="constrained")
+    figure = Figure(figsize=(8, (8 / width * height + 0.25) * len(strips)), layout="constrained")
     for axis, (title, strip) in zip(figure.subplots(len(strips)), strips.items(), strict=True):
         axis.imshow(strip, interpolation="nearest")
-        axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        axis.set_title(title, loc="left", fontsize=9)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     return figure

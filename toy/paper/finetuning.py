@@ -35,6 +35,7 @@ from asymflow.progress import progress_bar
 from toy import asymflux2_tiny as tiny
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.blocks import FINETUNED
 from toy.paper.experiments import SEEDS
 from toy.paper.runs import in_words, keep, stored, training_hours
 
@@ -50,7 +51,7 @@ LOSSES = {  # what is trained, and how its configuration differs
     "perceptual-weak": tiny.EVERYTHING,
 }
 PERCEPTUAL = {"perceptual": 1.0, "perceptual-weak": 0.2}  # weights of the term, whose network is trained first
-MODELS = ("latent", "start", "latent-finetuned", *LOSSES)
+MODELS = tuple(FINETUNED)
 VARIANCE = "variance"  # of the gradient: in the place of a model, in the names of results
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which it is measured
 DRAWS = 64  # micro-batches that it is measured over
