@@ -305,7 +305,7 @@ FINETUNING_CLAIMS = {
     "plain is better than the latent model, finetuned": ("finetuning-plain", "finetuning-latent-finetuned"),
     "variance-reduced is better than plain": ("finetuning-reduced", "finetuning-plain"),
     "with the perceptual term it is better than without": ("finetuning-perceptual", "finetuning-reduced"),
-    "with a fifth of it it is better than without": ("finetuning-perceptual-weak", "finetuning-reduced"),
+    "with a fifth of the term it is better than without": ("finetuning-perceptual-weak", "finetuning-reduced"),
     "variance-reduced is better than from scratch": ("finetuning-reduced", "finetuning-scratch"),
     "plain is better than from scratch": ("finetuning-plain", "finetuning-scratch"),
 }

@@ -8,6 +8,7 @@ import torch
 
 from asymflow import opening
 from asymflow.errors import InputError
+from asymflow.text import count
 from toy.paper.differences import ENOUGH, Difference, verdict
 
 Runs = Mapping[int, dict]  # what was measured of the runs of one kind, by their seeds
@@ -162,6 +163,6 @@ def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
     training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
     machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
     return (
-        f"*{len(runs)} runs, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each beside "
+        f"*{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each beside "
         f"other work: {machines}, at commit {commits}.*"
     )
