@@ -163,6 +163,6 @@ def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
     training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
     machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
     return (
-        f"*{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each beside "
-        f"other work: {machines}, at commit {commits}.*"
+        f"*{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each "
+        f"beside other work: {machines}, at commit {commits}.*"
     )
