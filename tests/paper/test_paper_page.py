@@ -287,6 +287,20 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
     assert (tmp_path / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS)
 
 
+def test_a_result_or_a_picture_of_another_version_is_one_line(results, capsys):
+    words = ["page", "--out", str(results)]
+    image_grid(torch.zeros(9 * 8, 3, 32, 32), 8).save(results / "finetuning-seed-0.png")
+    assert paper.main(words) == 2
+    assert "finetuning-seed-0.png has not 11 rows: it is of another version" in capsys.readouterr().err
+    file = results / "finetuning-start-seed-0.json"
+    found = json.loads(file.read_text())
+    del found["at the end"]["strangers read alike"]
+    file.write_text(json.dumps(found))
+    assert paper.main(words) == 2
+    assert "has no 'strangers read alike': it is of another version of toy.paper" in capsys.readouterr().err
+    assert not (results / "paper.md").exists()
+
+
 @pytest.mark.parametrize("text", ["a <!-- b --> c", "a <!-- end of b --> c", "<!-- end of b --> <!-- b -->", "none"])
 def test_a_page_without_the_place_of_a_block_is_not_written(text):
     with pytest.raises(InputError, match="must have <!-- b --> and, after it, <!-- end of b -->, each once"):

@@ -190,7 +190,7 @@ def sooner(fast: Curve, slow: Curve, step: int) -> float:
 
 
 def both_reached(first: Curve, other: Curve) -> tuple[float, float]:
-    """When each curve first has come to the level that both have at their ends, the higher of the two."""
+    """The steps at which two curves first come to the higher of the two values that they end at."""
     level = max(first[1][-1], other[1][-1])
     return reached(*first, level), reached(*other, level)
 

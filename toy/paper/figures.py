@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from asymflow.errors import InputError
 from asymflow.pictures import GAP, image_grid
 from toy.paper.blocks import FINETUNED, QUALITY, RANDOM, RANKS, Kinds, curves
 from toy.paper.data import ShapesData
@@ -72,7 +73,9 @@ def finetuning_figure(picture: Path) -> Figure:
     """What each model of Table 3 draws of the same captions: a row each of `picture`, of `finetuning.measure`."""
     titles = ["data", "their reconstructions", *(title for title, *_ in FINETUNED.values()), "the latents, lifted"]
     with Image.open(picture) as grid:
-        step = (grid.height + GAP) // len(titles)
+        step, rest = divmod(grid.height + GAP, len(titles))
+        if rest:
+            raise InputError(f"{picture} has not {len(titles)} rows: it is of another version of toy.paper")
         rows = [grid.convert("RGB").crop((0, i * step, grid.width, (i + 1) * step - GAP)) for i in range(len(titles))]
     return labelled(dict(zip(titles, rows, strict=True)))
 

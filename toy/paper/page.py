@@ -3,7 +3,10 @@
 The page's words are written by hand. What comes between <!-- NAME --> and <!-- end of NAME --> is made here.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from asymflow import opening
 from asymflow.errors import InputError
@@ -11,7 +14,7 @@ from asymflow.files import replacing
 from toy.paper import best_rank, blocks
 from toy.paper.figures import finetuning_figure, rank_figure, samples_figure, speed_figure
 from toy.paper.summary import summary
-from toy.paper.tables import read
+from toy.paper.tables import Runs, read
 
 BLOCKS = {  # how each is made, and of which kinds of runs
     "summary": (summary, ["rank-0", "rank-8"]),
@@ -35,10 +38,27 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"  # the words
 
 def write(folder: Path, docs: Path) -> list[str]:
     """Write the page to a folder, docs, with the results in another, and the figures. Returns what had no results."""
-    kinds, missing = read(folder), []
+    kinds = read(folder)
     if not kinds:
         raise InputError(f"{folder} has no results yet: python -m toy.paper rank")
-    text = PAGE.read_text(encoding="utf-8")
+    try:
+        text, figures, missing = made(kinds, folder)
+    except KeyError as e:
+        raise InputError(
+            f"a result in {folder} has no {e}: it is of another version of toy.paper; move it away and run it again"
+        ) from e
+    docs.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        with replacing(docs / f"{name}.png") as beside:
+            figure.savefig(beside, dpi=80, format="png")
+    with replacing(docs / PAGE.name) as beside:
+        beside.write_text(text, encoding="utf-8")
+    return missing
+
+
+def made(kinds: Mapping[str, Runs], folder: Path) -> tuple[str, dict[str, Figure], list[str]]:
+    """The page, its figures, and what had no results."""
+    text, missing = PAGE.read_text(encoding="utf-8"), []
     for name, (make, needed) in BLOCKS.items():
         if missing_here := [kind for kind in needed if kind not in kinds]:
             further = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
@@ -59,12 +79,7 @@ def write(folder: Path, docs: Path) -> list[str]:
     if (finetuned := folder / "finetuning-seed-0.png").exists():
         figures["paper_finetuning"] = finetuning_figure(finetuned)
     missing += [f"{name}.png, of the pictures beside the JSON files" for name in sorted(PICTURES - figures.keys())]
-    for name, figure in figures.items():
-        with replacing(docs / f"{name}.png") as beside:
-            figure.savefig(beside, dpi=80, format="png")
-    with replacing(docs / "paper.md") as beside:
-        beside.write_text(text, encoding="utf-8")
-    return missing
+    return text, figures, missing
 
 
 def filled(text: str, name: str, block: str) -> str:
