@@ -397,4 +397,4 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=4000, quick_steps=10))
+    sys.exit(main("asymflux2_tiny", experiment, __doc__, steps=4000, quick_steps=10, devices=False))

@@ -33,16 +33,20 @@ def main(
     experiment: Callable[[argparse.Namespace], tuple[Figure, dict]],
     about: str,
     *,
-    steps: int,
-    quick_steps: int,
+    steps: int = 0,
+    quick_steps: int = 0,
+    devices: bool = True,
     argv: list[str] | None = None,
 ) -> int:
     """Run `experiment(args)` and save its figure and results as NAME.png and NAME.json. Returns the exit code.
 
     args has `quick`, `seed`, `steps` (`quick_steps` under --quick, unless given), `out` and `device`. What the user
     got wrong ends in one line and code 2, Ctrl-C in one line and code 130.
+
+    steps: 0 for an experiment that trains nothing, which then has no --steps. devices: False for one that runs on the
+    CPU only, and has no --device.
     """
-    args = arguments(name, about, steps, quick_steps, sys.argv[1:] if argv is None else argv)
+    args = arguments(name, about, steps, quick_steps, devices, sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
     try:
         figure, results = experiment(args)
@@ -68,18 +72,19 @@ def main(
     return 0
 
 
-def arguments(name: str, about: str, steps: int, quick_steps: int, argv: list[str]) -> argparse.Namespace:
+def arguments(
+    name: str, about: str, steps: int, quick_steps: int, devices: bool, argv: list[str]
+) -> argparse.Namespace:
     p = argparse.ArgumentParser(f"toy.{name}", description=about.strip().splitlines()[0], allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="a small version, well within a minute: a look, not a result")
     p.add_argument("--seed", type=int, default=0, help="fixes every bit, on one CPU and number of threads")
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=quick_steps if "--quick" in argv else steps,
-        help=f"training steps of each model ({steps}, with --quick {quick_steps})",
-    )
+    said = f"training steps of each model ({steps}, with --quick {quick_steps})"
+    p.set_defaults(steps=quick_steps if "--quick" in argv else steps, device="cpu")
+    if steps:
+        p.add_argument("--steps", type=int, default=p.get_default("steps"), help=said)
     p.add_argument("--out", type=Path, default=Path("runs/toy") / name, help=f"folder for {name}.png and {name}.json")
-    p.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1")
+    if devices:
+        p.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1")
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")  # one line
     args = p.parse_args(argv)
     for option in ("seed", "steps"):

@@ -109,4 +109,4 @@ def draw(example: list[Tensor], noise: list[dict], blur: list[dict]) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(main("shapes_oracle", experiment, __doc__, steps=0, quick_steps=0))
+    sys.exit(main("shapes_oracle", experiment, __doc__, devices=False))

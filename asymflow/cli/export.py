@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,14 +10,8 @@ from torch import Tensor
 from asymflow.averages import Profile
 from asymflow.cli import averages
 from asymflow.cli.common import new_folder, replacing_folder
-from asymflow.cli.models import (
-    CLASSES,
-    about,
-    add_backbone,
-    add_choice,
-    choose,
-    make_model,
-)
+from asymflow.cli.models import CLASSES, about, add_backbone, add_choice, choose, make_model
+from asymflow.errors import InputError
 from asymflow.text import count
 
 EXAMPLES = {
@@ -72,28 +67,32 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> None:
     new_folder(args.out)
     choice = choose(args.folder, args.step, args.ema)
-    save(args, choice.weights(), choice.folder)
+    save(args, choice.weights, choice.folder)
     print(f"step {choice.step}, average {choice.average}: {args.out}")
 
 
 def run_ema(args: argparse.Namespace) -> None:
     new_folder(args.out)
     rebuilt = averages.rebuild(args.folder, Profile(sigma_rel=args.sigma_rel), args.step)
-    save(args, rebuilt.weights(), rebuilt.folder)
+    save(args, rebuilt.weights, rebuilt.folder)
     used = len(rebuilt.terms)
     print(f"sigma_rel {args.sigma_rel:g} at step {rebuilt.step} from {count(used, 'average')}: {args.out}")
     print(f"of its profile, {rebuilt.unmatched:.2%} (of the norm) could not be matched")
     rebuilt.warn()
 
 
-def save(args: argparse.Namespace, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the model with these weights. folder: the newest checkpoint or snapshot that they were made of."""
+def save(args: argparse.Namespace, weights: Callable[[], dict[str, Tensor]], folder: Path) -> None:
+    """Write the model with these weights. folder: the newest checkpoint or snapshot that they are made of."""
     config, subspace, state = about(args.folder, folder)
+    if args.base and not config.finetune:
+        raise InputError(f"--base is for a finetuning, but {args.folder} was trained from scratch: leave it out")
+    if args.backbone and config.finetune:
+        raise InputError(f"--backbone is given, but {args.folder} is a finetuning of the base model: leave it out")
     with replacing_folder(args.out) as beside:
         if config.finetune:
-            save_adapter(args, beside, weights, config, subspace, state["base"])
+            save_adapter(args, beside, weights(), config, subspace, state["base"])
         else:
-            make_model(config, subspace, weights, args.backbone).save_pretrained(beside)
+            make_model(config, subspace, weights(), args.backbone).save_pretrained(beside)
             if (args.folder / CLASSES).is_file():
                 shutil.copyfile(args.folder / CLASSES, beside / CLASSES)
 

@@ -233,9 +233,9 @@ def run(tmp_path):
         figure.subplots().plot([0, 1], [0, args.seed])
         return figure, {"noise": torch.rand(3, generator=random_stream(args.seed, "test")).tolist()}
 
-    def run(*argv, experiment=experiment):
+    def run(*argv, experiment=experiment, **options):
         argv = ["--out", str(tmp_path / "out"), *argv]
-        return common.main("trial", experiment, "About.", steps=30, quick_steps=3, argv=argv)
+        return common.main("trial", experiment, "About.", argv=argv, **{"steps": 30, "quick_steps": 3} | options)
 
     return run
 
@@ -269,6 +269,15 @@ def test_what_makes_no_sense_ends_in_one_line(run, tmp_path, capsys, argv):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert argv.split()[0] in line
+
+
+def test_what_an_experiment_has_no_use_for_it_does_not_take(run, tmp_path, capsys):
+    for option, without in ((["--steps", "5"], {"steps": 0}), (["--device", "cpu"], {"devices": False})):
+        with pytest.raises(SystemExit):
+            run(*option, **without)
+        assert f"unrecognized arguments: {option[0]}" in capsys.readouterr().err
+        assert run(**without) == 0
+    assert {"steps": 30, "device": "cpu"}.items() <= results(tmp_path).items()
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
         (["export", "--out", "../" + Path.cwd().name], " is the folder that you are in"),
         (["export", "--out", "."], ". is the folder that you are in: choose a new one"),
         (["ema", "--sigma-rel", "0.1", "--run", "typo"], "typo is no run of train_ddp.py"),
+        (["export", "--base", "flux"], "--base is for a finetuning"),
+        (["ema", "--sigma-rel", "0.1", "--base", "flux"], "--base is for a finetuning"),
         (["export", "--run", "checkpoints/00000006"], "is a checkpoint: give its run, ., and --step 6"),
     ],
 )

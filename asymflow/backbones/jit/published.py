@@ -74,6 +74,9 @@ def load_published(
     """
     content = read(path)
     if any(isinstance(name, str) and name.startswith("proj_mat_p") for name in content):
+        of_models = dict(weights=weights, in_context_start=in_context_start, noise_scale=noise_scale)
+        if given := [name for name, value in of_models.items() if value is not None]:
+            raise InputError(f"{path} is a subspace, and no model: it has no {given[0]} to choose")
         return reference_subspace(content, path)
     tensors = chosen_weights(content, weights, path)
     sizes = jit_sizes(tensors, in_context_start, path)

@@ -312,6 +312,8 @@ def test_a_run_that_was_moved_is_exported_with_its_base(made, runs, tmp_path, ca
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(made / "base"), "/elsewhere"))
     command = ["export", "--run", f"{tmp_path}/run", "--out", f"{tmp_path}/adapter"]
+    assert asymflow([*command, "--backbone", "mine:Net"]) == 2
+    assert "is a finetuning of the base model: leave it out" in capsys.readouterr().err
     assert asymflow(command) == 2
     assert "/elsewhere is not a folder of FLUX.2 klein" in capsys.readouterr().err
     assert not asymflow([*command, "--base", f"{made}/base"])

@@ -198,6 +198,8 @@ def test_a_subspace_is_imported_as_a_file(run, refused, tmp_path):
     torch.save({"proj_mat_p4": basis, "scale_p4": torch.tensor(2.0)}, tmp_path / "theirs.pt")
     assert "must end in .safetensors" in refused("import", tmp_path / "theirs.pt", "--out", tmp_path / "ours")
     out = tmp_path / "ours.safetensors"
+    for option in (("--weights", "ema1"), ("--in-context-start", 1), ("--dtype", "bfloat16")):
+        assert "is a subspace, " in refused("import", tmp_path / "theirs.pt", "--out", out, *option)
     assert f"asymflow subspace show {out}" in run("import", tmp_path / "theirs.pt", "--out", out)
     assert torch.equal(Subspace.load(out).basis, basis)
     assert left_over(tmp_path) == ["ours.safetensors", "theirs.pt"]
