@@ -30,6 +30,8 @@ with importing(__name__):
     from asymflow.parser import Parser
 
 CHECKS = [*COMPARISONS, *MEASUREMENTS, kit.Check("emoji64", emoji64, 60, measures=True, anywhere=True)]
+FINETUNING = ("size", "batch", "image_size", "text_length", "lora_rank", "no_checkpointing", "no_lpips")
+OF_ONE_CHECK = {"data": "emoji64"} | dict.fromkeys(FINETUNING, "finetuning FLUX.2")  # options, and what needs them
 VERSIONS = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "lpips", "numpy")
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch.use_deterministic_algorithms requires it
 
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         device, checks = usable_device(args.device), chosen(args.only)
+        for option, check in OF_ONE_CHECK.items():
+            if getattr(args, option) != p.get_default(option) and check not in [chosen.name for chosen in checks]:
+                raise InputError(f"--{option.replace('_', '-')} is for the check {check}, which --only leaves out")
         if args.data:
             existing_file(args.data)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,8 @@ def test_on_a_cpu_what_would_take_hours_is_not_run(monkeypatch, tmp_path):
         ["--tiny", "--out", "file"],
         ["--tiny", "--out", "out", "--data", "nothing.tar"],
         ["--tiny", "--out", "out", "--image-size", "0.5"],
+        ["--tiny", "--out", "out", "--only", "wrapper", "--data", "file"],
+        ["--tiny", "--out", "out", "--only", "emoji64", "--no-lpips"],
         ["--tiny", "--out", "out", "--device", "tpu9"],
     ],
 )
