@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device, checks = usable_device(args.device), chosen(args.only)
         for option, check in OF_ONE_CHECK.items():
-            if getattr(args, option) != p.get_default(option) and check not in [chosen.name for chosen in checks]:
+            if getattr(args, option) != p.get_default(option) and check not in {each.name for each in checks}:
                 raise InputError(f"--{option.replace('_', '-')} is for the check {check}, which --only leaves out")
         if args.data:
             existing_file(args.data)
