@@ -39,8 +39,9 @@ def test_what_is_compared_has_the_same_seeds_and_differs_in_what_its_name_says(s
     plain = {run.name: run for run in rank}
     assert {run.seed for run in [*rank, *aligned, *own]} == set(SEEDS)
     for run in aligned:
-        twin = plain[run.name.replace("-repa", "")]
-        assert set(run.settings) - set(twin.settings) == {"loss.repa.after=2", "loss.repa.hidden=512"}
+        twin = plain[run.name.replace("-repa", "").replace("-weak", "")]
+        weight = {"loss.repa.weight=0.05"} if "-weak" in run.name else set()
+        assert set(run.settings) - set(twin.settings) == {"loss.repa.after=2", "loss.repa.hidden=512"} | weight
     for run in own:
         twin = plain[run.name.replace("-own-rate", "")]
         assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0012"}

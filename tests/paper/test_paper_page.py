@@ -167,8 +167,16 @@ def test_losses_inside_and_outside_have_a_row_for_each_rank(results):
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):
     """Ranks 0 and 8 are kinds number 0 and 3, with alignment 9 and 8: it costs rank 8 five, and rank 0 nine."""
     four = "**-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | **-4.0000 ± 0.0000**"
-    row = f"more than rank 0 | {four} | shown | shown |"
+    row = f"| alignment helps rank 8 more than rank 0 | {four} | shown | shown |"
     assert row in blocks.repa(tables.read(results))
+    for rank in ("0", "8"):
+        for seed in range(3):
+            found = made_up(f"rank-{rank}-repa-weak", seed, 10.0 + 0.01 * seed)
+            (results / f"rank-{rank}-repa-weak-seed-{seed}.json").write_text(json.dumps(found))
+    three = "**-3.0000 ± 0.0000** | **-3.00 ± 0.00** | **-3.0 ± 0.0** | **-3.0000 ± 0.0000**"
+    assert f"| a tenth of it helps rank 8 more than rank 0 | {three} | shown | shown |" in blocks.repa(
+        tables.read(results)
+    )
 
 
 def test_a_rank_whose_best_rate_is_that_of_all_stands_with_its_runs_at_that_rate(results):

@@ -235,18 +235,25 @@ def clamp_sides(kinds: Kinds) -> Sides:
 
 
 # ---- Table 2 ---------------------------------------------------------------------------------------------------------
-ALIGNED = {"rank-0": "0", "rank-0-repa": "0, with alignment", "rank-8": "8", "rank-8-repa": "8, with alignment"}
+ALIGNMENT = {"-repa": "alignment", "-repa-weak": "a tenth of it"}
+ALIGNED = {"rank-0": "0", "rank-8": "8"}
+ALIGNED |= {f"rank-{r}{mark}": f"{r}, with {title}" for mark, title in ALIGNMENT.items() for r in (0, 8)}
 
 
 def repa(kinds: Kinds) -> str:
-    made = claims(repa_sides(kinds), forms(QUALITY), BY)
-    return "\n\n".join([made, samples(kinds, ALIGNED), origin(kinds, ["rank-0-repa", "rank-8-repa"])])
+    parts = [claims(repa_sides(kinds), forms(QUALITY), BY), samples(kinds, ALIGNED), "Held-out losses by noise level:"]
+    return "\n\n".join([*parts, losses(kinds, ALIGNED), origin(kinds, [name for name in ALIGNED if name not in RANKS])])
 
 
 def repa_sides(kinds: Kinds) -> Sides:
-    found = sides(kinds, {f"rank {r} is better with alignment": (f"rank-{r}-repa", f"rank-{r}") for r in (8, 0)})
-    first, other = ([minus(*both) for both in zip(*pair, strict=True)] for pair in found.values())
-    return found | {"it helps rank 8 more than rank 0": (first, other)}
+    found = {}
+    for mark, title in ALIGNMENT.items():
+        pairs = {f"rank {r} is better with {title}": (f"rank-{r}{mark}", f"rank-{r}") for r in (8, 0)}
+        found |= (helped := sides(kinds, pairs))
+        if len(helped) == 2:
+            first, other = ([minus(*both) for both in zip(*pair, strict=True)] for pair in helped.values())
+            found[f"{title} helps rank 8 more than rank 0"] = (first, other)
+    return found
 
 
 # ---- Each with its own learning rate ---------------------------------------------------------------------------------

@@ -75,9 +75,10 @@ def own_rate(out: Path) -> list[Run]:
 
 
 def repa(out: Path) -> list[Run]:
-    """Table 2: whom does alignment help more? Against the runs of `rank`, which have none."""
+    """Table 2: whom does alignment help more? Against the runs of `rank`, which have none; then with a tenth of it."""
     settings = ("loss.repa.after=2", "loss.repa.hidden=512")
-    runs = [of_rank(rank, seed, "-repa", settings) for seed in SEEDS for rank in RANKS[:2]]
+    aligned = {"-repa": settings, "-repa-weak": (*settings, "loss.repa.weight=0.05")}
+    runs = [of_rank(r, seed, mark, words) for mark, words in aligned.items() for seed in SEEDS for r in RANKS[:2]]
     return [replace(run, repa=True, drawn="at the end") for run in runs]
 
 
