@@ -252,7 +252,7 @@ def repa_sides(kinds: Kinds) -> Sides:
         found |= (helped := sides(kinds, pairs))
         if len(helped) == 2:
             first, other = ([minus(*both) for both in zip(*pair, strict=True)] for pair in helped.values())
-            found[f"{title} helps rank 8 more than rank 0"] = (first, other)
+            found[f"with {title} rank 8 gains more than rank 0, or loses less"] = (first, other)
     return found
 
 

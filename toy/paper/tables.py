@@ -106,12 +106,12 @@ def shown(values: Values, form: str) -> str:
 
 
 def shown_difference(found: Difference, form: str) -> str:
-    """In bold if it counts."""
+    """In bold if it counts, of as many seeds as a verdict takes."""
     mean = form.replace("{:", "{:+").format(found.mean)
     if found.seeds < 2:
         return f"{mean}, one seed" if found.seeds else "none"
     words = f"{mean} ± {form.format(found.spread)}" + (f", {found.seeds} seeds" if found.seeds < ENOUGH else "")
-    return f"**{words}**" if found.counts else words
+    return f"**{words}**" if found.counts and found.seeds >= ENOUGH else words
 
 
 def claims(sides: Sides, measures: Mapping[str, str], verdicts: Mapping[str, Sequence[int]] | None = None) -> str:
