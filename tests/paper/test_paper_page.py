@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -135,6 +135,33 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
         in text
     )
     assert f"{len(blocks.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
+
+
+@given(st.sets(st.sampled_from(["rank-0", "rank-8", "speed-rank-0", "rank-8-emoji"])), st.integers(0, 2))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=4, deadline=None)
+def test_what_another_classifier_measured_is_in_no_table(results, strange, seed):
+    """Distances in its features do not compare. All else that was measured of the same samples stays."""
+    whole, changed = tables.read(results), [results / f"{kind}-seed-{seed}.json" for kind in strange]
+    before = {file: file.read_text() for file in changed}
+    for file, text in before.items():
+        file.write_text(json.dumps({**json.loads(text), "classifier": "another"}))
+    try:
+        kinds = tables.read(results)
+        text, _, _ = page.made(kinds, results)
+    finally:
+        for file, content in before.items():
+            file.write_text(content)
+    for kind, runs in kinds.items():
+        for number, run in runs.items():
+            parts = [*run["on the way"].values(), *run["at the end"].values()]
+            theirs = [*whole[kind][number]["on the way"].values(), *whole[kind][number]["at the end"].values()]
+            for found, known in zip(parts, theirs, strict=True):
+                if kind in strange and number == seed:
+                    known = known | dict.fromkeys(tables.CLASSIFIED & known.keys())
+                assert found == known
+    ranks = len(strange & {"rank-0", "rank-8"})
+    assert (f"are without {ranks} run" in text) == (ranks > 0) or "speed-rank-0" in strange
+    assert ("2 of 3 seeds" in blocks.rank(kinds)) == (ranks > 0)
 
 
 def test_emoji_have_no_column_of_the_oracle_and_yardsticks_of_their_own(results):

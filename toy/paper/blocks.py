@@ -163,7 +163,9 @@ def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
     ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items() if s in ends}
     found = {title: (ways["unguided"], measure) for title, measure in ON_THE_WAY.items()}
     found |= {f"{title}, {how}": (way, measure) for how, way in ways.items() for title, measure in OF_SAMPLES.items()}
-    return {title: {s: curve(way, m) for s, way in seeds.items()} for title, (seeds, m) in found.items() if seeds}
+    made = {title: {s: curve(way, m) for s, way in seeds.items()} for title, (seeds, m) in found.items()}
+    known = {title: {s: c for s, c in seeds.items() if None not in c[1]} for title, seeds in made.items()}
+    return {title: seeds for title, seeds in known.items() if seeds}
 
 
 SOONER = {
@@ -177,7 +179,8 @@ def speed_sides(kinds: Kinds) -> Sides:
     slow, fast = (curves(kinds, name) for name in ("rank-0", "rank-8"))
     first, other = [], []
     for title in SOONER:
-        times = {s: both_reached(fast[title][s], slow[title][s]) for s in slow[title] if s in fast[title]}
+        curves_of = (fast.get(title, {}), slow.get(title, {}))
+        times = {s: both_reached(*(part[s] for part in curves_of)) for s in curves_of[1] if s in curves_of[0]}
         first.append({s: found[0] for s, found in times.items()})
         other.append({s: found[1] for s, found in times.items()})
     return {"rank 8 has sooner what both have at the end": (first, other)}

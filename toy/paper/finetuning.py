@@ -85,7 +85,8 @@ def about(model: str, seed: int, steps: int) -> dict:
 def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, results: dict[str, Path]) -> None:
     """Train all models of a seed, let them draw, and write results. sizes: as in toy/asymflux2_tiny.py."""
     pictures = Shapes(max(sizes["pictures"], 200), tiny.SIZE, seed=5)
-    judge_in(out / "finetuning", pictures, *load(pictures), epochs=6)
+    judge = out / "finetuning" / JUDGE
+    judge_in(judge.parent, pictures, *load(pictures), epochs=6)
     vgg = out / "finetuning" / VGG
     with timed(folder, "latent"):
         common = tiny.prepared(folder, seed, steps, sizes)
@@ -102,9 +103,9 @@ def one_seed(out: Path, folder: Path, seed: int, steps: int, sizes: dict, result
         started = time.time()
         found = variances(folder, common, *((LEVELS, DRAWS) if steps == STEPS else (LEVELS[-1:], 2)))
         hours = {"training": 0.0, "measuring": (time.time() - started) / 3600}
-        keep(results[VARIANCE], about(VARIANCE, seed, steps), {"hours": hours, "at the end": found})
+        keep(results[VARIANCE], about(VARIANCE, seed, steps), judge, {"hours": hours, "at the end": found})
     if any(model in results for model in MODELS):
-        measure(out, folder, seed, steps, sizes["asked"], results)
+        measure(out, folder, judge, seed, steps, sizes["asked"], results)
 
 
 @contextmanager
@@ -132,13 +133,13 @@ def variances(folder: Path, common: dict, levels: Sequence[float], draws: int) -
     return {weights: {name: ratio(s, weights) for name, s in batches.items()} for weights in ("start", "plain")}
 
 
-def measure(out: Path, folder: Path, seed: int, steps: int, asked: int, results: dict[str, Path]) -> None:
+def measure(out: Path, folder: Path, judge: Path, seed: int, steps: int, asked: int, results: dict[str, Path]) -> None:
     """Let all models draw, and write the results asked for, and a picture of all."""
     started = time.time()
     drawn, captions = tiny.drawings(folder, seed, asked, (*MODELS, "lifted"))
     image_grid(torch.cat([images[:SHOWN] for images in drawn.values()]), columns=SHOWN).save(out / f"{folder.name}.png")
     drawing = (time.time() - started) / 3600 / len(MODELS)
-    features = load_extractor("classifier", out / "finetuning" / JUDGE)
+    features = load_extractor("classifier", judge)
     read = lambda images: Samples(Rows([torch.cat([features(part) for part in images.split(measures.BATCH)])]))
     real = quantized(drawn["data"], "round")
     data = read(real)
@@ -166,7 +167,7 @@ def measure(out: Path, folder: Path, seed: int, steps: int, asked: int, results:
         made = opening.read_json(folder / "hours.json").get(model, 0.0)
         hours = {"training": made + (training_hours(folder / model) if model in LOSSES else 0.0)}
         hours["measuring"] = drawing + (time.time() - started) / 3600
-        keep(results[model], about(model, seed, steps), {"hours": hours, "at the end": end})
+        keep(results[model], about(model, seed, steps), judge, {"hours": hours, "at the end": end})
 
 
 def read_alike(images: Tensor, others: Tensor) -> float:

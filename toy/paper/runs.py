@@ -4,6 +4,7 @@ A run is `train_ddp.py` with a configuration beside this file, and a few keys ch
 What is measured of it is of its moving average (a power function of width 0.05), after each snapshot and at the end.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -128,7 +129,8 @@ class Lab:
     def __post_init__(self):
         pictures = self.data.judged_by(self.scale.pictures)
         judge_in(self.out / self.data.folder, pictures, *load(pictures), self.scale.epochs or self.data.epochs)
-        self.features = load_extractor("classifier", self.out / self.data.folder / JUDGE)
+        self.judge = self.out / self.data.folder / JUDGE
+        self.features = load_extractor("classifier", self.judge)
         self.real, self.labels = self.data.held_out(max(self.scale.held_out, self.scale.way[0], self.scale.end[0]))
         self.reference = self.read(self.real)
         self.oracle = Oracle("cpu")
@@ -147,7 +149,7 @@ class Lab:
             about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
             if not file.exists():
                 end = {"guided": self.judged(damage(others))}
-                keep(file, about, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
+                keep(file, about, self.judge, {"hours": {"training": 0.0, "measuring": 0.0}, "at the end": end})
             stored(file, about)
 
     # ---- A run -------------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class Lab:
             started = time.time()
             found = self.measure(run)
             found["hours"]["measuring"] = (time.time() - started) / 3600
-            keep(file, about, found)
+            keep(file, about, self.judge, found)
         return stored(file, about)
 
     def train(self, run: Run) -> None:
@@ -265,10 +267,14 @@ class Lab:
 
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
-def keep(file: Path, about: dict, found: dict) -> None:
-    """Write a result, and where it comes from. about: what tells this run from others."""
+def keep(file: Path, about: dict, judge: Path, found: dict) -> None:
+    """Write a result, and where it comes from. about: what tells this run from others. judge: the classifier's file.
+
+    Which classifier it was matters: another machine rounds otherwise, and learns another one from the same pictures.
+    """
+    origin = {"commit": COMMIT, "machine": machine(), "classifier": hashlib.sha256(judge.read_bytes()).hexdigest()[:12]}
     with replacing(file) as beside:
-        beside.write_text(json.dumps({**about, "commit": COMMIT, "machine": machine(), **found}, indent=1))
+        beside.write_text(json.dumps({**about, **origin, **found}, indent=1))
 
 
 def stored(file: Path, about: dict) -> dict:

@@ -16,6 +16,8 @@ Measure = Callable[[dict], float | None]  # a number from what was measured; Non
 Values = Mapping[int, float | None]  # of a measure, by seed
 Sides = Mapping[str, tuple[Sequence[Values], Sequence[Values]]]  # by claim: the values of each measure, on both sides
 
+CLASSIFIED = {"frechet_distance", "precision", "recall"}  # what is measured in the features of a classifier
+LEFT_OUT = "left out"
 GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
 COLUMNS = {  # of samples: what it is called, and how its numbers are written
     "frechet_distance": ("Fréchet distance", "{:.2f}"),
@@ -44,7 +46,24 @@ def read(folder: Path) -> dict[str, Runs]:
         if found["scale"]:
             raise InputError(f"{file} is of a quick look, whose figures are no results: choose another --out")
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
+    for data, yardsticks in (("shapes", kinds.get("shapes-whole")), ("emoji", kinds.get("emoji-whole"))):
+        if yardsticks:
+            by_one_classifier(kinds, data, yardsticks[0].get("classifier"))
     return kinds
+
+
+def by_one_classifier(kinds: Mapping[str, Runs], data: str, classifier: str | None) -> None:
+    """Leave out what another classifier measured than that of the yardsticks: in its features distances differ.
+
+    In the place of the numbers comes None. classifier: as in a result; the first results do not name theirs.
+    """
+    runs = [run for kind, found in kinds.items() if not kind.startswith("finetuning-") for run in found.values()]
+    for run in runs:
+        if run["run"].get("config", "shapes64") == f"{data}64" and run.get("classifier") != classifier:
+            found = [*run.get("on the way", {}).values(), *run["at the end"].values()]
+            for samples in (part for part in found if part.keys() >= CLASSIFIED):
+                samples.update(dict.fromkeys(CLASSIFIED))
+                run[LEFT_OUT] = True
 
 
 def held_out(run: dict) -> float:
@@ -162,7 +181,13 @@ def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
     runs = [run for name in names for run in kinds.get(name, {}).values()]
     training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
     machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
-    return (
-        f"*{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each "
-        f"beside other work: {machines}, at commit {commits}.*"
+    classifiers, left_out = {run.get("classifier") for run in runs}, sum(LEFT_OUT in run for run in runs)
+    words = (
+        f"{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each "
+        f"beside other work: {machines}, at commit {commits}."
     )
+    if left_out:
+        words += f" Fréchet distance, precision, recall are without {count(left_out, 'run')}, by another classifier."
+    elif len(classifiers) > 1:
+        words += f" Fréchet distance, precision and recall are by {len(classifiers)} classifiers."
+    return f"*{words}*"
