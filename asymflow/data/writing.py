@@ -219,15 +219,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def gathered(work: Callable[[], T], world: int) -> list[T]:
-    """What it returns in each of the processes. If it raises InputError in one, it is raised in all."""
+    """What it returns in each of the processes. If it raises InputError or OSError in one, it is raised in all."""
     try:
         values = [work()]
-    except InputError as e:
+    except (InputError, OSError) as e:
         values = [e]
     if world > 1:
         values = values * world
         dist.all_gather_object(values, values[0])
     for value in values:
-        if isinstance(value, InputError):
+        if isinstance(value, (InputError, OSError)):
             raise value
     return values

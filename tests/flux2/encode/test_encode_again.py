@@ -162,6 +162,14 @@ def test_processes_that_find_other_images_are_refused(base, photos, tmp_path, mo
 
 
 @pytest.mark.usefixtures("without_models")
+def test_a_folder_that_cannot_be_made_ends_all_processes(base, photos, tmp_path):
+    """Only the first would make it; the other must not wait for that until its time is up."""
+    (tmp_path / "file").touch()
+    argv = ["data", "encode", "--base", base, "--data", photos, "--out", tmp_path / "file" / "s", "--size=64"]
+    assert two_processes(tmp_path, *argv, "--device=cpu", code=2).count("Not a directory") == 2
+
+
+@pytest.mark.usefixtures("without_models")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_folder_in_which_another_is_at_work_is_refused(base, photos, tmp_path, monkeypatch, rank):
     out, answers = tmp_path / "s", multiprocessing.get_context("fork").SimpleQueue()
