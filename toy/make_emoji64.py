@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as e:
         print(f"toy.make_emoji64: error: {e}", file=sys.stderr)
         return 2
-    except (tarfile.TarError, KeyError, ValueError) as e:
-        reason = (
-            f"{args.package} is not the package emoji-datasource-google, or not all of it ({str(e).splitlines()[0]})"
-        )
+    except (tarfile.TarError, EOFError, zlib.error, KeyError, ValueError) as e:
+        why = [*str(e).splitlines(), type(e).__name__][0]
+        reason = f"{args.package} is not the package emoji-datasource-google, or not all of it ({why})"
         print(f"toy.make_emoji64: error: {reason}", file=sys.stderr)
         return 2
     return 0

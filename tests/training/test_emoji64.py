@@ -6,6 +6,8 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from asymflow.data.shards import TarShards
@@ -82,6 +84,23 @@ def test_equal_packages_make_equal_bytes_and_nothing_is_overwritten(package, sha
         assert line.startswith("toy.make_emoji64: error: ")
     assert (tmp_path / "mine.tar").read_text() == "mine"
     assert not (tmp_path / "x").exists()
+
+
+@given(st.floats(0, 1, exclude_max=True))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(0.99999)
+def test_a_package_that_is_cut_off_is_one_line_or_no_loss(package, shard, tmp_path, capsys, share):
+    content = package.read_bytes()
+    (tmp_path / "cut.tgz").write_bytes(content[: int(share * len(content))])
+    made = tmp_path / "x"
+    made.unlink(missing_ok=True)
+    capsys.readouterr()
+    if make_emoji64.main([str(tmp_path / "cut.tgz"), str(made)]) == 0:  # only a checksum behind all files is missing
+        assert made.read_bytes() == shard.read_bytes()
+        return
+    (line,) = [part for part in capsys.readouterr().err.splitlines() if not part.startswith("\r")]
+    assert line.startswith(f"toy.make_emoji64: error: {tmp_path / 'cut.tgz'} is not the package")
+    assert not made.exists()
 
 
 @pytest.mark.slow
