@@ -94,6 +94,8 @@ def check(args: argparse.Namespace, prompts: list[Prompt]) -> None:
             raise InputError(f"--{option.replace('_', '-')} must be at least 1, but it is {getattr(args, option)}")
     sigma_grid(args.steps, 1.0 if args.shift is None else args.shift)  # the last four raise InputError themselves
     guided(None, {}, {}, args.guidance, orthogonal=args.orthogonal)
+    if args.offload and own_device(args).type == "cpu":
+        raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
     check_base_folder(args.base)
     find(args.adapter)
 
@@ -143,8 +145,6 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
     if not args.offload:
         with enough_memory(args):
             return pipeline.to(device)
-    if device.type == "cpu":
-        raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
     pipeline.enable_model_cpu_offload(device=device)
     return pipeline
 

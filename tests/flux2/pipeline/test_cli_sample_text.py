@@ -14,7 +14,7 @@ from tiny_pipelines import PROMPTS, draw, picture
 from asymflow import files
 from asymflow.backbones.flux2.adapter import lora_modules
 from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline
-from asymflow.cli import main
+from asymflow.cli import main, sample_text
 from asymflow.cli.sample_text import read_image
 from asymflow.sampling import image_noise
 from toy.tiny_flux2 import TEXT_LENGTH, make_base
@@ -114,7 +114,6 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
         (PROMPT, {"guidance": 0.5}, "--guidance must be at least 1"),
         (PROMPT, {"steps": 0}, "at least 1 step"),
         (PROMPT, {"max-length": 0}, "--max-length must be at least 1"),
-        ((*PROMPT, "--offload"), {}, "--offload moves"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(base, adapter, tmp_path, capsys, options, replaced, message):
@@ -123,6 +122,12 @@ def test_mistakes_are_answered_in_one_line(base, adapter, tmp_path, capsys, opti
     assert error.startswith("asymflow sample: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_offloading_to_the_cpu_is_refused_before_the_model_is_read(base, adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample_text, "load", lambda *_: pytest.fail("it took minutes to read the model"))
+    assert run(base, adapter, tmp_path / "out", *PROMPT, "--offload") == 2
+    assert "--offload moves" in capsys.readouterr().err
 
 
 def test_a_lora_that_does_not_fit_is_one_line(base, adapter, tmp_path, capsys):
