@@ -41,6 +41,11 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert halfway["4"]["patches"] != guided["patches"]
     assert paper.main(["rate", *words[1:4], "--only", "rank-8-rate-0.0003-seed-3"]) == 0
     assert list(json.loads((tmp_path / "rank-8-rate-0.0003-seed-3.json").read_text())["on the way"]) == ["4", "8"]
+    assert paper.main(["repa", *words[1:4], "--only", "rank-8-repa-seed-0"]) == 0
+    aligned = json.loads((tmp_path / "rank-8-repa-seed-0.json").read_text())
+    assert aligned["losses"] != found["losses"]
+    assert len(aligned["alignment"]) == 1
+    assert aligned["classifier"] == found["classifier"] != ""
     assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-seed-1"]) == 2
     assert "python -m toy.paper rank --only rank-8-seed-1" in capsys.readouterr().err
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))

@@ -149,7 +149,8 @@ def speed(kinds: Kinds) -> str:
         seeds = [s for s in slow if s in fast]
         steps = next(iter(slow.values()))[0]
         points = [step for step in steps if 4 * step % steps[-1] == 0]
-        saved = [{s: sooner(fast[s], slow[s], point) for s in seeds} for point in points]
+        known = [seeds if point > steps[0] else [] for point in points]  # before the first nothing was measured
+        saved = [{s: sooner(fast[s], slow[s], p) for s in these} for p, these in zip(points, known, strict=True)]
         rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
     made = table(["what both have after", *(f"{point:,} steps" for point in points)], rows)
     return "\n\n".join([made, origin(kinds, ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"])])

@@ -47,7 +47,7 @@ GUIDANCES = (1.5, 3.0)  # further ones
 INSIDE = "rank-8"  # the runs whose subspace parts the losses by direction
 COMMIT = commit()  # of the code that runs, which takes hours
 SHOWN = 256  # samples in the picture of a run
-AVERAGED = 50  # steps whose mean loss is kept
+AVERAGED = 50  # steps over which the mean of a term of the loss is kept
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,9 @@ class Lab:
             way[step] = {"held_out": measures.held_out_losses(flow, images, labels)}
             if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
-        losses = torch.tensor([line["loss"] for line in read_metrics(folder)], dtype=torch.float64)
-        losses = [part.mean().item() for part in losses.split(AVERAGED)]
         end = {} if run.drawn == "never" else self.ending(run, flow)
-        return {"hours": {"training": training_hours(folder)}, "losses": losses, "on the way": way, "at the end": end}
+        terms = {"losses": means(folder, "loss")} | ({"alignment": means(folder, "repa")} if run.repa else {})
+        return {"hours": {"training": training_hours(folder)}, **terms, "on the way": way, "at the end": end}
 
     def ending(self, run: Run, flow: AsymFlow) -> dict[str, dict]:
         """What is measured of samples of the trained model, and a picture of some."""
@@ -292,6 +291,12 @@ def in_words(found: dict[str, float | None]) -> str:
 # ---- The folder of a training ----------------------------------------------------------------------------------------
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def means(folder: Path, term: str) -> list[float]:
+    """Of a term of the loss in a training's metrics, over every `AVERAGED` steps."""
+    values = torch.tensor([line[term] for line in read_metrics(folder)], dtype=torch.float64)
+    return [part.mean().item() for part in values.split(AVERAGED)]
 
 
 def training_hours(folder: Path) -> float:
