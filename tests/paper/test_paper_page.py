@@ -247,10 +247,13 @@ def test_sooner_is_later_the_other_way_round(values):
 
 
 def test_guided_samples_on_the_way_go_on_to_those_at_the_end(results):
-    """Rank 8 is at 4, 3.5 and 3, and at its end at 4.001 or so; rank 0 at 8, 4 and 2, and at its end at 1.001."""
+    """Rank 8 is at 4, 3.5 and 3, and at its end at 4.001 or so; rank 0 at 8, 4 and 2, and at its end at 1.001.
+
+    Who was sooner before the first of them, nobody has measured.
+    """
     text = blocks.speed(tables.read(results))
     assert "| what both have after | 1 steps | 2 steps | 3 steps | 4 steps |" in text
-    assert re.search(r"\| residual, guided \| 0% ± 0% \| 50% ± 0% \| -17% ± 0% \| 25% ± 0% \|", text)
+    assert re.search(r"\| residual, guided \|  \| 50% ± 0% \| -17% ± 0% \| 25% ± 0% \|", text)
 
 
 def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):

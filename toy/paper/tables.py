@@ -181,7 +181,8 @@ def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
     runs = [run for name in names for run in kinds.get(name, {}).values()]
     training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
     machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
-    classifiers, left_out = {run.get("classifier") for run in runs}, sum(LEFT_OUT in run for run in runs)
+    classifiers = {run.get("classifier") for run in runs if run["at the end"].keys() >= CLASSIFIED}
+    left_out = sum(LEFT_OUT in run for run in runs)
     words = (
         f"{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each "
         f"beside other work: {machines}, at commit {commits}."
