@@ -160,7 +160,7 @@ def test_what_another_classifier_measured_is_in_no_table(results, strange, seed)
                     known = known | dict.fromkeys(tables.CLASSIFIED & known.keys())
                 assert found == known
     ranks = len(strange & {"rank-0", "rank-8"})
-    assert (f"are without {ranks} run" in text) == (ranks > 0) or "speed-rank-0" in strange
+    assert (f"recall of {ranks} run" in text) == (ranks > 0) or "speed-rank-0" in strange
     assert ("2 of 3 seeds" in blocks.rank(kinds)) == (ranks > 0)
 
 
@@ -196,6 +196,10 @@ def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences
     four = "**-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | **-4.0000 ± 0.0000**"
     row = f"| with alignment rank 8 gains more than rank 0, or loses less | {four} | shown | shown |"
     assert row in blocks.repa(tables.read(results))
+    kinds = tables.read(results)
+    for seed, run in kinds["rank-8-repa"].items():
+        run["run"]["repa"], run["teacher"] = True, "abc" if seed else "def"
+    assert "aligned with 2 networks" in blocks.repa(kinds)
     for rank in ("0", "8"):
         for seed in range(3):
             found = made_up(f"rank-{rank}-repa-weak", seed, 10.0 + 0.01 * seed)

@@ -6,6 +6,7 @@ import pytest
 
 from toy.paper import __main__ as paper
 from toy.paper.measures import LEVELS
+from toy.paper.runs import checksum
 
 
 @pytest.mark.slow
@@ -45,6 +46,7 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     aligned = json.loads((tmp_path / "rank-8-repa-seed-0.json").read_text())
     assert aligned["losses"] != found["losses"]
     assert len(aligned["alignment"]) == 1
+    assert aligned["teacher"] == checksum(tmp_path / "teacher" / "model.safetensors")
     assert aligned["classifier"] == found["classifier"] != ""
     assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-seed-1"]) == 2
     assert "python -m toy.paper rank --only rank-8-seed-1" in capsys.readouterr().err

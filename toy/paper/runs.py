@@ -204,7 +204,9 @@ class Lab:
             if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
         end = {} if run.drawn == "never" else self.ending(run, flow)
-        terms = {"losses": means(folder, "loss")} | ({"alignment": means(folder, "repa")} if run.repa else {})
+        terms = {"losses": means(folder, "loss")}
+        if run.repa:
+            terms |= {"alignment": means(folder, "repa"), "teacher": checksum(self.out / "teacher/model.safetensors")}
         return {"hours": {"training": training_hours(folder)}, **terms, "on the way": way, "at the end": end}
 
     def ending(self, run: Run, flow: AsymFlow) -> dict[str, dict]:
@@ -271,9 +273,13 @@ def keep(file: Path, about: dict, judge: Path, found: dict) -> None:
 
     Which classifier it was matters: another machine rounds otherwise, and learns another one from the same pictures.
     """
-    origin = {"commit": COMMIT, "machine": machine(), "classifier": hashlib.sha256(judge.read_bytes()).hexdigest()[:12]}
+    origin = {"commit": COMMIT, "machine": machine(), "classifier": checksum(judge)}
     with replacing(file) as beside:
         beside.write_text(json.dumps({**about, **origin, **found}, indent=1))
+
+
+def checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def stored(file: Path, about: dict) -> dict:

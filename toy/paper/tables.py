@@ -53,9 +53,9 @@ def read(folder: Path) -> dict[str, Runs]:
 
 
 def by_one_classifier(kinds: Mapping[str, Runs], data: str, classifier: str | None) -> None:
-    """Leave out what another classifier measured than that of the yardsticks: in its features distances differ.
+    """Put None for what a classifier other than this one, that of the yardsticks, has measured: it does not compare.
 
-    In the place of the numbers comes None. classifier: as in a result; the first results do not name theirs.
+    classifier: as in a result; the first results do not name theirs.
     """
     runs = [run for kind, found in kinds.items() if not kind.startswith("finetuning-") for run in found.values()]
     for run in runs:
@@ -188,7 +188,9 @@ def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
         f"beside other work: {machines}, at commit {commits}."
     )
     if left_out:
-        words += f" Fréchet distance, precision, recall are without {count(left_out, 'run')}, by another classifier."
+        words += f" Left out: Fréchet distance, precision, recall of {count(left_out, 'run')}, by another classifier."
     elif len(classifiers) > 1:
         words += f" Fréchet distance, precision and recall are by {len(classifiers)} classifiers."
+    if len(teachers := {run.get("teacher") for run in runs if run["run"].get("repa")}) > 1:
+        words += f" They are aligned with {len(teachers)} networks, trained alike on as many machines."
     return f"*{words}*"
