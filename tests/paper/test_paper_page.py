@@ -15,50 +15,14 @@ from PIL import Image
 from asymflow.errors import InputError
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
-from toy.paper import best_rank, blocks, criterion, page, summary, tables
-from toy.paper.differences import NOT, OPPOSITE, SHOWN, SO_FAR, TOO_FEW, Difference, verdict
+from toy.paper import best_rank, blocks, criterion, further, page, summary, tables
+from toy.paper.differences import OPPOSITE
 from toy.paper.measures import LEVELS
+from toy.paper.runs import SWITCHED_AT
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-values = st.dictionaries(st.integers(0, 5), st.floats(-10, 10), min_size=1, max_size=5)
 
 
-# ---- Differences -----------------------------------------------------------------------------------------------------
-@given(first=values, other=values, moved=st.floats(-5, 5))
-def test_differences_are_of_the_seeds_that_both_have(first, other, moved):
-    """What all runs of a seed have in common, such as an easy draw of data, is in no difference."""
-    found = Difference.between(first, other)
-    assert found.seeds == len(first.keys() & other.keys())
-    swapped = Difference.between(other, first)
-    assert swapped.counts == found.counts
-    assert swapped.mean == pytest.approx(-found.mean, nan_ok=True)
-    easier = [{seed: value + moved * seed for seed, value in values.items()} for values in (first, other)]
-    again = Difference.between(*easier)
-    assert again.mean == pytest.approx(found.mean, abs=1e-9, nan_ok=True)
-    assert again.spread == pytest.approx(found.spread, abs=1e-6)
-
-
-def test_one_seed_is_not_enough_and_noise_does_not_count():
-    one = Difference.between({0: 5.0}, {0: 1.0})
-    assert not one.counts
-    assert verdict([Difference(-1.0, 0.1, 3), one]) == TOO_FEW
-    assert verdict([Difference(-1.0, 0.1, 2)]) == TOO_FEW
-    assert Difference.between({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0}).counts
-    assert not Difference.between({0: 5.0, 1: 3.0}, {0: 1.0, 1: 3.5}).counts
-    assert Difference.between({0: None, 1: 2.0}, {0: 1.0, 1: 1.0}).seeds == 1
-
-
-@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=3))
-def test_the_verdict_is_the_rule_of_the_page(signs):
-    found = verdict([Difference(float(sign), 0.1, 3) for sign in signs])
-    lower, higher = signs.count(-1), signs.count(1)
-    assert (found == SHOWN) == (lower == len(signs))
-    assert (found == SO_FAR) == (0 < lower < len(signs) and not higher)
-    assert (found == OPPOSITE) == (higher == len(signs))
-    assert found in (SHOWN, SO_FAR, OPPOSITE, NOT)
-
-
-# ---- The page --------------------------------------------------------------------------------------------------------
 def made_up(kind: str, seed: int, loss: float) -> dict:
     """A result as `Lab.result` writes it; all its numbers follow from one."""
     samples = dict.fromkeys(tables.COLUMNS, loss + 0.001 * seed)
@@ -104,6 +68,11 @@ def results(tmp_path):
             parts = [{str(level): i + number + level + 0.01 * seed for level in LEVELS} for i in (0, 3)]
             found["at the end"] = dict(zip(("inside", "outside"), parts, strict=True))
             (folder / f"directions-{name}-seed-{seed}.json").write_text(json.dumps(found))
+    for seed in range(3):
+        found = made_up("switch-rank-32", seed, 1.0)
+        ways = {f"{side} {level:g}": level + (side == "below") for level in SWITCHED_AT for side in ("above", "below")}
+        found["at the end"] = {how: dict.fromkeys(tables.COLUMNS, 10 * value) for how, value in ways.items()}
+        (folder / f"switch-rank-32-seed-{seed}.json").write_text(json.dumps(found))
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)
@@ -181,14 +150,22 @@ def test_emoji_have_no_column_of_the_oracle_and_yardsticks_of_their_own(results)
 
 def test_guidance_that_the_runs_were_drawn_with_stands_between_that_of_the_experiment(results):
     row = "| Fréchet distance | 8 | 4.01 ± 0.01 | 2.00 ± 0.00 | 4.01 ± 0.01 | 9.00 ± 0.00 |"
-    assert row in blocks.guidance(tables.read(results))
+    assert row in further.guidance(tables.read(results))
 
 
 def test_losses_inside_and_outside_have_a_row_for_each_rank(results):
-    text = blocks.directions(tables.read(results))
+    text = further.directions(tables.read(results))
     mean = statistics.fmean(LEVELS)
     assert f"| inside | 0 | {mean + 0.01:.4f} ± 0.0100 | 0.0600 ± 0.0100 |" in text
     assert f"| outside | random 8 | {mean + 5.01:.4f} ± 0.0100 |" in text
+
+
+def test_what_two_ranks_drew_together_stands_between_what_each_drew(results):
+    rows = [line.split(" | ")[:2] for line in further.switch(tables.read(results)).splitlines()[2:10]]
+    between = {"rank 32 to 0.9, then rank 8": 9, "rank 32 to 0.7, then rank 8": 7, "rank 32 to 0.4, then rank 8": 4}
+    between |= {"rank 8 to 0.9, then rank 32": 19, "rank 8 to 0.7, then rank 32": 17, "rank 8 to 0.4, then rank 32": 14}
+    between = {f"| {title}": f"{value:.2f} ± 0.00" for title, value in between.items()}
+    assert dict(rows) == {"| rank 8": "4.01 ± 0.01", **between, "| rank 32": "6.01 ± 0.01"}
 
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):

@@ -1,12 +1,23 @@
 """toy.paper: a run from its training to its JSON file, in small."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
+from asymflow.model import AsymFlow
+from asymflow.patches import patchify, unpatchify
+from asymflow.subspace import Subspace
+from asymflow.training.config.sections import Loss
+from asymflow.training.objectives.class_conditional import ClassConditional
 from toy.paper import __main__ as paper
 from toy.paper.measures import LEVELS
-from toy.paper.runs import checksum
+from toy.paper.outside import Outside
+from toy.paper.runs import SWITCHED_AT, checksum
 
 
 @pytest.mark.slow
@@ -48,9 +59,14 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert len(aligned["alignment"]) == 1
     assert aligned["teacher"] == checksum(tmp_path / "teacher" / "model.safetensors")
     assert aligned["classifier"] == found["classifier"] != ""
-    assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-seed-1"]) == 2
-    assert "python -m toy.paper rank --only rank-8-seed-1" in capsys.readouterr().err
+    assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-outside-seed-0"]) == 0
+    freed = json.loads((tmp_path / "directions-rank-0-outside-seed-0.json").read_text())
+    assert freed["hours"]["training"] > 0
+    assert freed["at the end"]["outside"].keys() == parts["outside"].keys()
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
+    assert paper.main(["switch", *words[1:4], "--only", "switch-rank-32-seed-0"]) == 0  # it trains rank 32
+    switched = json.loads((tmp_path / "switch-rank-32-seed-0.json").read_text())["at the end"]
+    assert len(switched) == len({found["patches"] for found in switched.values()}) == 2 * len(SWITCHED_AT)
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err
     file.write_text(json.dumps({**found, "run": {**found["run"], "settings": ["subspace.rank=9"]}}))
@@ -63,3 +79,20 @@ def test_a_run_that_there_is_not_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--only rank-9-seed-0 is none of rank-8-seed-0, rank-0-seed-0" in error
     assert error.count("\n") == 1
+
+
+@given(st.integers(0, 12), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_loss_outside_is_what_an_error_inside_leaves_of_the_whole(tmp_path, rank, seed):
+    asked = Subspace.random(12, rank, seed=seed, patch_size=2)
+    asked.save(tmp_path / "asked.safetensors")
+    flow, config = AsymFlow(nn.Identity(), Subspace.empty(12, patch_size=2)), SimpleNamespace(loss=Loss())
+    objectives = ClassConditional(config, flow), Outside(config, flow, str(tmp_path / "asked.safetensors"))
+    generator = torch.Generator().manual_seed(seed)
+    x0, eps, error = torch.randn(3, 2, 3, 4, 4, generator=generator)
+    batch = SimpleNamespace(x0=x0, eps=eps, normal=torch.randn(2, generator=generator), labels=None)
+    inside = unpatchify(asked.project(patchify(error, 2)), (2, 2), 2)
+    losses = lambda error: [o.losses(lambda *_, **__: eps - x0 + error, batch) for o in objectives]
+    whole, outside = losses(error)
+    torch.testing.assert_close(outside, whole - losses(inside)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(error - 9 * inside)[1], outside, rtol=1e-4, atol=1e-5)

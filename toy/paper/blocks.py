@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from toy.paper.experiments import RATE, RATES
-from toy.paper.measures import LEVELS
 from toy.paper.tables import (
-    COLUMNS,
     GUIDED,
     UNCLAMPED,
     UNGUIDED,
@@ -98,34 +96,6 @@ def rank(kinds: Kinds) -> str:
     ]
     parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
     return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
-
-
-def directions(kinds: Kinds) -> str:
-    """The held-out losses along the first eight directions of the data, and along all others."""
-    rows = []
-    for part in ("inside", "outside"):
-        for name in ("rank-0", "rank-8", "rank-random-8"):
-            runs = kinds.get(f"directions-{name}", {})
-            at = lambda run, part=part: list(run["at the end"][part].values())
-            mean = by_seed(runs, lambda run, at=at: statistics.fmean(at(run)))
-            levels = [by_seed(runs, lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
-            rows.append([part, RANKS[name], *(shown(values, "{:.4f}") for values in [mean, *levels])])
-    made = table(["", "rank", "mean", *map(str, LEVELS)], rows)
-    return "\n\n".join([made, origin(kinds, [f"directions-{name}" for name in RANKS])])
-
-
-def guidance(kinds: Kinds) -> str:
-    """Samples of ranks 0 and 8 with more and less guidance; two of the four are in the results of `rank`."""
-    measured = {"1": ("", UNGUIDED), "1.5": ("guidance-", "guidance 1.5"), "2": ("", GUIDED)}
-    measured["3"] = ("guidance-", "guidance 3")
-    rows = []
-    for key in ("frechet_distance", "residual", "right"):
-        title, form = COLUMNS[key]
-        for name in ("rank-0", "rank-8"):
-            values = [by_seed(kinds[f"{mark}{name}"], at_the_end(key, how)) for mark, how in measured.values()]
-            rows.append([title, RANKS[name], *(shown(found, form) for found in values)])
-    made = table(["with guidance", "rank", *measured], rows)
-    return "\n\n".join([made, origin(kinds, ["guidance-rank-0", "guidance-rank-8"])])
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------

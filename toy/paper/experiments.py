@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from asymflow import opening
-from toy.paper.runs import Run
+from toy.paper.runs import Run, of_rank
 from toy.paper.tables import held_out
 
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
@@ -16,13 +16,6 @@ NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATE = 6e-4  # of the configurations
 RATES = (3e-4, RATE, 1.2e-3)
 RATED = ("8", "0", "random 8", "full")  # whose learning rate is looked for
-
-
-def of_rank(rank: str, seed: int, mark: str = "", settings: tuple[str, ...] = ()) -> Run:
-    """A run whose subspace has this rank: "8", "full" or "random 8". mark: goes into its name."""
-    random = int(rank.removeprefix("random ")) if rank.startswith("random") else 0
-    settings += () if random else (f"subspace.rank={rank}",)
-    return Run(f"rank-{rank.replace(' ', '-')}{mark}-seed-{seed}", seed, settings, random=random)
 
 
 def rank(out: Path) -> list[Run]:
@@ -42,8 +35,18 @@ def speed(out: Path) -> list[Run]:
 
 
 def directions(out: Path) -> list[Run]:
-    """The held-out losses of what was trained for `rank`, inside of the subspace and outside: where is the gain?"""
-    return again("directions", RANKS[:3])
+    """The held-out losses of what was trained for `rank`, inside of rank 8's subspace and outside: where is the gain?
+
+    Then rank 0 with the loss outside alone: does it gain there because nothing is asked of it inside?
+    """
+    settings = ("subspace.rank=0", "loss.objective=toy.paper.outside:Outside")
+    freed = [Run(f"directions-rank-0-outside-seed-{s}", s, settings, outside=True, again="directions") for s in SEEDS]
+    return again("directions", (*RANKS[:3], "32")) + freed
+
+
+def switch(out: Path) -> list[Run]:
+    """What was trained for `rank`, ranks 32 and 8, in one drawing: at which noise levels does rank 32 go wrong?"""
+    return again("switch", ("32",))
 
 
 def again(what: str, ranks: tuple[str, ...]) -> list[Run]:
@@ -105,6 +108,7 @@ PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "directions": directions,
     "guidance": guidance,
     "speed": speed,
+    "switch": switch,
     "repa": repa,
     "rate": rate,
     "own-rate": own_rate,

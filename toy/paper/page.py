@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from asymflow import opening
 from asymflow.errors import InputError
 from asymflow.files import replacing
-from toy.paper import best_rank, blocks
+from toy.paper import best_rank, blocks, further
 from toy.paper.figures import finetuning_figure, rank_figure, samples_figure, speed_figure
 from toy.paper.summary import summary
 from toy.paper.tables import Runs, read
@@ -20,8 +20,9 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "summary": (summary, ["rank-0", "rank-8"]),
     "yardsticks": (blocks.yardsticks, ["shapes-whole"]),
     "rank": (blocks.rank, ["rank-0", "rank-8"]),
-    "directions": (blocks.directions, ["directions-rank-0", "directions-rank-8"]),
-    "guidance": (blocks.guidance, ["rank-0", "rank-8", "guidance-rank-0", "guidance-rank-8"]),
+    "directions": (further.directions, ["directions-rank-0", "directions-rank-8"]),
+    "switch": (further.switch, ["rank-8", "rank-32", "switch-rank-32"]),
+    "guidance": (further.guidance, ["rank-0", "rank-8", "guidance-rank-0", "guidance-rank-8"]),
     "speed": (blocks.speed, ["rank-0", "rank-8"]),
     "clamp": (blocks.clamp, ["rank-0", "rank-8"]),
     "repa": (blocks.repa, ["rank-0", "rank-8", "rank-0-repa", "rank-8-repa"]),

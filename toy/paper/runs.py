@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from asymflow.files import replacing
 from asymflow.model import AsymFlow
 from asymflow.pictures import image_grid
 from asymflow.progress import progress_bar
-from asymflow.sampling import generate
+from asymflow.sampling import generate, image_noise, sample, sigma_grid
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
 from toy.common import commit, machine
@@ -44,7 +43,7 @@ PATCH = 16
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
 GUIDANCES = (1.5, 3.0)  # further ones
-INSIDE = "rank-8"  # the runs whose subspace parts the losses by direction
+SWITCHED_AT = (0.9, 0.7, 0.4)  # noise levels at which one rank takes over from another
 COMMIT = commit()  # of the code that runs, which takes hours
 SHOWN = 256  # samples in the picture of a run
 AVERAGED = 50  # steps over which the mean of a term of the loss is kept
@@ -55,12 +54,13 @@ class Run:
     """A training, and what is measured of it.
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
-    whether it is aligned with `teacher`. drawn: when samples are measured: "always" (also on the way), "at the end" or
-    "never"; held-out losses always are.
+    whether it is aligned with `teacher`. outside: whether its loss is that outside of the subspace of rank 8 alone.
+    drawn: when samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
 
-    If `trained` is the name of another run, the training is that one's, and one thing is measured of it, `again`:
-    "guidance", samples with more and less guidance, "directions", the held-out losses in two parts, or "speed", guided
-    samples after each quarter of the steps but the last.
+    If `again` is given, that alone is measured: "guidance", samples with more and less guidance; "directions", the
+    held-out losses in two parts; "speed", guided samples after each quarter of the steps but the last; or "switch",
+    samples that this rank draws above or below a noise level, and rank 8 on the other side. The training is then that
+    of the run `trained`, if that is given.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Run:
     config: str = "shapes64"
     random: int = 0
     repa: bool = False
+    outside: bool = False
     drawn: str = "always"
     again: str = ""
     trained: str = ""
@@ -76,6 +77,13 @@ class Run:
     @property
     def folder(self) -> str:
         return self.trained or self.name
+
+
+def of_rank(rank: str, seed: int, mark: str = "", settings: tuple[str, ...] = ()) -> Run:
+    """A run whose subspace has this rank: "8", "full" or "random 8". mark: goes into its name."""
+    random = int(rank.removeprefix("random ")) if rank.startswith("random") else 0
+    settings += () if random else (f"subspace.rank={rank}",)
+    return Run(f"rank-{rank.replace(' ', '-')}{mark}-seed-{seed}", seed, settings, random=random)
 
 
 @dataclass(frozen=True)
@@ -176,11 +184,18 @@ class Lab:
         if run.repa:
             settings.append(f"loss.repa.model={self.out / 'teacher'}")
             teacher_in(self.out / "teacher", SIZE // PATCH, self.scale.taught)
+        if run.outside:
+            settings.append(f"loss.options.subspace={self.of_rank_8(run.seed) / 'subspace.safetensors'}")
         words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
         words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
         print(" ".join(words[1:]), flush=True)
         if subprocess.run(words, cwd=HERE.parent.parent, check=False).returncode:
             raise InputError(f"the training in {folder} failed; see above")
+
+    def of_rank_8(self, seed: int) -> Path:
+        """The folder of the run of rank 8, which is trained first unless that is done."""
+        self.train(eight := of_rank("8", seed))
+        return self.out / eight.folder
 
     def random_subspace(self, run: Run) -> Path:
         path = self.out / f"random-{run.random}-{run.seed}.safetensors"
@@ -192,14 +207,14 @@ class Lab:
 
     def measure(self, run: Run) -> dict:
         folder, way = self.out / run.folder, {}
-        steps = sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
-        averaged = lambda step: load_model(rebuild(folder, Profile(sigma_rel=WIDTH), step), torch.device("cpu"), None)
         if run.again:
-            again = {"guidance": self.by_guidance, "directions": self.by_direction, "speed": self.by_step}[run.again]
-            return {"hours": {"training": 0.0}, "at the end": again(averaged, steps, run.seed)}
+            ways = {"guidance": self.by_guidance, "directions": self.by_direction, "speed": self.by_step}
+            again = (ways | {"switch": self.by_switch})[run.again]
+            hours = 0.0 if run.trained else training_hours(folder)
+            return {"hours": {"training": hours}, "at the end": again(folder, run.seed)}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
-        for step in progress_bar(steps, f"measuring {run.name}", "snapshot"):
-            flow = averaged(step)
+        for step in progress_bar(snapshots(folder), f"measuring {run.name}", "snapshot"):
+            flow = averaged(folder, step)
             way[step] = {"held_out": measures.held_out_losses(flow, images, labels)}
             if run.drawn == "always":
                 way[step] |= self.judged(self.draw(flow, *self.scale.way, 1.0))
@@ -221,22 +236,38 @@ class Lab:
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
         return end
 
-    def by_guidance(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
-        flow, bar = averaged(steps[-1]), progress_bar(GUIDANCES, "drawing", "guidance")
+    def by_guidance(self, folder: Path, seed: int) -> dict[str, dict]:
+        flow, bar = averaged(folder), progress_bar(GUIDANCES, "drawing", "guidance")
         return {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
 
-    def by_step(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
-        bar = progress_bar([step for step in steps[:-1] if 4 * step % steps[-1] == 0], "drawing", "snapshot")
-        return {str(step): self.judged(self.draw(averaged(step), *self.scale.end, GUIDANCE)) for step in bar}
+    def by_step(self, folder: Path, seed: int) -> dict[str, dict]:
+        *way, last = snapshots(folder)
+        bar = progress_bar([step for step in way if 4 * step % last == 0], "drawing", "snapshot")
+        return {str(step): self.judged(self.draw(averaged(folder, step), *self.scale.end, GUIDANCE)) for step in bar}
 
-    def by_direction(self, averaged: Callable[[int], AsymFlow], steps: list[int], seed: int) -> dict[str, dict]:
+    def by_direction(self, folder: Path, seed: int) -> dict[str, dict]:
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
-        file = self.out / f"{INSIDE}-seed-{seed}" / "subspace.safetensors"
-        if not file.exists():
-            raise InputError(f"there is no {file} yet: python -m toy.paper rank --only {INSIDE}-seed-{seed}")
-        flow, basis = averaged(steps[-1]), Subspace.load(file).basis.double()
-        parts = measures.losses_by_direction(flow, images, labels, basis, PATCH)
+        basis = Subspace.load(self.of_rank_8(seed) / "subspace.safetensors").basis.double()
+        parts = measures.losses_by_direction(averaged(folder), images, labels, basis, PATCH)
         return dict(zip(("inside", "outside"), parts, strict=True))
+
+    def by_switch(self, folder: Path, seed: int) -> dict[str, dict]:
+        """Without guidance, where the ranks differ most."""
+        this, eight = averaged(folder), averaged(self.of_rank_8(seed))
+        pairs = {f"{side} {level:g}": (level, side) for level in SWITCHED_AT for side in ("above", "below")}
+        bar, found = progress_bar(pairs.items(), "drawing", "switch"), {}
+        for name, (level, side) in bar:
+            found[name] = self.judged(self.draw_by_two(*((this, eight) if side == "above" else (eight, this)), level))
+        return found
+
+    def draw_by_two(self, above: AsymFlow, below: AsymFlow, level: float) -> Tensor:
+        """Samples as of `draw`, without guidance, by one model above a noise level, and by another from there on."""
+        (count, steps), parts = self.scale.end, []
+        for numbers in torch.arange(count).split(measures.BATCH):
+            labels, noise = self.labels[numbers], image_noise(0, numbers.tolist(), self.real.shape[1:])
+            velocity = lambda x, sigma, labels=labels: (above if sigma[0] > level else below)(x, sigma, labels=labels)
+            parts.append(quantized(sample(velocity, noise, sigma_grid(steps)), "round"))
+        return torch.cat(parts)
 
     def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
         """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""
@@ -295,6 +326,16 @@ def in_words(found: dict[str, float | None]) -> str:
 
 
 # ---- The folder of a training ----------------------------------------------------------------------------------------
+def snapshots(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "snapshots").iterdir() if path.name.isdecimal())
+
+
+def averaged(folder: Path, step: int | None = None) -> AsymFlow:
+    """The moving average of a training after a step, by default the last."""
+    path = rebuild(folder, Profile(sigma_rel=WIDTH), step or snapshots(folder)[-1])
+    return load_model(path, torch.device("cpu"), None)
+
+
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

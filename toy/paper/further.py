@@ -1,0 +1,52 @@
+"""The tables of what was asked after the first results of ranks: where is the gain, and where does rank 32 go wrong?"""
+
+import statistics
+
+from toy.paper.blocks import RANKS, Kinds
+from toy.paper.measures import LEVELS
+from toy.paper.runs import SWITCHED_AT
+from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, origin, shown, table
+
+PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8", "32")}
+PARTED["directions-rank-0-outside"] = "0, loss outside alone"
+
+
+def directions(kinds: Kinds) -> str:
+    """The held-out losses along the first eight directions of the data, and along all others."""
+    rows = []
+    for part in ("inside", "outside"):
+        for name in filter(kinds.__contains__, PARTED):
+            at = lambda run, part=part: list(run["at the end"][part].values())
+            mean = by_seed(kinds[name], lambda run, at=at: statistics.fmean(at(run)))
+            levels = [by_seed(kinds[name], lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
+            rows.append([part, PARTED[name], *(shown(values, "{:.4f}") for values in [mean, *levels])])
+    made = table(["", "rank", "mean", *map(str, LEVELS)], rows)
+    return "\n\n".join([made, origin(kinds, list(PARTED))])
+
+
+def guidance(kinds: Kinds) -> str:
+    """Samples of ranks 0 and 8 with more and less guidance; two of the four are in the results of `rank`."""
+    measured = {"1": ("", UNGUIDED), "1.5": ("guidance-", "guidance 1.5"), "2": ("", GUIDED)}
+    measured["3"] = ("guidance-", "guidance 3")
+    rows = []
+    for key in ("frechet_distance", "residual", "right"):
+        title, form = COLUMNS[key]
+        for name in ("rank-0", "rank-8"):
+            values = [by_seed(kinds[f"{mark}{name}"], at_the_end(key, how)) for mark, how in measured.values()]
+            rows.append([title, RANKS[name], *(shown(found, form) for found in values)])
+    made = table(["with guidance", "rank", *measured], rows)
+    return "\n\n".join([made, origin(kinds, ["guidance-rank-0", "guidance-rank-8"])])
+
+
+def switch(kinds: Kinds) -> str:
+    """Samples without guidance that ranks 8 and 32 draw together, between those of each alone."""
+    drawn = [("rank 8", "rank-8", UNGUIDED)]
+    drawn += [(f"rank 32 to {level:g}, then rank 8", "switch-rank-32", f"above {level:g}") for level in SWITCHED_AT]
+    drawn += [(f"rank 8 to {level:g}, then rank 32", "switch-rank-32", f"below {level:g}") for level in SWITCHED_AT]
+    drawn += [("rank 32", "rank-32", UNGUIDED)]
+    rows = [
+        [title, *(shown(by_seed(kinds[kind], at_the_end(key, how)), form) for key, (_, form) in COLUMNS.items())]
+        for title, kind, how in drawn
+    ]
+    made = table(["drawn by", *(title for title, _ in COLUMNS.values())], rows)
+    return "\n\n".join([made, origin(kinds, ["switch-rank-32"])])
