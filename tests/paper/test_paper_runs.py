@@ -12,12 +12,14 @@ from torch import nn
 from asymflow.model import AsymFlow
 from asymflow.patches import patchify, unpatchify
 from asymflow.subspace import Subspace
+from asymflow.training.config.reading import load_config
 from asymflow.training.config.sections import Loss
 from asymflow.training.objectives.class_conditional import ClassConditional
+from asymflow.training.start import make_flow
 from toy.paper import __main__ as paper
 from toy.paper.measures import LEVELS
 from toy.paper.outside import Outside
-from toy.paper.runs import SWITCHED_AT, checksum
+from toy.paper.runs import EMBEDDED, HERE, SWITCHED_AT, checksum
 
 
 @pytest.mark.slow
@@ -64,6 +66,11 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert freed["hours"]["training"] > 0
     assert freed["at the end"]["outside"].keys() == parts["outside"].keys()
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
+    files = ("rank-8-0.safetensors", "rank-8-seed-0/subspace.safetensors")
+    assert torch.equal(*(Subspace.load(tmp_path / file).basis for file in files))
+    assert paper.main(["embedding", *words[1:4], "--only", "rank-0-seeded-seed-0"]) == 0
+    seeded = json.loads((tmp_path / "rank-0-seeded-seed-0.json").read_text())["at the end"]
+    assert seeded.keys() == found["at the end"].keys()
     assert paper.main(["switch", *words[1:4], "--only", "switch-rank-32-seed-0"]) == 0  # it trains rank 32
     switched = json.loads((tmp_path / "switch-rank-32-seed-0.json").read_text())["at the end"]
     assert len(switched) == len({found["patches"] for found in switched.values()}) == 2 * len(SWITCHED_AT)
@@ -96,3 +103,18 @@ def test_the_loss_outside_is_what_an_error_inside_leaves_of_the_whole(tmp_path, 
     whole, outside = losses(error)
     torch.testing.assert_close(outside, whole - losses(inside)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses(error - 9 * inside)[1], outside, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 8, 32])
+def test_networks_of_another_start_differ_in_nothing_else(tmp_path, rank):
+    """With the directions that it would get anyway the network is the one of the configuration, to the bit."""
+    subspace = Subspace.random(768, rank, patch_size=16)
+    subspace.save(tmp_path / "it.safetensors")
+    own = [f"model.backbone={EMBEDDED}", "model.size=null"]
+    made = []
+    for keys in ([], own, [*own, f"model.options.directions={tmp_path / 'it.safetensors'}"]):
+        torch.manual_seed(0)
+        made.append(make_flow(load_config(HERE / "shapes64.yaml", keys), subspace).state_dict())
+    for name, weight in made[0].items():
+        assert torch.equal(weight, made[2][name])
+        assert torch.equal(weight, made[1][name]) == (rank == 0 or not name.endswith("x_embedder.proj1.weight"))

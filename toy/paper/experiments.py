@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from asymflow import opening
-from toy.paper.runs import Run, of_rank
+from toy.paper.runs import EMBEDDED, Run, of_rank
 from toy.paper.tables import held_out
 
 RANKS = ("8", "0", "random 8", "2", "4", "16", "32", "full")
@@ -39,9 +39,28 @@ def directions(out: Path) -> list[Run]:
 
     Then rank 0 with the loss outside alone: does it gain there because nothing is asked of it inside?
     """
-    settings = ("subspace.rank=0", "loss.objective=toy.paper.outside:Outside")
-    freed = [Run(f"directions-rank-0-outside-seed-{s}", s, settings, outside=True, again="directions") for s in SEEDS]
+    settings = ("loss.objective=toy.paper.outside:Outside",)
+    freed = [replace(of_rank("0", s, "-outside", settings), given="loss.options.subspace") for s in SEEDS]
+    freed = [replace(run, name=f"directions-{run.name}", again="directions") for run in freed]
     return again("directions", (*RANKS[:3], "32")) + freed
+
+
+def embedding(out: Path) -> list[Run]:
+    """Ranks 8 and 32 without their start of the patch embedding, and rank 0 with that of rank 8.
+
+    Is the gain that of what is predicted, or that of where the embedding starts?
+    """
+    settings = (f"model.backbone={EMBEDDED}", "model.size=null")
+    runs = [
+        replace(of_rank(rank, seed, mark, settings), given=given, drawn="at the end")
+        for seed in SEEDS
+        for rank, mark, given in (
+            ("8", "-unseeded", ""),
+            ("0", "-seeded", "model.options.directions"),
+            ("32", "-unseeded", ""),
+        )
+    ]
+    return runs
 
 
 def switch(out: Path) -> list[Run]:
@@ -108,6 +127,7 @@ PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "directions": directions,
     "guidance": guidance,
     "speed": speed,
+    "embedding": embedding,
     "switch": switch,
     "repa": repa,
     "rate": rate,

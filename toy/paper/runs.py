@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asymflow import opening
+from asymflow import opening, streams
 from asymflow.averages import Profile
 from asymflow.cli.averages import rebuild
 from asymflow.cli.models import load_model
@@ -25,12 +25,15 @@ from asymflow.evaluation.features import Oracle, load_extractor
 from asymflow.evaluation.measures import ORACLE, Reference, Samples, frechet, precision, recall
 from asymflow.evaluation.rows import Rows
 from asymflow.files import replacing
+from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
+from asymflow.patches import patchify
 from asymflow.pictures import image_grid
 from asymflow.progress import progress_bar
 from asymflow.sampling import generate, image_noise, sample, sigma_grid
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
+from asymflow.training.datasets import make_dataset
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
@@ -40,6 +43,7 @@ from toy.paper.teacher import teacher_in
 
 HERE = Path(__file__).resolve().parent
 PATCH = 16
+EMBEDDED = "toy.paper.embedding:network"
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
 GUIDANCES = (1.5, 3.0)  # further ones
@@ -54,8 +58,8 @@ class Run:
     """A training, and what is measured of it.
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
-    whether it is aligned with `teacher`. outside: whether its loss is that outside of the subspace of rank 8 alone.
-    drawn: when samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
+    whether it is aligned with `teacher`. given: the key that is given the file with the subspace of rank 8. drawn: when
+    samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
 
     If `again` is given, that alone is measured: "guidance", samples with more and less guidance; "directions", the
     held-out losses in two parts; "speed", guided samples after each quarter of the steps but the last; or "switch",
@@ -69,7 +73,7 @@ class Run:
     config: str = "shapes64"
     random: int = 0
     repa: bool = False
-    outside: bool = False
+    given: str = ""
     drawn: str = "always"
     again: str = ""
     trained: str = ""
@@ -184,18 +188,25 @@ class Lab:
         if run.repa:
             settings.append(f"loss.repa.model={self.out / 'teacher'}")
             teacher_in(self.out / "teacher", SIZE // PATCH, self.scale.taught)
-        if run.outside:
-            settings.append(f"loss.options.subspace={self.of_rank_8(run.seed) / 'subspace.safetensors'}")
+        if run.given:
+            settings.append(f"{run.given}={self.first_directions(run.seed)}")
         words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
         words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
         print(" ".join(words[1:]), flush=True)
         if subprocess.run(words, cwd=HERE.parent.parent, check=False).returncode:
             raise InputError(f"the training in {folder} failed; see above")
 
-    def of_rank_8(self, seed: int) -> Path:
-        """The folder of the run of rank 8, which is trained first unless that is done."""
-        self.train(eight := of_rank("8", seed))
-        return self.out / eight.folder
+    def first_directions(self, seed: int) -> Path:
+        """The file of the subspace that the run of rank 8 with this seed has, fitted again."""
+        path = self.out / f"rank-8-{seed}.safetensors"
+        if not path.exists():
+            config = load_config(HERE / "shapes64.yaml", [*self.scale.settings, f"train.seed={seed}"])
+            dataset = make_dataset(config)
+            chosen = streams.permutation(seed, 0, len(dataset))[: config.subspace.images]
+            images = (dataset[int(i)].image[None].double() / 127.5 - 1 for i in chosen)
+            tokens = (patchify(image, PATCH) for image in images)
+            fit_pca(tokens, 8, patch_size=PATCH, token_order="channel_last").save(path)
+        return path
 
     def random_subspace(self, run: Run) -> Path:
         path = self.out / f"random-{run.random}-{run.seed}.safetensors"
@@ -247,13 +258,14 @@ class Lab:
 
     def by_direction(self, folder: Path, seed: int) -> dict[str, dict]:
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
-        basis = Subspace.load(self.of_rank_8(seed) / "subspace.safetensors").basis.double()
+        basis = Subspace.load(self.first_directions(seed)).basis.double()
         parts = measures.losses_by_direction(averaged(folder), images, labels, basis, PATCH)
         return dict(zip(("inside", "outside"), parts, strict=True))
 
     def by_switch(self, folder: Path, seed: int) -> dict[str, dict]:
-        """Without guidance, where the ranks differ most."""
-        this, eight = averaged(folder), averaged(self.of_rank_8(seed))
+        """Without guidance, where the ranks differ most. Rank 8 is trained first, unless that is done."""
+        self.train(run := of_rank("8", seed))
+        this, eight = averaged(folder), averaged(self.out / run.folder)
         pairs = {f"{side} {level:g}": (level, side) for level in SWITCHED_AT for side in ("above", "below")}
         bar, found = progress_bar(pairs.items(), "drawing", "switch"), {}
         for name, (level, side) in bar:
@@ -333,7 +345,8 @@ def snapshots(folder: Path) -> list[int]:
 def averaged(folder: Path, step: int | None = None) -> AsymFlow:
     """The moving average of a training after a step, by default the last."""
     path = rebuild(folder, Profile(sigma_rel=WIDTH), step or snapshots(folder)[-1])
-    return load_model(path, torch.device("cpu"), None)
+    own = EMBEDDED if load_config(folder / "config.yaml").model.backbone == EMBEDDED else None
+    return load_model(path, torch.device("cpu"), own)
 
 
 def read_metrics(folder: Path) -> list[dict]:
