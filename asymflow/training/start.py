@@ -192,9 +192,8 @@ def make_flow(config: Config, subspace: Subspace) -> AsymFlow:
 
 def make_objective(config: Config, dataset, device: torch.device) -> Callable[[AsymFlow], Objective]:
     """A function from the model to the objective of its training. All files that it needs are read here."""
-    name = config.loss.objective or ("latent_to_pixel" if config.finetune else "class_conditional")
-    found = find(name, OBJECTIVES, "loss.objective")
-    if is_own(name):
+    found = find(config.objective, OBJECTIVES, "loss.objective")
+    if is_own(config.objective):
         return lambda flow: called(found, "loss.options", config.loss.options, config=config, flow=flow)
     return found.prepare(config, dataset, device)
 

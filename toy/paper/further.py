@@ -1,11 +1,11 @@
-"""The tables of what was asked after the first results of ranks: where is the gain, and where does rank 32 go wrong?"""
+"""The tables of what was asked after the first results of ranks: where does the gain come from?"""
 
 import statistics
 
-from toy.paper.blocks import RANKS, Kinds
+from toy.paper.blocks import RANKS, Kinds, compared
 from toy.paper.measures import LEVELS
 from toy.paper.runs import SWITCHED_AT
-from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, origin, shown, table
+from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, losses, origin, samples, shown, table
 
 PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8", "32")}
 PARTED["directions-rank-0-outside"] = "0, loss outside alone"
@@ -50,3 +50,22 @@ def switch(kinds: Kinds) -> str:
     ]
     made = table(["drawn by", *(title for title, _ in COLUMNS.values())], rows)
     return "\n\n".join([made, origin(kinds, ["switch-rank-32"])])
+
+
+STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
+STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
+START_CLAIMS = {
+    "rank 0 is better with the start of rank 8 than without": ("rank-0-seeded", "rank-0"),
+    "rank 8 is better with its start than without": ("rank-8", "rank-8-unseeded"),
+    "rank 8 is better than rank 0, both with the start of rank 8": ("rank-8", "rank-0-seeded"),
+    "rank 8 is better than rank 0, both with a random start": ("rank-8-unseeded", "rank-0"),
+    "rank 32 is better with its start than without": ("rank-32", "rank-32-unseeded"),
+}
+
+
+def embedding(kinds: Kinds) -> str:
+    """Ranks with and without the start of the patch embedding that their subspace gives."""
+    made = [name for name in STARTS if name not in RANKS]
+    parts = [compared(kinds, START_CLAIMS), samples(kinds, STARTS), "Without guidance:"]
+    parts += [samples(kinds, STARTS, UNGUIDED), "Held-out losses by noise level:", losses(kinds, STARTS)]
+    return "\n\n".join([*parts, origin(kinds, made)])

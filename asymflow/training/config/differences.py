@@ -43,7 +43,13 @@ ABSENT = object()
 
 def differences(there: Sections, here: Sections) -> list[str]:
     """What makes `here` another training than `there`, as in "train.seed: 0 there, 1 here"; MAY_CHANGE does not."""
-    return list(differing(there.model_dump(), here.model_dump(), ""))
+    return list(differing(everything(there), everything(here), ""))
+
+
+def everything(sections: Sections) -> dict:
+    found = sections.model_dump()
+    found["loss"]["objective"] = sections.objective  # the same, whether it is given by its name or not
+    return found
 
 
 def differing(there: object, here: object, key: str) -> Iterator[str]:

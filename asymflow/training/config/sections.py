@@ -277,6 +277,11 @@ class Sections(Section):
     evaluate: Evaluate = Evaluate()
     deepspeed: dict[str, JsonValue] = Field(description="DeepSpeed's own configuration, passed on as it is")
 
+    @property
+    def objective(self) -> str:
+        """The name of what is minimized, given or not."""
+        return self.loss.objective or ("latent_to_pixel" if self.finetune else "class_conditional")
+
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """All keys of a section, such as "train" and "train.steps", those of a section after it, and what they may be."""

@@ -255,6 +255,13 @@ def test_what_may_change_may():
     assert differences(a, b) == differences(b, a) == []
 
 
+def test_an_objective_that_is_given_by_name_is_the_one_that_is_taken_without():
+    there, here = load("shapes_tiny"), load("shapes_tiny", "loss.objective=class_conditional")
+    assert differences(there, here) == differences(here, there) == []
+    other = load("shapes_tiny", "loss.objective=x:Y")
+    assert differences(there, other) == ["loss.objective: class_conditional there, x:Y here"]
+
+
 def test_one_is_not_true():
     there, here = (load("shapes_tiny", f"deepspeed.new={value}") for value in ("1", "true"))
     assert differences(there, here) == ["deepspeed.new: 1 there, true here"]
