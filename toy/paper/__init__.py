@@ -7,8 +7,10 @@
 The experiments, and what each needs besides `pip install -e ".[train]"`:
 
     rank          Figures 5 and 6 and Table 1: ranks from 0 to D, and a random subspace
-    directions    what was trained for rank, its losses inside and outside of the subspace
-    guidance      the same, drawn with more and less guidance
+    directions    what was trained for rank, its losses inside and outside of the subspace; then the loss outside alone
+    embedding     with another start of the patch embedding than the subspace gives
+    switch        ranks 32 and 8, in one drawing
+    guidance      what was trained for rank, drawn with more and less guidance
     speed         the same, drawn after each quarter of the training
     repa          Table 2: with alignment; after rank; ".[repa]"
     rate          the search for learning rates
