@@ -3,11 +3,17 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from asymflow.errors import InputError
 
 MODELS, PACKAGED = Path(__file__).parent / "models", ("shapes",)  # models that come with this package, by their names
+GAVE_NOTHING = (
+    HTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)  # or a proxy refused
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
@@ -32,7 +38,7 @@ def locate(path: str | Path, *names: str, what: str) -> Path:
             return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:])))
         *_, last = [Path(hf_hub_download(path.as_posix(), name)) for name in names]
         return last.parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
+    except GAVE_NOTHING as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise InputError(f"{path} is neither {what} here nor one that the Hub gave: {reason}") from None
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
 from asymflow import backbones, files, opening
 from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
 from asymflow.extensions import find
+from asymflow.hub import GAVE_NOTHING
 from asymflow.numerics import at_least_float32, has_float64, no_autocast
 from asymflow.parameterization import calibration, recover_velocity
 from asymflow.patches import CHANNEL_LAST, check_patch_size, check_token_order, patchify, token_grid, unpatchify
@@ -218,7 +218,7 @@ class AsymFlow(
                 paths = [Path(hf_hub_download(name, file, **hub_options)) for file in (CONFIG, WEIGHTS)]
             else:
                 paths = [folder / CONFIG, folder / WEIGHTS]
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
+        except GAVE_NOTHING as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise InputError(f"{folder} is neither a folder here nor a model that the Hub gave: {reason}") from None
         flow = build(read_config(paths[0]), opening.read_tensors(paths[1])[0], backbone, source=str(paths[1]))

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from math import prod
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -272,6 +274,21 @@ def test_what_the_hub_lacks_is_said(monkeypatch):
     monkeypatch.setattr("asymflow.model.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     refused("user/model", "Entry Not Found", "config.json")
+
+
+@pytest.mark.slow
+def test_a_proxy_that_refuses_is_said():
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:  # which knows no CONNECT: 501
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        words = [sys.executable, "-m", "asymflow", "info", "user/model/model.safetensors"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": address, "https_proxy": address}
+        found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        proxy.shutdown()
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    assert "user/model/model.safetensors is neither" in found.stderr
+    assert "501" in found.stderr
 
 
 # ---- The record ------------------------------------------------------------------------------------------------------
