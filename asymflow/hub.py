@@ -8,12 +8,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from asymflow.errors import InputError
 
 MODELS, PACKAGED = Path(__file__).parent / "models", ("shapes",)  # models that come with this package, by their names
-GAVE_NOTHING = (
-    HTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)  # or a proxy refused
+# Not there, not allowed, not reached, or a proxy refused.
+GAVE_NOTHING = (HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
