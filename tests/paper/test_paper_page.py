@@ -42,10 +42,11 @@ def made_up(kind: str, seed: int, loss: float) -> dict:
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    further = [kind for searched in blocks.SEARCH.values() for kind in searched.values()]
-    further += [f"{name}-own-rate" for name in blocks.RATED]
-    further += [f"{name}-emoji" for name in blocks.RANKS] + [f"shapes-{name}" for name in blocks.YARDSTICKS]
-    for number, kind in enumerate([*blocks.RANKS, "rank-8-repa", "rank-0-repa", *further]):
+    others = [kind for searched in blocks.SEARCH.values() for kind in searched.values()]
+    others += [f"{name}-own-rate" for name in blocks.RATED]
+    others += [f"{name}-emoji" for name in blocks.RANKS] + [f"shapes-{name}" for name in blocks.YARDSTICKS]
+    others += [name for name in further.STARTS if name not in blocks.RANKS]
+    for number, kind in enumerate([*blocks.RANKS, "rank-8-repa", "rank-0-repa", *others]):
         for seed in range(3):
             found = made_up(kind, seed, 1 + number + 0.01 * seed)
             (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
