@@ -1,6 +1,6 @@
 """Which runs an experiment consists of, the most decisive first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,23 +26,23 @@ def rank(out: Path) -> list[Run]:
 
 def guidance(out: Path) -> list[Run]:
     """What was trained for `rank`, drawn with more and less guidance: does one rank want another than the other?"""
-    return again("guidance", RANKS[:2])
+    return again("guidance", of_ranks(RANKS[:2]))
 
 
 def speed(out: Path) -> list[Run]:
     """What was trained for `rank`, drawn with guidance on the way, too: is rank 8 ahead in such samples?"""
-    return again("speed", RANKS[:2])
+    return again("speed", of_ranks(RANKS[:2]))
 
 
 def directions(out: Path) -> list[Run]:
-    """The held-out losses of what was trained for `rank`, inside of rank 8's subspace and outside: where is the gain?
+    """The held-out losses of what was trained before, inside of rank 8's subspace and outside: where is the gain?
 
     Then rank 0 with the loss outside alone: does it gain there because nothing is asked of it inside?
     """
     settings = ("loss.objective=toy.paper.outside:Outside",)
     freed = [replace(of_rank("0", s, "-outside", settings), given="loss.options.subspace") for s in SEEDS]
-    freed = [replace(run, name=f"directions-{run.name}", again="directions") for run in freed]
-    return again("directions", (*RANKS[:3], "32")) + freed
+    freed = [replace(run, trained="") for run in again("directions", freed)]
+    return again("directions", [*of_ranks(RANKS[:3]), *embedding(out), *of_ranks(("32",))]) + freed
 
 
 def embedding(out: Path) -> list[Run]:
@@ -65,12 +65,16 @@ def embedding(out: Path) -> list[Run]:
 
 def switch(out: Path) -> list[Run]:
     """What was trained for `rank`, ranks 32 and 8, in one drawing: at which noise levels does rank 32 go wrong?"""
-    return again("switch", ("32",))
+    return again("switch", of_ranks(("32",)))
 
 
-def again(what: str, ranks: tuple[str, ...]) -> list[Run]:
-    runs = [of_rank(rank, seed) for seed in SEEDS for rank in ranks]
-    return [replace(run, name=f"{what}-{run.name}", again=what, trained=run.name) for run in runs]
+def of_ranks(ranks: Sequence[str]) -> list[Run]:
+    return [of_rank(rank, seed) for seed in SEEDS for rank in ranks]
+
+
+def again(what: str, runs: Sequence[Run]) -> list[Run]:
+    """What was trained for these runs, to be measured in another way."""
+    return [replace(run, name=f"{what}-{run.name}", again=what, trained=run.name, drawn="always") for run in runs]
 
 
 def rate(out: Path) -> list[Run]:

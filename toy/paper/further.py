@@ -7,8 +7,11 @@ from toy.paper.measures import LEVELS
 from toy.paper.runs import SWITCHED_AT
 from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, losses, origin, samples, shown, table
 
+STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
+STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
 PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8", "32")}
 PARTED["directions-rank-0-outside"] = "0, loss outside alone"
+PARTED |= {f"directions-{name}": title for name, title in STARTS.items() if name not in RANKS}
 
 
 def directions(kinds: Kinds) -> str:
@@ -52,8 +55,6 @@ def switch(kinds: Kinds) -> str:
     return "\n\n".join([made, origin(kinds, ["switch-rank-32"])])
 
 
-STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
-STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
 START_CLAIMS = {
     "rank 0 is better with the start of rank 8 than without": ("rank-0-seeded", "rank-0"),
     "rank 8 is better with its start than without": ("rank-8", "rank-8-unseeded"),
