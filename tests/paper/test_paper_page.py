@@ -161,6 +161,18 @@ def test_losses_inside_and_outside_have_a_row_for_each_rank(results):
     assert f"| outside | random 8 | {mean + 5.01:.4f} ± 0.0100 |" in text
 
 
+def test_what_starts_elsewhere_is_sooner_or_later_than_what_does_not(results):
+    """Of two curves that fall alike, the higher one is later wherever both have been."""
+    kinds = tables.read(results)
+    low, high = (kinds[name] for name in ("rank-8", "rank-8-unseeded"))
+    for seed in range(3):
+        for run, factor in ((low[seed], 1.0), (high[seed], 2.0)):
+            run["on the way"] = {str(step): {"held_out": {"0.5": factor * 4 / step, "0.6": 0}} for step in (1, 2, 4)}
+    text = further.embedding(kinds)
+    assert "| rank 8 is better with its start than without | 50% ± 0% | 50% ± 0% |" in text
+    assert text.count("| 8, random start | 3 |") == 2
+
+
 def test_what_two_ranks_drew_together_stands_between_what_each_drew(results):
     rows = [line.split(" | ")[:2] for line in further.switch(tables.read(results)).splitlines()[2:10]]
     between = {"rank 32 to 0.9, then rank 8": 9, "rank 32 to 0.7, then rank 8": 7, "rank 32 to 0.4, then rank 8": 4}

@@ -157,8 +157,9 @@ def speed_sides(kinds: Kinds) -> Sides:
     return {"rank 8 has sooner what both have at the end": (first, other)}
 
 
-def sooner(fast: Curve, slow: Curve, step: int) -> float:
-    """By which share of `step` the first curve is sooner where both are then: negative if it is later."""
+def sooner(fast: Curve, slow: Curve, step: int | None = None) -> float:
+    """By which share of `step`, by default the last, the first curve is sooner where both are; below 0: later."""
+    step = slow[0][-1] if step is None else step
     first, other = both_reached(*(tuple(part[: curve[0].index(step) + 1] for part in curve) for curve in (fast, slow)))
     return (other - first) / step
 

@@ -2,7 +2,7 @@
 
 import statistics
 
-from toy.paper.blocks import RANKS, Kinds, compared
+from toy.paper.blocks import ON_THE_WAY, RANKS, Kinds, compared, curve, sooner
 from toy.paper.measures import LEVELS
 from toy.paper.runs import SWITCHED_AT
 from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, losses, origin, samples, shown, table
@@ -66,7 +66,15 @@ START_CLAIMS = {
 
 def embedding(kinds: Kinds) -> str:
     """Ranks with and without the start of the patch embedding that their subspace gives."""
-    made = [name for name in STARTS if name not in RANKS]
-    parts = [compared(kinds, START_CLAIMS), samples(kinds, STARTS), "Without guidance:"]
+    made, rows = [name for name in STARTS if name not in RANKS], []
+    for claim, names in START_CLAIMS.items():
+        first, other = (kinds.get(name, {}) for name in names)
+        saved = [
+            {s: sooner(*(curve(runs[s]["on the way"], m) for runs in (first, other))) for s in first if s in other}
+            for m in ON_THE_WAY.values()
+        ]
+        rows.append([claim, *(shown(values, "{:.0%}") for values in saved)])
+    parts = [compared(kinds, START_CLAIMS), "By how much it is sooner where both are at the end:"]
+    parts += [table(["", *ON_THE_WAY], rows), "With guidance 2:", samples(kinds, STARTS), "Without guidance:"]
     parts += [samples(kinds, STARTS, UNGUIDED), "Held-out losses by noise level:", losses(kinds, STARTS)]
     return "\n\n".join([*parts, origin(kinds, made)])
