@@ -67,8 +67,9 @@ START_CLAIMS = {
 def embedding(kinds: Kinds) -> str:
     """Ranks with and without the start of the patch embedding that their subspace gives."""
     made, rows = [name for name in STARTS if name not in RANKS], []
-    for claim, names in START_CLAIMS.items():
-        first, other = (kinds.get(name, {}) for name in names)
+    run = {claim: names for claim, names in START_CLAIMS.items() if kinds.keys() >= set(names)}
+    for claim, names in run.items():
+        first, other = (kinds[name] for name in names)
         saved = [
             {s: sooner(*(curve(runs[s]["on the way"], m) for runs in (first, other))) for s in first if s in other}
             for m in ON_THE_WAY.values()

@@ -58,7 +58,7 @@ class Run:
     """A training, and what is measured of it.
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
-    whether it is aligned with `teacher`. given: the key that is given the file with the subspace of rank 8. drawn: when
+    whether it is aligned with `teacher`. given: the key that gets the path of rank 8's subspace. drawn: when
     samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
 
     If `again` is given, that alone is measured: "guidance", samples with more and less guidance; "directions", the
@@ -198,7 +198,7 @@ class Lab:
 
     def first_directions(self, seed: int) -> Path:
         """The file of the subspace that the run of rank 8 with this seed has, fitted again."""
-        path = self.out / f"rank-8-{seed}.safetensors"
+        path = self.out / f"pca-8-{seed}.safetensors"
         if not path.exists():
             config = load_config(HERE / "shapes64.yaml", [*self.scale.settings, f"train.seed={seed}"])
             dataset = make_dataset(config)
@@ -344,7 +344,7 @@ def snapshots(folder: Path) -> list[int]:
 
 def averaged(folder: Path, step: int | None = None) -> AsymFlow:
     """The moving average of a training after a step, by default the last."""
-    path = rebuild(folder, Profile(sigma_rel=WIDTH), step or snapshots(folder)[-1])
+    path = rebuild(folder, Profile(sigma_rel=WIDTH), step)
     own = EMBEDDED if load_config(folder / "config.yaml").model.backbone == EMBEDDED else None
     return load_model(path, torch.device("cpu"), own)
 
