@@ -9,9 +9,11 @@ import torch
 from asymflow.errors import InputError
 from asymflow.training.config.reading import load_config
 from toy.paper import experiments, page
+from toy.paper.damage import DAMAGES
 from toy.paper.data import KEPT, EmojiData, ShapesData, code_point, of_classes
 from toy.paper.experiments import PLANS, SEEDS
-from toy.paper.runs import HERE
+from toy.paper.finetuning import MODELS, VARIANCE
+from toy.paper.runs import EMBEDDED, HERE
 
 
 @pytest.fixture
@@ -35,13 +37,20 @@ def test_names_are_unique_and_configurations_are_valid(searched):
 
 
 def test_what_is_compared_has_the_same_seeds_and_differs_in_what_its_name_says(searched):
-    rank, aligned, own = (PLANS[name](searched) for name in ("rank", "repa", "own-rate"))
+    rank, aligned, own, started = (PLANS[name](searched) for name in ("rank", "repa", "own-rate", "embedding"))
     plain = {run.name: run for run in rank}
     assert {run.seed for run in [*rank, *aligned, *own]} == set(SEEDS)
     for run in aligned:
         twin = plain[run.name.replace("-repa", "").replace("-weak", "")]
         weight = {"loss.repa.weight=0.05"} if "-weak" in run.name else set()
         assert set(run.settings) - set(twin.settings) == {"loss.repa.after=2", "loss.repa.hidden=512"} | weight
+    for run in started:
+        twin = plain[run.name.replace("-seeded", "").replace("-unseeded", "")]
+        assert set(run.settings) - set(twin.settings) == {f"model.backbone={EMBEDDED}", "model.size=null"}
+        assert bool(run.given) == ("-seeded" in run.name)
+    for run in [run for run in PLANS["directions"](searched) if "-outside" in run.name]:
+        twin = plain[f"rank-0-seed-{run.seed}"]
+        assert set(run.settings) - set(twin.settings) == {"loss.objective=toy.paper.outside:Outside"}
     for run in own:
         twin = plain[run.name.replace("-own-rate", "")]
         assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0024"}
@@ -62,7 +71,9 @@ def test_where_the_search_finds_the_rate_of_the_configuration_nothing_runs_again
 
 def test_every_kind_on_the_page_is_in_a_plan(searched):
     kinds = {run.name.rpartition("-seed-")[0] for plan in PLANS.values() for run in plan(searched)}
-    needed = {kind for _, kinds in page.BLOCKS.values() for kind in kinds if kind.startswith("rank-")}
+    kinds |= {f"{data}-{damage}" for data in ("shapes", "emoji") for damage in DAMAGES}
+    kinds |= {f"finetuning-{model}" for model in (*MODELS, VARIANCE)}
+    needed = {kind for _, kinds in page.BLOCKS.values() for kind in kinds}
     assert needed <= kinds
 
 

@@ -238,18 +238,22 @@ SEARCH = {name: {rate: f"{name}-rate-{rate:g}" for rate in RATES} for name in RA
 
 def rate(kinds: Kinds) -> str:
     """The search, its lowest losses in bold; then the runs of each rank at the rate that has its lowest."""
-    rows, own = [], {}
+    rows, own, open_ended = [], {}, []
     for name, searched in SEARCH.items():
         found = {rate: by_seed(kinds[kind], held_out) for rate, kind in searched.items()}
         best = min(found, key=lambda rate, found=found: statistics.fmean(found[rate].values()))
         words = {rate: shown(values, "{:.4f}") for rate, values in found.items()}
         rows.append([RATED[name], *(words | {best: f"**{words[best]}**"}).values()])
         own[name] = name if best == RATE else f"{name}-own-rate"
+        open_ended += [RATED[name]] * (best in (min(RATES), max(RATES)))
     pairs = {claim: tuple(map(own.get, pair)) for claim, pair in RANK_CLAIMS.items() if own.keys() >= set(pair)}
     titles = {kind: RATED[name] for name, kind in own.items()}
     further = [*(f"{name}-own-rate" for name in RATED), *(kind for kinds in SEARCH.values() for kind in kinds.values())]
-    parts = [table(["rank", *map("{:g}".format, RATES)], rows), compared(kinds, pairs), samples(kinds, titles)]
-    return "\n\n".join([*parts, losses(kinds, titles), origin(kinds, further)])
+    parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
+    if open_ended:
+        parts += [f"*Best at an end of the search, beyond which it was not: {', '.join(open_ended)}.*"]
+    parts += [compared(kinds, pairs), samples(kinds, titles), losses(kinds, titles)]
+    return "\n\n".join([*parts, origin(kinds, further)])
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------

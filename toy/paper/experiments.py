@@ -37,7 +37,7 @@ def speed(out: Path) -> list[Run]:
 def directions(out: Path) -> list[Run]:
     """The held-out losses of what was trained before, inside of rank 8's subspace and outside: where is the gain?
 
-    Then rank 0 with the loss outside alone: does it gain there because nothing is asked of it inside?
+    Then rank 0 with the loss outside alone: does it gain there if nothing is asked of it inside?
     """
     settings = ("loss.objective=toy.paper.outside:Outside",)
     freed = [replace(of_rank("0", s, "-outside", settings), given="loss.options.subspace") for s in SEEDS]
@@ -51,7 +51,7 @@ def embedding(out: Path) -> list[Run]:
     Is the gain that of what is predicted, or that of where the embedding starts?
     """
     settings = (f"model.backbone={EMBEDDED}", "model.size=null")
-    runs = [
+    return [
         replace(of_rank(rank, seed, mark, settings), given=given, drawn="at the end")
         for seed in SEEDS
         for rank, mark, given in (
@@ -60,7 +60,6 @@ def embedding(out: Path) -> list[Run]:
             ("32", "-unseeded", ""),
         )
     ]
-    return runs
 
 
 def switch(out: Path) -> list[Run]:

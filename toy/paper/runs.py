@@ -58,13 +58,16 @@ class Run:
     """A training, and what is measured of it.
 
     settings: keys of the configuration, as text. random: the rank of its subspace, if that is a random one. repa:
-    whether it is aligned with `teacher`. given: the key that gets the path of rank 8's subspace. drawn: when
-    samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
+    whether it is aligned with `teacher`. given: the key that gets the path of rank 8's subspace. trained: the run
+    whose training this is, if not its own.
 
-    If `again` is given, that alone is measured: "guidance", samples with more and less guidance; "directions", the
-    held-out losses in two parts; "speed", guided samples after each quarter of the steps but the last; or "switch",
-    samples that this rank draws above or below a noise level, and rank 8 on the other side. The training is then that
-    of the run `trained`, if that is given.
+    drawn: when samples are measured: "always" (also on the way), "at the end" or "never"; held-out losses always are.
+    again: what is measured in place of all that:
+
+    - guidance: samples with more and less guidance.
+    - directions: the held-out losses in two parts.
+    - speed: guided samples after each quarter of the steps but the last.
+    - switch: samples that this rank draws above or below a noise level, and rank 8 on the other side.
     """
 
     name: str
@@ -189,20 +192,21 @@ class Lab:
             settings.append(f"loss.repa.model={self.out / 'teacher'}")
             teacher_in(self.out / "teacher", SIZE // PATCH, self.scale.taught)
         if run.given:
-            settings.append(f"{run.given}={self.first_directions(run.seed)}")
+            settings.append(f"{run.given}={self.first_directions(run)}")
         words = [sys.executable, "train_ddp.py", "--config", HERE / f"{run.config}.yaml", "--out", folder]
         words = [*map(str, words), *(f"--set={setting}" for setting in settings)]
         print(" ".join(words[1:]), flush=True)
         if subprocess.run(words, cwd=HERE.parent.parent, check=False).returncode:
             raise InputError(f"the training in {folder} failed; see above")
 
-    def first_directions(self, seed: int) -> Path:
-        """The file of the subspace that the run of rank 8 with this seed has, fitted again."""
-        path = self.out / f"pca-8-{seed}.safetensors"
+    def first_directions(self, run: Run) -> Path:
+        """The file of the subspace of rank 8 that the training of a run would fit, were that its rank."""
+        path = self.out / f"pca-8-{run.config}-{run.seed}.safetensors"
         if not path.exists():
-            config = load_config(HERE / "shapes64.yaml", [*self.scale.settings, f"train.seed={seed}"])
+            settings = [*self.data.settings, *self.scale.settings, f"train.seed={run.seed}"]
+            config = load_config(HERE / f"{run.config}.yaml", settings)
             dataset = make_dataset(config)
-            chosen = streams.permutation(seed, 0, len(dataset))[: config.subspace.images]
+            chosen = streams.permutation(run.seed, 0, len(dataset))[: config.subspace.images]
             images = (dataset[int(i)].image[None].double() / 127.5 - 1 for i in chosen)
             tokens = (patchify(image, PATCH) for image in images)
             fit_pca(tokens, 8, patch_size=PATCH, token_order="channel_last").save(path)
@@ -219,10 +223,14 @@ class Lab:
     def measure(self, run: Run) -> dict:
         folder, way = self.out / run.folder, {}
         if run.again:
-            ways = {"guidance": self.by_guidance, "directions": self.by_direction, "speed": self.by_step}
-            again = (ways | {"switch": self.by_switch})[run.again]
+            again = {
+                "guidance": self.by_guidance,
+                "directions": self.by_direction,
+                "speed": self.by_step,
+                "switch": self.by_switch,
+            }
             hours = 0.0 if run.trained else training_hours(folder)
-            return {"hours": {"training": hours}, "at the end": again(folder, run.seed)}
+            return {"hours": {"training": hours}, "at the end": again[run.again](run)}
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
         for step in progress_bar(snapshots(folder), f"measuring {run.name}", "snapshot"):
             flow = averaged(folder, step)
@@ -247,25 +255,26 @@ class Lab:
         end["guided, no clamp"] = self.judged(self.draw(flow, *self.scale.end, GUIDANCE))
         return end
 
-    def by_guidance(self, folder: Path, seed: int) -> dict[str, dict]:
-        flow, bar = averaged(folder), progress_bar(GUIDANCES, "drawing", "guidance")
+    def by_guidance(self, run: Run) -> dict[str, dict]:
+        flow, bar = averaged(self.out / run.folder), progress_bar(GUIDANCES, "drawing", "guidance")
         return {f"guidance {by:g}": self.judged(self.draw(flow, *self.scale.end, by)) for by in bar}
 
-    def by_step(self, folder: Path, seed: int) -> dict[str, dict]:
+    def by_step(self, run: Run) -> dict[str, dict]:
+        folder = self.out / run.folder
         *way, last = snapshots(folder)
         bar = progress_bar([step for step in way if 4 * step % last == 0], "drawing", "snapshot")
         return {str(step): self.judged(self.draw(averaged(folder, step), *self.scale.end, GUIDANCE)) for step in bar}
 
-    def by_direction(self, folder: Path, seed: int) -> dict[str, dict]:
+    def by_direction(self, run: Run) -> dict[str, dict]:
         images, labels = self.real[: self.scale.held_out], self.labels[: self.scale.held_out]
-        basis = Subspace.load(self.first_directions(seed)).basis.double()
-        parts = measures.losses_by_direction(averaged(folder), images, labels, basis, PATCH)
+        basis = Subspace.load(self.first_directions(run)).basis.double()
+        parts = measures.losses_by_direction(averaged(self.out / run.folder), images, labels, basis, PATCH)
         return dict(zip(("inside", "outside"), parts, strict=True))
 
-    def by_switch(self, folder: Path, seed: int) -> dict[str, dict]:
+    def by_switch(self, run: Run) -> dict[str, dict]:
         """Without guidance, where the ranks differ most. Rank 8 is trained first, unless that is done."""
-        self.train(run := of_rank("8", seed))
-        this, eight = averaged(folder), averaged(self.out / run.folder)
+        self.train(other := of_rank("8", run.seed))
+        this, eight = (averaged(self.out / each.folder) for each in (run, other))
         pairs = {f"{side} {level:g}": (level, side) for level in SWITCHED_AT for side in ("above", "below")}
         bar, found = progress_bar(pairs.items(), "drawing", "switch"), {}
         for name, (level, side) in bar:
