@@ -9,18 +9,18 @@ from toy.paper.experiments import RATE, RATES
 from toy.paper.tables import (
     GUIDED,
     UNCLAMPED,
-    UNGUIDED,
     Measure,
     Runs,
     Sides,
     Values,
+    all_measures,
+    all_samples,
     as_trained,
     at_the_end,
     by_seed,
     claims,
     held_out,
     loss_as_trained,
-    losses,
     mean_loss,
     minus,
     origin,
@@ -89,13 +89,8 @@ def yardsticks(kinds: Kinds) -> str:
 
 
 def rank(kinds: Kinds) -> str:
-    parts = [
-        compared(kinds, RANK_CLAIMS),
-        "With guidance 2:",
-        samples(kinds, RANKS | {"shapes-whole": YARDSTICKS["whole"]}),
-    ]
-    parts += ["Without guidance:", samples(kinds, RANKS, UNGUIDED)]
-    return "\n\n".join([*parts, "Held-out losses by noise level:", losses(kinds, RANKS), origin(kinds, list(RANKS))])
+    measured = all_measures(kinds, RANKS | {"shapes-whole": YARDSTICKS["whole"]})
+    return "\n\n".join([compared(kinds, RANK_CLAIMS), measured, origin(kinds, list(RANKS))])
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
@@ -196,8 +191,8 @@ def clamp(kinds: Kinds) -> str:
     ]
     head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
     titles = {name: RANKS[name] for name in PAPER_CLAMP}
-    parts = [table(head, rows), claims(found, forms(CLAMPED)), "With a clamp, and without:"]
-    return "\n\n".join([*parts, *(samples(kinds, titles, how) for how in (GUIDED, UNCLAMPED))])
+    measured = all_samples(kinds, titles, (GUIDED, UNCLAMPED))
+    return "\n\n".join([table(head, rows), claims(found, forms(CLAMPED)), measured])
 
 
 def clamp_sides(kinds: Kinds) -> Sides:
@@ -216,8 +211,9 @@ ALIGNED |= {f"rank-{r}{mark}": f"{r}, with {title}" for mark, title in ALIGNMENT
 
 
 def repa(kinds: Kinds) -> str:
-    parts = [claims(repa_sides(kinds), forms(QUALITY), BY), samples(kinds, ALIGNED), "Held-out losses by noise level:"]
-    return "\n\n".join([*parts, losses(kinds, ALIGNED), origin(kinds, [name for name in ALIGNED if name not in RANKS])])
+    aligned = [name for name in ALIGNED if name not in RANKS]
+    parts = [claims(repa_sides(kinds), forms(QUALITY), BY), all_measures(kinds, ALIGNED), origin(kinds, aligned)]
+    return "\n\n".join(parts)
 
 
 def repa_sides(kinds: Kinds) -> Sides:
@@ -252,8 +248,8 @@ def rate(kinds: Kinds) -> str:
     parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
     if open_ended:
         parts += [f"*Best at an end of the search, beyond which it was not: {', '.join(open_ended)}.*"]
-    parts += [compared(kinds, pairs), samples(kinds, titles), losses(kinds, titles)]
-    return "\n\n".join([*parts, origin(kinds, further)])
+    parts += [compared(kinds, pairs), all_measures(kinds, titles), origin(kinds, further)]
+    return "\n\n".join(parts)
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------
@@ -366,9 +362,7 @@ def emoji(kinds: Kinds) -> str:
     others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
     parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
     yardsticks = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
-    shown_too = {name: rank for name, rank in EMOJI.items() if has_samples(kinds, name)}
-    parts += [samples(kinds, shown_too | yardsticks), "Held-out losses by noise level:", losses(kinds, EMOJI)]
-    return "\n\n".join([*parts, origin(kinds, list(EMOJI))])
+    return "\n\n".join([*parts, all_measures(kinds, EMOJI | yardsticks), origin(kinds, list(EMOJI))])
 
 
 def has_samples(kinds: Kinds, name: str) -> bool:

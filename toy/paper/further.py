@@ -5,7 +5,7 @@ import statistics
 from toy.paper.blocks import ON_THE_WAY, RANKS, Kinds, compared, curve, sooner
 from toy.paper.measures import LEVELS
 from toy.paper.runs import SWITCHED_AT
-from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, at_the_end, by_seed, losses, origin, samples, shown, table
+from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, all_measures, at_the_end, by_seed, origin, shown, table
 
 STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
 STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
@@ -77,6 +77,5 @@ def embedding(kinds: Kinds) -> str:
         ]
         rows.append([claim, *(shown(values, "{:.0%}") for values in saved)])
     parts = [compared(kinds, START_CLAIMS), "By how much it is sooner where both are at the end:"]
-    parts += [table(["", *ON_THE_WAY], rows), "With guidance 2:", samples(kinds, STARTS), "Without guidance:"]
-    parts += [samples(kinds, STARTS, UNGUIDED), "Held-out losses by noise level:", losses(kinds, STARTS)]
+    parts += [table(["", *ON_THE_WAY], rows), all_measures(kinds, STARTS)]
     return "\n\n".join([*parts, origin(kinds, made)])

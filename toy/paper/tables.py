@@ -114,6 +114,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def folded(title: str, made: str) -> str:
+    """A long table that a reader may open."""
+    return f"<details markdown>\n<summary>{title}</summary>\n\n{made}\n\n</details>"
+
+
 def shown(values: Values, form: str) -> str:
     """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05, 2 of 3 seeds" if one has no value."""
     known = [value for value in values.values() if value is not None]
@@ -153,26 +158,38 @@ def judged(both: tuple[Sequence[Values], Sequence[Values]], chosen: Sequence[int
     return verdict([Difference.between(both[0][i], both[1][i]) for i in chosen])
 
 
+WAYS = {GUIDED: "with guidance 2", UNGUIDED: "without guidance", UNCLAMPED: "with guidance 2, without a clamp"}
+
+
+def all_measures(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
+    measured = folded("Held-out losses by noise level", losses(kinds, titles))
+    return "\n\n".join([all_samples(kinds, titles, (GUIDED, UNGUIDED)), measured])
+
+
+def all_samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], ways: Sequence[str]) -> str:
+    return "\n\n".join(folded(f"Samples {WAYS[how]}", samples(kinds, titles, how)) for how in ways)
+
+
 def samples(kinds: Mapping[str, Runs], titles: Mapping[str, str], how: str = GUIDED) -> str:
     """A row for each kind of run, with all that was measured of its samples: of emoji nothing by the oracle."""
-    found = {name: kinds[name] for name in titles if name in kinds}
-    measured = {key for runs in found.values() for run in runs.values() for key in run["at the end"][how]}
+    drawn = {name: {s: run for s, run in kinds.get(name, {}).items() if how in run["at the end"]} for name in titles}
+    measured = {key for runs in drawn.values() for run in runs.values() for key in run["at the end"][how]}
     columns = {key: column for key, column in COLUMNS.items() if key in measured}
     rows = []
-    for name, runs in found.items():
+    for name, runs in drawn.items():
         cells = [shown(by_seed(runs, at_the_end(key, how)), form) for key, (_, form) in columns.items()]
-        rows.append([titles[name], str(len(runs)), *cells])
+        rows += [[titles[name], str(len(runs)), *cells]] if runs else []
     return table(["", "seeds", *(title for title, _ in columns.values())], rows)
 
 
 def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
     """A row for each kind of run, with its held-out loss at each noise level."""
     rows, levels = [], []
-    for name in filter(kinds.__contains__, titles):
-        levels = list(last(next(iter(kinds[name].values())))["held_out"])
-        at = [lambda run, level=level: last(run)["held_out"][level] for level in levels]
-        measures = [held_out, as_trained, *at]
-        rows.append([titles[name], *(shown(by_seed(kinds[name], measure), "{:.4f}") for measure in measures)])
+    for name, title in titles.items():
+        if runs := {s: run for s, run in kinds.get(name, {}).items() if "on the way" in run}:
+            levels = list(last(next(iter(runs.values())))["held_out"])
+            at = [lambda run, level=level: last(run)["held_out"][level] for level in levels]
+            rows.append([title, *(shown(by_seed(runs, m), "{:.4f}") for m in (held_out, as_trained, *at))])
     return table(["rank", "mean", "as trained", *levels], rows)
 
 
