@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from asymflow import files, opening
-from asymflow.backbones.flux2.adapter import find
+from asymflow.backbones.flux2.adapter import adapter_patch_size, find
 from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
 from asymflow.cli import prompts as prompt_files
 from asymflow.cli.common import this_process
@@ -46,7 +46,6 @@ def run_prompts(args: argparse.Namespace) -> None:
     sizes = [pipeline.reference(image, patch_size).shape[-2:] for image in images]  # also checks the images
     like = sizes[0] if sizes else (SIZE, SIZE)
     height, width = args.height or like[0], args.width or like[1]
-    token_grid(torch.empty(1, 3, height, width, device="meta"), patch_size)  # checks the size
     args.shift = dynamic_shift(height, width) if args.shift is None else args.shift
     plan = [(i, prompts[i % len(prompts)]) for i in range(args.first, args.first + args.num)]
 
@@ -97,7 +96,8 @@ def check(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     if args.offload and own_device(args).type == "cpu":
         raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
     check_base_folder(args.base)
-    find(args.adapter)
+    patch_size = adapter_patch_size(args.adapter)
+    token_grid(torch.empty(1, 3, args.height or patch_size, args.width or patch_size, device="meta"), patch_size)
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:

@@ -267,6 +267,15 @@ def find(path: str | Path) -> Path:
     return path
 
 
+def adapter_patch_size(path: str | Path) -> int:
+    """That of an adapter's tokens; nothing else of it is read. InputError if it has no subspace of square patches."""
+    tensors, _ = opening.read_tensors(path := find(path))
+    for key, tensor in tensors.items():
+        if key.removeprefix("transformer.") == BUFFERS[0] and tensor.ndim:
+            return patch_size_of(len(tensor), path)
+    raise InputError(f"{path} does not fit: missing tensors: {BUFFERS[0]}")
+
+
 def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: str | Path) -> None:
     """InputError unless all `needed` tensors are there, and all tensors are of finite floating point numbers."""
     if missing := [name for name in needed if name not in tensors]:

@@ -116,7 +116,10 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
         (PROMPT, {"max-length": 0}, "--max-length must be at least 1"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(base, adapter, tmp_path, capsys, options, replaced, message):
+def test_mistakes_are_answered_in_one_line_before_a_model_is_read(
+    base, adapter, tmp_path, capsys, monkeypatch, options, replaced, message
+):
+    monkeypatch.setattr(sample_text, "load", None)
     assert run(base, adapter, tmp_path / "out", *options, **replaced) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("asymflow sample: error: ")
