@@ -5,13 +5,15 @@ import tarfile
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asymflow.errors import InputError
 from asymflow.training.config.reading import load_config
 from toy.paper import experiments, page
 from toy.paper.damage import DAMAGES
 from toy.paper.data import KEPT, EmojiData, ShapesData, code_point, of_classes
-from toy.paper.experiments import PLANS, SEEDS
+from toy.paper.experiments import PLANS, RATES, SEEDS, best_rate
 from toy.paper.finetuning import MODELS, VARIANCE
 from toy.paper.runs import EMBEDDED, HERE
 
@@ -53,7 +55,7 @@ def test_what_is_compared_has_the_same_seeds_and_differs_in_what_its_name_says(s
         assert set(run.settings) - set(twin.settings) == {"loss.objective=toy.paper.outside:Outside"}
     for run in own:
         twin = plain[run.name.replace("-own-rate", "")]
-        assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0024"}
+        assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0048"}
         assert run.random == twin.random
     assert {f"rank-{name}-own-rate" for name in ("8", "0", "full", "random-8")} == {
         run.name.rpartition("-seed-")[0] for run in own
@@ -75,6 +77,18 @@ def test_every_kind_on_the_page_is_in_a_plan(searched):
     kinds |= {f"finetuning-{model}" for model in (*MODELS, VARIANCE)}
     needed = {kind for _, kinds in page.BLOCKS.values() for kind in kinds}
     assert needed <= kinds
+
+
+@given(st.dictionaries(st.sampled_from(RATES), st.floats(0, 1)))
+def test_a_rate_is_the_best_only_if_the_next_higher_one_is_worse_or_none_is_tried(losses):
+    found, lowest = best_rate(losses), min(losses.values(), default=None)
+    tried = [rate in losses for rate in RATES]
+    first = next((i for i, rate in enumerate(RATES) if losses.get(rate) == lowest), None)
+    if found is None:
+        assert first is None or not all(tried[: first + 2])
+    else:
+        assert losses[found] == lowest
+        assert all(tried[: RATES.index(found) + 2])
 
 
 def test_without_a_search_no_rate_is_taken_for_the_best(tmp_path, capsys):

@@ -212,7 +212,7 @@ def test_a_rank_whose_best_rate_is_that_of_all_stands_with_its_runs_at_that_rate
     losses = (map(tables.held_out, kinds[kind].values()) for kind in ("rank-8-own-rate", "rank-0"))
     first, other = map(statistics.fmean, losses)
     assert f"rank 8 is better than rank 0 (x0-prediction) | **{first - other:+.4f}" in text
-    assert "Best at an end of the search, beyond which it was not: 8, 768, random 8." in text
+    assert "The search ends at the best rate of 8, 768, random 8." in text
 
 
 @given(st.floats(0, 3), st.floats(0, 3))

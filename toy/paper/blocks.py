@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from toy.paper.experiments import RATE, RATES
+from toy.paper.experiments import RATE, RATES, best_rate
 from toy.paper.tables import (
     GUIDED,
     UNCLAMPED,
@@ -236,18 +236,20 @@ def rate(kinds: Kinds) -> str:
     """The search, its lowest losses in bold; then the runs of each rank at the rate that has its lowest."""
     rows, own, open_ended = [], {}, []
     for name, searched in SEARCH.items():
-        found = {rate: by_seed(kinds[kind], held_out) for rate, kind in searched.items()}
-        best = min(found, key=lambda rate, found=found: statistics.fmean(found[rate].values()))
+        found = {rate: by_seed(kinds.get(kind, {}), held_out) for rate, kind in searched.items()}
+        best = best_rate({rate: statistics.fmean(values.values()) for rate, values in found.items() if values})
         words = {rate: shown(values, "{:.4f}") for rate, values in found.items()}
-        rows.append([RATED[name], *(words | {best: f"**{words[best]}**"}).values()])
-        own[name] = name if best == RATE else f"{name}-own-rate"
-        open_ended += [RATED[name]] * (best in (min(RATES), max(RATES)))
+        if best is not None:
+            words[best] = f"**{words[best]}**"
+            own[name] = name if best == RATE else f"{name}-own-rate"
+            open_ended += [RATED[name]] * (best in (min(RATES), max(RATES)))
+        rows.append([RATED[name], *words.values()])
     pairs = {claim: tuple(map(own.get, pair)) for claim, pair in RANK_CLAIMS.items() if own.keys() >= set(pair)}
     titles = {kind: RATED[name] for name, kind in own.items()}
     further = [*(f"{name}-own-rate" for name in RATED), *(kind for kinds in SEARCH.values() for kind in kinds.values())]
     parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
     if open_ended:
-        parts += [f"*Best at an end of the search, beyond which it was not: {', '.join(open_ended)}.*"]
+        parts += [f"*The search ends at the best rate of {', '.join(open_ended)}.*"]
     parts += [compared(kinds, pairs), all_measures(kinds, titles), origin(kinds, further)]
     return "\n\n".join(parts)
 

@@ -1,6 +1,6 @@
 """Which runs an experiment consists of, the most decisive first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
 NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATE = 6e-4  # of the configurations
-RATES = (3e-4, RATE, 1.2e-3, 2.4e-3)
+RATES = (3e-4, RATE, 1.2e-3, 2.4e-3, 4.8e-3)
 RATED = ("8", "0", "random 8", "full")  # whose learning rate is looked for
 
 
@@ -82,6 +82,12 @@ def rate(out: Path) -> list[Run]:
     return [replace(run, settings=(*run.settings, "train.steps=1000"), drawn="never") for run in runs]
 
 
+def best_rate(losses: Mapping[float, float]) -> float | None:
+    """The rate with the lowest of these losses; None if a lower rate, or the next higher one, has not been tried."""
+    best = min(losses, key=losses.__getitem__, default=RATES[-1])
+    return best if losses.keys() >= set(RATES[: RATES.index(best) + 2]) else None
+
+
 def own_rate(out: Path) -> list[Run]:
     """The runs of `rank` again, each with the learning rate of the lowest held-out loss in `rate`, which goes first.
 
@@ -90,10 +96,11 @@ def own_rate(out: Path) -> list[Run]:
     best = {}
     for rank in RATED:
         files = {r: out / f"{of_rank(rank, SEARCHED, f'-rate-{r:g}').name}.json" for r in RATES}
-        if all(file.exists() for file in files.values()):
-            best[rank] = min(RATES, key=lambda r, files=files: held_out(opening.read_json(files[r])))
-        else:
+        found = {r: held_out(opening.read_json(file)) for r, file in files.items() if file.exists()}
+        if (own := best_rate(found)) is None:
             print(f"rank {rank} has no learning rate of its own yet: python -m toy.paper rate", flush=True)
+        else:
+            best[rank] = own
     rated = [(rank, r) for rank, r in best.items() if r != RATE]
     runs = [of_rank(rank, seed, "-own-rate", (f"optimizer.lr={r:g}",)) for seed in SEEDS for rank, r in rated]
     return [replace(run, drawn="at the end") for run in runs]

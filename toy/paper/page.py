@@ -12,6 +12,7 @@ from asymflow import opening
 from asymflow.errors import InputError
 from asymflow.files import replacing
 from toy.paper import best_rank, blocks, further
+from toy.paper.experiments import RATE
 from toy.paper.figures import finetuning_figure, rank_figure, samples_figure, speed_figure
 from toy.paper.summary import summary
 from toy.paper.tables import Runs, read
@@ -27,7 +28,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "speed": (blocks.speed, ["rank-0", "rank-8"]),
     "clamp": (blocks.clamp, ["rank-0", "rank-8"]),
     "repa": (blocks.repa, ["rank-0", "rank-8", "rank-0-repa", "rank-8-repa"]),
-    "rate": (blocks.rate, [kind for searched in blocks.SEARCH.values() for kind in searched.values()]),
+    "rate": (blocks.rate, [searched[RATE] for searched in blocks.SEARCH.values()]),
     "finetuning": (blocks.finetuning, ["finetuning-plain", "finetuning-reduced"]),
     "variance": (blocks.variance, ["finetuning-variance"]),
     "lifted": (blocks.lifted, ["finetuning-start"]),
