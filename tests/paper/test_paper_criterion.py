@@ -11,13 +11,17 @@ from toy.paper import criterion
 variances = st.lists(st.floats(0, 50), min_size=1, max_size=12).map(lambda v: torch.tensor(sorted(v, reverse=True)))
 
 
-@given(variance=st.floats(0.01, 30), sigma=st.floats(0.05, 0.95))
-def test_powers_are_those_of_the_regression_on_the_noisy_data(variance, sigma):
-    """The best estimate of a Gaussian target has the power of its covariance with the data, squared, over theirs."""
-    x0, velocity = criterion.powers(torch.tensor(variance).double(), torch.tensor(sigma).double())
-    seen = (1 - sigma) ** 2 * variance + sigma**2
-    assert x0.item() == pytest.approx(((1 - sigma) * variance) ** 2 / seen, rel=1e-5)
-    assert velocity.item() == pytest.approx((sigma - (1 - sigma) * variance) ** 2 / seen, rel=1e-4, abs=1e-5)
+@given(variance=st.floats(0.01, 30), sigma=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_powers_are_those_of_the_regression_on_the_noisy_data(variance, sigma, seed):
+    """The best estimate of a Gaussian target is linear in the data: here of samples with exactly their covariance."""
+    whole = torch.randn(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x0, eps = (torch.linalg.qr(whole).Q * 10**0.5).T
+    x0 = x0 * variance**0.5
+    seen = ((1 - sigma) * x0 + sigma * eps)[:, None]
+    found = criterion.powers(torch.tensor(variance).double(), torch.tensor(sigma).double())
+    for power, target in zip(found, (x0, eps - x0), strict=True):
+        estimate = seen @ torch.linalg.lstsq(seen, target[:, None]).solution
+        assert power.item() == pytest.approx(estimate.square().mean().item(), rel=1e-5, abs=1e-9)
 
 
 @given(variances)

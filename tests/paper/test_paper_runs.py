@@ -66,7 +66,7 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert freed["hours"]["training"] > 0
     assert freed["at the end"]["outside"].keys() == parts["outside"].keys()
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
-    files = ("pca-8-0.safetensors", "rank-8-seed-0/subspace.safetensors")
+    files = ("pca-8-shapes64-0.safetensors", "rank-8-seed-0/subspace.safetensors")
     assert torch.equal(*(Subspace.load(tmp_path / file).basis for file in files))
     assert paper.main(["embedding", *words[1:4], "--only", "rank-0-seeded-seed-0"]) == 0
     seeded = json.loads((tmp_path / "rank-0-seeded-seed-0.json").read_text())["at the end"]

@@ -16,10 +16,10 @@ with importing(__name__):
     from toy.emoji64 import load
     from toy.paper import page
     from toy.paper.criterion import spectrum
-    from toy.paper.data import SIZE, EmojiData, ShapesData
+    from toy.paper.data import PATCH, SIZE, EmojiData, ShapesData
     from toy.paper.experiments import PLANS
     from toy.paper.page import SPECTRA
-    from toy.paper.runs import COMMIT, PATCH, QUICK, Lab, Scale, in_words
+    from toy.paper.runs import COMMIT, QUICK, Lab, Scale, in_words
 
 EXPERIMENTS = (*PLANS, "finetuning")
 FURTHER = {"repa": ["transformers"], "finetuning": ["diffusers", "lpips"]}  # packages that others do without
@@ -66,7 +66,6 @@ def predict(out: Path, emoji: EmojiData) -> None:
     found["spectra"] = {
         name: [float(f"{v:.5g}") for v in spectrum(load(data)[0], PATCH)] for name, data in pictures.items()
     }
-    out.mkdir(parents=True, exist_ok=True)
     with replacing(out / SPECTRA) as beside:
         beside.write_text(json.dumps(found) + "\n")
     print(f"wrote {out / SPECTRA}")
@@ -83,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "all":
         doing = ["predict", *EXPERIMENTS, *(["page"] if not args.quick else [])]
     try:
-        if args.only and len(doing) > 1:
-            raise InputError("--only goes with one experiment, not with all")
+        if args.only and args.what not in EXPERIMENTS:
+            raise InputError(f"--only goes with one experiment, not with {args.what}")
         if not args.data and {"emoji", "predict"} & set(doing):
             raise InputError(f"{args.what} needs --data emoji64.tar: docs/emoji64.md says how to make it")
         with importing(__name__):

@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from toy.paper.damage import DAMAGES
 from toy.paper.experiments import RATE, RATES, best_rate
 from toy.paper.tables import (
+    COLUMNS,
     GUIDED,
     UNCLAMPED,
     Measure,
@@ -32,23 +34,14 @@ from toy.paper.tables import (
 Kinds = Mapping[str, Runs]
 RANDOM = "random 8"
 RANKS = {f"rank-{rank}": str(rank) for rank in (0, 2, 4, 8, 16, 32)} | {"rank-full": "768", "rank-random-8": RANDOM}
-YARDSTICKS = {  # in place of samples
-    "whole": "other pictures",
-    "blur-0.5": "blurred by 0.5 pixels",
-    "blur-1": "blurred by 1 pixel",
-    "noise-5": "noise of 5 grey levels",
-    "noise-15": "noise of 15 grey levels",
-    "patches-3": "patches too dark or bright by 3 grey levels",
-    "patches-10": "patches too dark or bright by 10 grey levels",
-    "strangers-10": "a tenth of other classes",
-}
+YARDSTICKS = {name: title for name, (title, _) in DAMAGES.items()}  # in place of samples
 QUALITY: dict[str, tuple[Measure, str]] = {
     "held-out loss": (held_out, "{:.4f}"),
     "Fréchet distance": (at_the_end("frechet_distance"), "{:.2f}"),
     "residual": (at_the_end("residual"), "{:.1f}"),
-    "held-out loss, as trained": (as_trained, "{:.4f}"),
+    "held-out loss, as trained †": (as_trained, "{:.4f}"),
 }
-BY = {"verdict": (0, 1), "by loss and residual": (0, 2)}  # which of them; the page says why there are two
+BY = {"verdict": (0, 1), "by loss and residual †": (0, 2)}  # which of them; the page says why there are two
 
 
 def of(kinds: Kinds, name: str, measures: Mapping[str, tuple[Measure, str]] = QUALITY) -> list[Values]:
@@ -65,7 +58,7 @@ def sides(kinds: Kinds, pairs: Mapping[str, tuple[str, str]], measures=QUALITY) 
     }
 
 
-def forms(measures: Mapping[str, tuple[Measure | str, str]]) -> dict[str, str]:
+def forms(measures: Mapping[str, tuple[Measure, str]]) -> dict[str, str]:
     return {name: form for name, (_, form) in measures.items()}
 
 
@@ -96,7 +89,7 @@ def rank(kinds: Kinds) -> str:
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
 ON_THE_WAY = {  # of the held-out pictures
     "held-out loss": mean_loss,
-    "held-out loss, as trained": loss_as_trained,
+    "held-out loss, as trained †": loss_as_trained,
 }
 OF_SAMPLES = {
     "Fréchet distance": lambda found: found["frechet_distance"],
@@ -129,15 +122,15 @@ def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
     ways["guided"] = {s: found["at the end"] | ends[s] for s, found in further.items() if s in ends}
     found = {title: (ways["unguided"], measure) for title, measure in ON_THE_WAY.items()}
     found |= {f"{title}, {how}": (way, measure) for how, way in ways.items() for title, measure in OF_SAMPLES.items()}
-    made = {title: {s: curve(way, m) for s, way in seeds.items()} for title, (seeds, m) in found.items()}
-    known = {title: {s: c for s, c in seeds.items() if None not in c[1]} for title, seeds in made.items()}
-    return {title: seeds for title, seeds in known.items() if seeds}
+    made = {}
+    for title, (seeds, measure) in found.items():
+        if whole := {s: c for s, way in seeds.items() if None not in (c := curve(way, measure))[1]}:
+            made[title] = whole
+    return made
 
 
-SOONER = {
-    name: (name, "{:,.0f} steps")
-    for name in ("held-out loss", "Fréchet distance, guided", "residual, guided", "held-out loss, as trained")
-}
+JUDGED = ("held-out loss", "Fréchet distance, guided", "residual, guided", "held-out loss, as trained †")
+SOONER = dict.fromkeys(JUDGED, "{:,.0f} steps")
 
 
 def speed_sides(kinds: Kinds) -> Sides:
@@ -149,11 +142,11 @@ def speed_sides(kinds: Kinds) -> Sides:
         times = {s: both_reached(*(part[s] for part in curves_of)) for s in curves_of[1] if s in curves_of[0]}
         first.append({s: found[0] for s, found in times.items()})
         other.append({s: found[1] for s, found in times.items()})
-    return {"rank 8 has sooner what both have at the end": (first, other)}
+    return {"rank 8 has sooner what both have at the end †": (first, other)}
 
 
 def sooner(fast: Curve, slow: Curve, step: int | None = None) -> float:
-    """By which share of `step`, by default the last, the first curve is sooner where both are; below 0: later."""
+    """The share of `step`, by default the last, by which the first curve is sooner where both are. Below 0: later."""
     step = slow[0][-1] if step is None else step
     first, other = both_reached(*(tuple(part[: curve[0].index(step) + 1] for part in curve) for curve in (fast, slow)))
     return (other - first) / step
@@ -179,26 +172,27 @@ def reached(steps: Sequence[int], values: Sequence[float], level: float) -> floa
 
 # ---- Table 1 ---------------------------------------------------------------------------------------------------------
 PAPER_CLAMP = {"rank-8": 2.28 - 1.76, "rank-0": 3.27 - 1.90}  # by how much its FID rises without a clamp
-CLAMPED = {"Fréchet distance": ("frechet_distance", "{:.2f}"), "residual": ("residual", "{:.2f}")}
+CLAMPED = {"Fréchet distance": "frechet_distance", "residual": "residual"}
+LOST = dict.fromkeys(CLAMPED, "{:.2f}")
 
 
 def clamp(kinds: Kinds) -> str:
     found = clamp_sides(kinds)
     (lost,) = found.values()
     rows = [
-        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, values, forms(CLAMPED).values())]
+        [f"rank {RANKS[name]}", f"{paper:.2f}", *map(shown, values, LOST.values())]
         for (name, paper), values in zip(PAPER_CLAMP.items(), lost, strict=True)
     ]
     head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
     titles = {name: RANKS[name] for name in PAPER_CLAMP}
     measured = all_samples(kinds, titles, (GUIDED, UNCLAMPED))
-    return "\n\n".join([table(head, rows), claims(found, forms(CLAMPED)), measured])
+    return "\n\n".join([table(head, rows), claims(found, LOST), measured])
 
 
 def clamp_sides(kinds: Kinds) -> Sides:
     values = lambda name, key, how: by_seed(kinds[name], at_the_end(key, how))
     first, other = (
-        [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key, _ in CLAMPED.values()]
+        [minus(values(name, key, UNCLAMPED), values(name, key, GUIDED)) for key in CLAMPED.values()]
         for name in PAPER_CLAMP
     )
     return {"rank 8 loses less than rank 0": (first, other)}
@@ -265,31 +259,19 @@ FINETUNED = {  # its title, and the paper's HPSv3 and FID
     "perceptual-weak": ("pixels, variance-reduced and a fifth of the perceptual term", "", ""),
     "scratch": ("pixels, from scratch", "", ""),
 }
+OF_CAPTIONS = {"position": ("position", "{:.1%}"), "all": COLUMNS["right"], "measured": ("recognized", "{:.1%}")}
+ORDER = ("count", "color", "shape", *OF_CAPTIONS, "sharpness", "residual", "frechet_distance", "precision", "recall")
 DRAWN = {
     title: (lambda run, key=key: run["at the end"][key], form)
-    for title, key, form in (
-        ("count", "count", "{:.1%}"),
-        ("colour", "color", "{:.1%}"),
-        ("shape", "shape", "{:.1%}"),
-        ("position", "position", "{:.1%}"),
-        ("all right", "all", "{:.1%}"),
-        ("recognized", "measured", "{:.1%}"),
-        ("sharpness", "sharpness", "{:.3f}"),
-        ("residual", "residual", "{:.1f}"),
-        ("Fréchet distance", "frechet_distance", "{:.2f}"),
-        ("precision", "precision", "{:.1%}"),
-        ("recall", "recall", "{:.1%}"),
-        ("patches", "patches", "{:.4f}"),
-        ("spectrum", "spectrum", "{:.2f}"),
-        ("seams", "seams", "{:.2f}"),
-    )
+    for key in (*ORDER, "patches", "spectrum", "seams")
+    for title, form in [(COLUMNS | OF_CAPTIONS)[key]]
 }
 FAULTS = {"residual": DRAWN["residual"], "share not right": (lambda run: 1 - run["at the end"]["all"], "{:.1%}")}
 FINETUNING_CLAIMS = {
     "plain is better than the latent model, finetuned": ("finetuning-plain", "finetuning-latent-finetuned"),
     "variance-reduced is better than plain": ("finetuning-reduced", "finetuning-plain"),
     "with the perceptual term it is better than without": ("finetuning-perceptual", "finetuning-reduced"),
-    "with a fifth of the term it is better than without": ("finetuning-perceptual-weak", "finetuning-reduced"),
+    "with a fifth of the term it is better than without †": ("finetuning-perceptual-weak", "finetuning-reduced"),
     "variance-reduced is better than from scratch": ("finetuning-reduced", "finetuning-scratch"),
     "plain is better than from scratch": ("finetuning-plain", "finetuning-scratch"),
 }
@@ -312,13 +294,13 @@ def variance(kinds: Kinds) -> str:
     runs, rows = kinds["finetuning-variance"], []
     levels = list(next(iter(runs.values()))["at the end"]["start"])
     for weights, title in (("start", "before finetuning"), ("plain", "after it, with the plain loss")):
-        of = lambda level, key, weights=weights: by_seed(runs, lambda run: run["at the end"][weights][level][key])
-        whole = of("as trained", "plain")
-        share = lambda level, of=of, whole=whole: {seed: v / whole[seed] for seed, v in of(level, "plain").items()}
+        at = lambda level, key, weights=weights: by_seed(runs, lambda run: run["at the end"][weights][level][key])
+        whole = at("as trained", "plain")
+        share = lambda level, at=at, whole=whole: {seed: v / whole[seed] for seed, v in at(level, "plain").items()}
         measures = {
             "variance, plain, that of the training = 1": share,
-            "variance, plain / reduced": partial(of, key="ratio"),
-            "cosine of the mean gradients": partial(of, key="cosine_of_means"),
+            "variance, plain / reduced": partial(at, key="ratio"),
+            "cosine of the mean gradients": partial(at, key="cosine_of_means"),
         }
         rows += [
             [title, words, *(shown(values(level), "{:.2f}") for level in levels)] for words, values in measures.items()
@@ -326,7 +308,7 @@ def variance(kinds: Kinds) -> str:
     return "\n\n".join([table(["weights", "", *levels], rows), origin(kinds, ["finetuning-variance"])])
 
 
-LIFTED = {"1 - correlation": ("", "{:.2f}"), "share not read alike": ("", "{:.1%}")}
+LIFTED = {"1 - correlation": "{:.2f}", "share not read alike": "{:.1%}"}
 
 
 def lifted_sides(kinds: Kinds) -> Sides:
@@ -334,7 +316,7 @@ def lifted_sides(kinds: Kinds) -> Sides:
     both = (("correlation", "read alike"), ("correlation of strangers", "strangers read alike"))
     missed = lambda key: by_seed(kinds["finetuning-start"], lambda run: 1 - run["at the end"][key])
     first, other = ([missed(key) for key in keys] for keys in both)
-    return {"the lifted model draws what the latent model drew": (first, other)}
+    return {"the lifted model draws what the latent model drew †": (first, other)}
 
 
 def lifted(kinds: Kinds) -> str:
@@ -348,7 +330,7 @@ def lifted(kinds: Kinds) -> str:
     found = {key: by_seed(kinds["finetuning-start"], lambda run, key=key: run["at the end"][key]) for key in titles}
     rows = [[title, shown(found[key], "{:.1%}")] for key, title in titles.items()]
     made = table(["what the lifted model draws, before any training", ""], rows)
-    return "\n\n".join([claims(lifted_sides(kinds), forms(LIFTED)), made])
+    return "\n\n".join([claims(lifted_sides(kinds), LIFTED), made])
 
 
 # ---- Emoji -----------------------------------------------------------------------------------------------------------
@@ -363,8 +345,8 @@ def emoji(kinds: Kinds) -> str:
     drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
     others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
     parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
-    yardsticks = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
-    return "\n\n".join([*parts, all_measures(kinds, EMOJI | yardsticks), origin(kinds, list(EMOJI))])
+    whole = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
+    return "\n\n".join([*parts, all_measures(kinds, EMOJI | whole), origin(kinds, list(EMOJI))])
 
 
 def has_samples(kinds: Kinds, name: str) -> bool:

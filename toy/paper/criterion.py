@@ -26,10 +26,10 @@ from asymflow.patches import patchify
 RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48)
 
 
-def noise_levels(count: int = 2000, mean: float = 0.8, std: float = 0.8) -> Tensor:
-    """Equally likely noise levels of the training, (count,), float64."""
-    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles))
+def noise_levels() -> Tensor:
+    """2,000 equally likely noise levels of the training, float64."""
+    quantiles = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    return torch.sigmoid(0.8 + 0.8 * torch.special.ndtri(quantiles))
 
 
 def spectrum(images: Tensor, patch_size: int) -> Tensor:
@@ -53,12 +53,12 @@ def powers(variance: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return variance**2 * (1 - sigma) ** 2 / seen, (sigma - variance * (1 - sigma)) ** 2 / seen
 
 
-def errors(variances: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def errors(variances: Tensor) -> tuple[Tensor, Tensor]:
     """What each direction adds to the burden inside of the subspace, and outside: both (D,), float64.
 
-    variances: (D,), in the order of the basis. sigma: noise levels, equally likely; default: those of the paper.
+    variances: (D,), in the order of the basis.
     """
-    sigma = noise_levels() if sigma is None else sigma
+    sigma = noise_levels()
     x0, velocity = powers(variances.double()[:, None], sigma)
     weight = (sigma / sigma.clamp(min=SIGMA_FLOOR)) ** 2
     return (weight * velocity).mean(1), (weight * x0 / sigma**2).mean(1)

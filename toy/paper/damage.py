@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from asymflow.evaluation.oracle import blurred
-
-PATCH = 16
+from toy.paper.data import PATCH
 
 
 def blur(images: Tensor, radius: float) -> Tensor:
@@ -37,13 +36,13 @@ def rounded(images: Tensor) -> Tensor:
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "whole": lambda images: images,
-    "blur-0.5": partial(blur, radius=0.5),
-    "blur-1": partial(blur, radius=1.0),
-    "noise-5": partial(noise, levels=5.0),
-    "noise-15": partial(noise, levels=15.0),
-    "patches-3": partial(patches, levels=3.0),
-    "patches-10": partial(patches, levels=10.0),
-    "strangers-10": partial(strangers, share=0.1),
+DAMAGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # in words, and what does it
+    "whole": ("other pictures", lambda images: images),
+    "blur-0.5": ("blurred by 0.5 pixels", partial(blur, radius=0.5)),
+    "blur-1": ("blurred by 1 pixel", partial(blur, radius=1.0)),
+    "noise-5": ("noise of 5 grey levels", partial(noise, levels=5.0)),
+    "noise-15": ("noise of 15 grey levels", partial(noise, levels=15.0)),
+    "patches-3": ("patches too dark or bright by 3 grey levels", partial(patches, levels=3.0)),
+    "patches-10": ("patches too dark or bright by 10 grey levels", partial(patches, levels=10.0)),
+    "strangers-10": ("a tenth of other classes", partial(strangers, share=0.1)),
 }

@@ -17,7 +17,7 @@ from asymflow.errors import InputError
 from asymflow.files import replacing
 from toy.emoji64 import load
 
-SIZE = 64
+SIZE, PATCH = 64, 16
 HELD_OUT = 10**7  # shapes with numbers from here on are in no training
 KEPT = 256  # emoji
 

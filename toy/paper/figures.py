@@ -28,7 +28,8 @@ def rank_figure(kinds: Kinds) -> Figure:
     for axis, (title, found) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         known = {rank: [v for v in values.values() if v is not None] for rank, values in found.items()}
         means = {rank: statistics.fmean(values) for rank, values in known.items() if values and rank != RANDOM}
-        if means.get(LAST, 0) > 2 * max(mean for rank, mean in means.items() if rank != LAST):  # off the scale
+        others = [mean for rank, mean in means.items() if rank != LAST]
+        if others and means.get(LAST, 0) > 2 * max(others):  # off the scale
             text = dict(transform=axis.get_xaxis_transform(), ha="right", va="top", color="C0", fontsize=9)
             axis.text(len(places) - 0.6, 0.98, f"{LAST}: {means.pop(LAST):.3g} ↑", **text)
             known.pop(LAST)
@@ -75,7 +76,9 @@ def finetuning_figure(picture: Path) -> Figure:
     with Image.open(picture) as grid:
         step, rest = divmod(grid.height + GAP, len(titles))
         if rest:
-            raise InputError(f"{picture} has not {len(titles)} rows: it is of another version of toy.paper")
+            raise InputError(
+                f"{picture} has not {len(titles)} rows: it is of another version of toy.paper; move it away"
+            )
         rows = [grid.convert("RGB").crop((0, i * step, grid.width, (i + 1) * step - GAP)) for i in range(len(titles))]
     return labelled(dict(zip(titles, rows, strict=True)))
 

@@ -26,9 +26,7 @@ from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import load_extractor
-from asymflow.evaluation.measures import Reference, Samples, frechet, precision, recall
 from asymflow.evaluation.oracle import detail, read_scene, score
-from asymflow.evaluation.rows import Rows
 from asymflow.files import replacing
 from asymflow.pictures import image_grid
 from asymflow.progress import progress_bar
@@ -140,23 +138,15 @@ def measure(out: Path, folder: Path, judge: Path, seed: int, steps: int, asked: 
     image_grid(torch.cat([images[:SHOWN] for images in drawn.values()]), columns=SHOWN).save(out / f"{folder.name}.png")
     drawing = (time.time() - started) / 3600 / len(MODELS)
     features = load_extractor("classifier", judge)
-    read = lambda images: Samples(Rows([torch.cat([features(part) for part in images.split(measures.BATCH)])]))
     real = quantized(drawn["data"], "round")
-    data = read(real)
-    reference = Reference(data.statistics(), data.features)
+    reference = measures.reference_of(features, real)
     for model in filter(results.__contains__, MODELS):
         started = time.time()
-        samples = quantized(drawn[model], "round")
-        found, strangers = read(samples), drawn[model].roll(1, 0)
+        strangers = drawn[model].roll(1, 0)
         end = {
             **score(drawn[model], captions),
             **detail(drawn[model]),
-            "frechet_distance": frechet(found, reference).value,
-            "precision": precision(found, reference).value,
-            "recall": recall(found, reference).value,
-            "patches": measures.patch_distance(samples, real, tiny.PATCH),
-            "spectrum": measures.spectrum_error(samples, real),
-            "seams": measures.seams(samples, tiny.PATCH) / measures.seams(real, tiny.PATCH),
+            **measures.compared(quantized(drawn[model], "round"), real, features, reference, tiny.PATCH),
             "correlation": correlation(drawn[model], drawn["latent"]),
             "correlation of strangers": correlation(strangers, drawn["latent"]),
             "correlation with the lifted latents": correlation(drawn[model], drawn["lifted"]),

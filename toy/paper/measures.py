@@ -3,11 +3,13 @@
 All take images (n, 3, H, W), uint8; those of held-out losses take a model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from asymflow.evaluation.measures import Reference, Samples, frechet, precision, recall
+from asymflow.evaluation.rows import Rows
 from asymflow.flow_matching import flow_matching_loss, noisy
 from asymflow.model import AsymFlow
 from asymflow.patches import patchify
@@ -42,6 +44,31 @@ def losses_by_direction(flow: AsymFlow, images: Tensor, labels: Tensor, basis: T
         inside[level] = (error @ basis).square().mean().item() * basis.shape[1] / basis.shape[0]
         outside[level] = error.square().mean().item() - inside[level]
     return [inside, outside]
+
+
+Features = Callable[[Tensor], Tensor]  # of images, by a classifier
+
+
+def read(features: Features, images: Tensor) -> Samples:
+    return Samples(Rows([torch.cat([features(part) for part in images.split(BATCH)])]))
+
+
+def reference_of(features: Features, images: Tensor) -> Reference:
+    found = read(features, images)
+    return Reference(found.statistics(), found.features)
+
+
+def compared(samples: Tensor, images: Tensor, features: Features, reference: Reference, patch_size: int) -> dict:
+    """All measures of samples but the oracle's. images: as many. reference: the features of those, or of more."""
+    found = read(features, samples)
+    return {
+        "frechet_distance": frechet(found, reference).value,
+        "precision": precision(found, reference).value,
+        "recall": recall(found, reference).value,
+        "patches": patch_distance(samples, images, patch_size),
+        "spectrum": spectrum_error(samples, images),
+        "seams": seams(samples, patch_size) / seams(images, patch_size),
+    }
 
 
 def patch_distance(samples: Tensor, images: Tensor, patch_size: int, seed: int = 0) -> float:

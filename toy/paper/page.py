@@ -18,7 +18,7 @@ from toy.paper.summary import summary
 from toy.paper.tables import Runs, read
 
 BLOCKS = {  # how each is made, and of which kinds of runs
-    "summary": (summary, ["rank-0", "rank-8"]),
+    "summary": (summary, []),
     "yardsticks": (blocks.yardsticks, ["shapes-whole"]),
     "rank": (blocks.rank, ["rank-0", "rank-8"]),
     "directions": (further.directions, ["directions-rank-0", "directions-rank-8"]),
@@ -50,7 +50,6 @@ def write(folder: Path, docs: Path) -> list[str]:
         raise InputError(
             f"a result in {folder} has no {e}: it is of another version of toy.paper; move it away and run it again"
         ) from e
-    docs.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         with replacing(docs / f"{name}.png") as beside:
             figure.savefig(beside, dpi=80, format="png")
@@ -64,8 +63,8 @@ def made(kinds: Mapping[str, Runs], folder: Path) -> tuple[str, dict[str, Figure
     text, missing = PAGE.read_text(encoding="utf-8"), []
     for name, (make, needed) in BLOCKS.items():
         if missing_here := [kind for kind in needed if kind not in kinds]:
-            further = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
-            missing.append(f"{name}, of {' and '.join(missing_here[:2])}{further}")
+            more = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
+            missing.append(f"{name}, of {' and '.join(missing_here[:2])}{more}")
         text = filled(text, name, "Not run yet." if missing_here else make(kinds))
     if (folder / SPECTRA).exists():
         spectra = opening.read_json(folder / SPECTRA)["spectra"]

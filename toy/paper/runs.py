@@ -22,8 +22,7 @@ from asymflow.cli.models import load_model
 from asymflow.errors import InputError
 from asymflow.evaluation.drawn import quantized
 from asymflow.evaluation.features import Oracle, load_extractor
-from asymflow.evaluation.measures import ORACLE, Reference, Samples, frechet, precision, recall
-from asymflow.evaluation.rows import Rows
+from asymflow.evaluation.measures import ORACLE
 from asymflow.files import replacing
 from asymflow.fitting import fit_pca
 from asymflow.model import AsymFlow
@@ -38,11 +37,10 @@ from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
 from toy.paper.damage import DAMAGES
-from toy.paper.data import SIZE, EmojiData, ShapesData
+from toy.paper.data import PATCH, SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
 
 HERE = Path(__file__).resolve().parent
-PATCH = 16
 EMBEDDED = "toy.paper.embedding:network"
 WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
@@ -147,11 +145,8 @@ class Lab:
         self.judge = self.out / self.data.folder / JUDGE
         self.features = load_extractor("classifier", self.judge)
         self.real, self.labels = self.data.held_out(max(self.scale.held_out, self.scale.way[0], self.scale.end[0]))
-        self.reference = self.read(self.real)
+        self.reference = measures.reference_of(self.features, self.real)
         self.oracle = Oracle("cpu")
-
-    def read(self, images: Tensor) -> Samples:
-        return Samples(Rows([torch.cat([self.features(part) for part in images.split(measures.BATCH)])]))
 
     def yardsticks(self) -> None:
         """Measure other pictures in place of samples, whole and damaged, and keep the results as those of runs.
@@ -159,7 +154,7 @@ class Lab:
         They say how good a result can be, and which faults a measure sees.
         """
         others = self.data.others(self.labels[: self.scale.end[0]])
-        for name, damage in DAMAGES.items():
+        for name, (_, damage) in DAMAGES.items():
             file = self.out / f"{self.data.name}-{name}-seed-0.json"
             about = {"run": {"name": file.stem, "seed": 0}, "scale": stated(self.scale)}
             if not file.exists():
@@ -300,17 +295,8 @@ class Lab:
 
     def judged(self, samples: Tensor) -> dict[str, float | None]:
         """All measures of samples of the classes of the held-out pictures."""
-        count, found = len(samples), self.read(samples)
-        real = self.real[:count]
-        reference = Reference(self.reference.statistics(), self.reference.features)
-        judged = {
-            "frechet_distance": frechet(found, reference).value,
-            "precision": precision(found, reference).value,
-            "recall": recall(found, reference).value,
-            "patches": measures.patch_distance(samples, real, PATCH),
-            "spectrum": measures.spectrum_error(samples, real),
-            "seams": measures.seams(samples, PATCH) / measures.seams(real, PATCH),
-        }
+        count = len(samples)
+        judged = measures.compared(samples, self.real[:count], self.features, self.reference, PATCH)
         if self.data.oracle:
             seen, _ = self.oracle.both(samples, self.labels[:count].tolist())
             for name, column in zip(ORACLE, seen.T, strict=True):

@@ -48,12 +48,12 @@ def read(folder: Path) -> dict[str, Runs]:
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
     for data, yardsticks in (("shapes", kinds.get("shapes-whole")), ("emoji", kinds.get("emoji-whole"))):
         if yardsticks:
-            by_one_classifier(kinds, data, yardsticks[0].get("classifier"))
+            leave_out_other_classifiers(kinds, data, yardsticks[0].get("classifier"))
     return kinds
 
 
-def by_one_classifier(kinds: Mapping[str, Runs], data: str, classifier: str | None) -> None:
-    """Put None for what a classifier other than this one, that of the yardsticks, has measured: it does not compare.
+def leave_out_other_classifiers(kinds: Mapping[str, Runs], data: str, classifier: str | None) -> None:
+    """Set to None, in place, what another classifier than that of the yardsticks has measured: it does not compare.
 
     classifier: as in a result; the first results do not name theirs.
     """
@@ -149,13 +149,8 @@ def claims(sides: Sides, measures: Mapping[str, str], verdicts: Mapping[str, Seq
     for claim, both in sides.items():
         found = [Difference.between(*values) for values in zip(*both, strict=True)]
         words = [shown_difference(d, form) for d, form in zip(found, measures.values(), strict=True)]
-        rows.append([claim, *words, *(judged(both, chosen) for chosen in verdicts.values())])
+        rows.append([claim, *words, *(verdict([found[i] for i in chosen]) for chosen in verdicts.values())])
     return table(["claim", *(f"difference in {name}" for name in measures), *verdicts], rows)
-
-
-def judged(both: tuple[Sequence[Values], Sequence[Values]], chosen: Sequence[int]) -> str:
-    """The verdict on a claim by some of its measures."""
-    return verdict([Difference.between(both[0][i], both[1][i]) for i in chosen])
 
 
 WAYS = {GUIDED: "with guidance 2", UNGUIDED: "without guidance", UNCLAMPED: "with guidance 2, without a clamp"}

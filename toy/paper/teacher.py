@@ -22,10 +22,8 @@ WIDTH, DEPTH, PATCH = 96, 4, 14
 BATCH = 64
 
 
-def teacher_in(folder: Path, grid: int, steps: int, size: int = 64, seed: int = 0) -> float:
-    """Train the network, unless it is in the folder. Returns the share of new pictures whose class it knows.
-
-    InputError if the one there has learnt for another number of steps.
+def teacher_in(folder: Path, grid: int, steps: int, size: int = 64, seed: int = 0) -> None:
+    """Train the network, unless it is in the folder. InputError if that has learnt for another number of steps.
 
     grid: patches along a side, as many as the transformer has that is aligned with it. size: of pictures, in pixels.
     """
@@ -59,7 +57,6 @@ def teacher_in(folder: Path, grid: int, steps: int, size: int = 64, seed: int = 
     found = opening.read_json(about)
     if found["steps"] != steps:
         raise InputError(f"{folder} has a network of {found['steps']} steps, not of {steps}: choose another --out")
-    return found["right"]
 
 
 def batch(pictures: Shapes, step: int, grid: int) -> tuple[Tensor, Tensor, Tensor]:
