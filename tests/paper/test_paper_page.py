@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_up_results import made_up
 from PIL import Image
 
 from asymflow.errors import InputError
@@ -18,76 +19,8 @@ from toy.paper import __main__ as paper
 from toy.paper import best_rank, blocks, criterion, further, page, summary, tables
 from toy.paper.differences import OPPOSITE
 from toy.paper.measures import LEVELS
-from toy.paper.runs import SWITCHED_AT
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def made_up(kind: str, seed: int, loss: float) -> dict:
-    """A result as `Lab.result` writes it; all its numbers follow from one."""
-    samples = dict.fromkeys(tables.COLUMNS, loss + 0.001 * seed)
-    way = {str(k): {"held_out": {str(x): loss * 4 / k for x in LEVELS}, **samples} for k in (1, 2, 4)}
-    end = dict.fromkeys((tables.GUIDED, tables.UNGUIDED, tables.UNCLAMPED), samples)
-    about = {"run": {"name": f"{kind}-seed-{seed}", "seed": seed}, "scale": {}, "commit": "abc", "machine": "a CPU"}
-    return {
-        **about,
-        "hours": {"training": 1.0, "measuring": 0.5},
-        "losses": [loss],
-        "on the way": way,
-        "at the end": end,
-    }
-
-
-@pytest.fixture
-def results(tmp_path):
-    folder = tmp_path / "results"
-    folder.mkdir()
-    others = [kind for searched in blocks.SEARCH.values() for kind in searched.values()]
-    others += [f"{name}-own-rate" for name in blocks.RATED]
-    others += [f"{name}-emoji" for name in blocks.RANKS] + [f"shapes-{name}" for name in blocks.YARDSTICKS]
-    others += [name for name in further.STARTS if name not in blocks.RANKS]
-    for number, kind in enumerate([*blocks.RANKS, "rank-8-repa", "rank-0-repa", *others]):
-        for seed in range(3):
-            found = made_up(kind, seed, 1 + number + 0.01 * seed)
-            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
-    for kind, level in (("guidance-rank-0", 3.0), ("guidance-rank-8", 2.0)):
-        for seed in range(3):
-            found = made_up(kind, seed, level)
-            guided = found["at the end"][tables.GUIDED]
-            found["at the end"] = {"guidance 1.5": guided, "guidance 3": dict.fromkeys(guided, 9.0)}
-            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
-    for kind, levels in (("speed-rank-0", (8.0, 4.0, 2.0)), ("speed-rank-8", (4.0, 3.5, 3.0))):
-        for seed in range(3):
-            found = made_up(kind, seed, 1.0)
-            found["at the end"] = {
-                str(step): dict.fromkeys(tables.COLUMNS, level) for step, level in zip((1, 2, 3), levels, strict=True)
-            }
-            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
-    for number, name in enumerate(("rank-0", "rank-8", "rank-random-8")):
-        for seed in range(3):
-            found = made_up(f"directions-{name}", seed, 1.0)
-            parts = [{str(level): i + number + level + 0.01 * seed for level in LEVELS} for i in (0, 3)]
-            found["at the end"] = dict(zip(("inside", "outside"), parts, strict=True))
-            (folder / f"directions-{name}-seed-{seed}.json").write_text(json.dumps(found))
-    for seed in range(3):
-        found = made_up("switch-rank-32", seed, 1.0)
-        ways = {f"{side} {level:g}": level + (side == "below") for level in SWITCHED_AT for side in ("above", "below")}
-        found["at the end"] = {how: dict.fromkeys(tables.COLUMNS, 10 * value) for how, value in ways.items()}
-        (folder / f"switch-rank-32-seed-{seed}.json").write_text(json.dumps(found))
-    for number, model in enumerate(blocks.FINETUNED):
-        for seed in range(3):
-            found = made_up(f"finetuning-{model}", seed, 0.1 * number)
-            keys = {"all", "measured", "position", "correlation", "correlation of strangers", *tables.COLUMNS}
-            keys |= {"correlation with the lifted latents", "read alike", "strangers read alike"}
-            found["at the end"] = dict.fromkeys(keys, 0.1 * number + 0.001 * seed)
-            (folder / f"finetuning-{model}-seed-{seed}.json").write_text(json.dumps(found))
-    for seed in range(3):
-        found = made_up("finetuning-variance", seed, 1.0)
-        at = lambda plain: {"ratio": 1.5, "cosine_of_means": 0.9, "plain": plain, "draws": 64}
-        levels = {"as trained": at(2.0 + seed), "0.1": at(6.0 + 3 * seed)}
-        found["at the end"] = {"start": levels, "plain": levels}
-        (folder / f"finetuning-variance-seed-{seed}.json").write_text(json.dumps(found))
-    return folder
 
 
 def test_the_variance_of_each_level_is_in_units_of_that_of_the_training(results):
@@ -221,6 +154,21 @@ def test_a_rank_whose_best_rate_is_that_of_all_stands_with_its_runs_at_that_rate
     first, other = map(statistics.fmean, losses)
     assert f"rank 8 is better than rank 0 (x0-prediction) | **{first - other:+.4f}" in text
     assert "The search ends at the best rate of 8, 768, random 8." in text
+
+
+def test_runs_at_their_own_rates_are_held_against_each_other_by_the_classifier_of_most(results):
+    for file in results.glob("*-own-rate-seed-*.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "classifier": "another"}))
+    kinds = tables.read(results)
+    distances = [kinds[f"rank-{rank}-own-rate"][0]["at the end"][tables.GUIDED]["frechet_distance"] for rank in (8, 0)]
+    claim = "| rank 8 is better than rank 0 (x0-prediction) |"
+    row = next(line for line in blocks.rate(kinds).splitlines() if line.startswith(claim))
+    assert row.split(" | ")[2] == f"**{distances[0] - distances[1]:+.2f} ± 0.00**"
+    own = kinds["rank-8-own-rate"]
+    own[0], kept = {**own[0], "classifier": "a third"}, own[0]
+    row = next(line for line in blocks.rate(kinds).splitlines() if line.startswith(claim))
+    assert "2 seeds" in row.split(" | ")[2]
+    assert own[0]["at the end"] == kept["at the end"]
 
 
 @given(st.floats(0, 3), st.floats(0, 3))
@@ -394,6 +342,6 @@ def test_losses_that_are_burdens_correlate_with_them_fully(tmp_path):
         found["on the way"] = {"4": {"held_out": dict.fromkeys(("0.4", "0.6", "0.8"), 0.1 + 0.01 * value)}}
         kinds[f"rank-{rank}"] = {0: found, 1: found}
     text = best_rank.best_ranks(kinds, spectra)
-    assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \|", text)
+    assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \| 1\.00 \|", text)
     assert "| shapes | 192 | nothing |" in text
     assert "| nothing | 48 | 48 | 1.00" not in text

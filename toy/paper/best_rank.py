@@ -1,7 +1,7 @@
 """The tables of where the best rank comes from: what the criterion predicts, and what was found."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -56,11 +56,16 @@ def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
         for bound, room in rooms(width).items():
             predictions = burdens(spectra, data, room)
             both = [rank for rank in means if rank in predictions]
-            if len(both) > 2:
-                r = statistics.correlation([predictions[rank] for rank in both], [means[rank] for rank in both])
+            if len(both) > 3:
                 expected = min(both, key=predictions.__getitem__)
-                fits.append([data, str(width), bound, str(expected), str(best), f"{r:.2f}"])
+                agreement = (correlation(predictions, means, ranks) for ranks in (both, [r for r in both if r]))
+                fits.append([data, str(width), bound, str(expected), str(best), *agreement])
     head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
+    head.append("without rank 0")
     further = [kind for kind in kinds if kind.endswith("-narrow")]
     parts = [table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)]
     return "\n\n".join([*parts, *([origin(kinds, further)] if further else [])])
+
+
+def correlation(burdens: Mapping[int, float], losses: Mapping[int, float], ranks: Sequence[int]) -> str:
+    return f"{statistics.correlation([burdens[rank] for rank in ranks], [losses[rank] for rank in ranks]):.2f}"

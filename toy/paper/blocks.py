@@ -10,6 +10,7 @@ from toy.paper.experiments import RATE, RATES, best_rate
 from toy.paper.tables import (
     COLUMNS,
     GUIDED,
+    OWN_RATE,
     UNCLAMPED,
     Measure,
     Runs,
@@ -19,6 +20,7 @@ from toy.paper.tables import (
     all_samples,
     as_trained,
     at_the_end,
+    by_one_classifier,
     by_seed,
     claims,
     held_out,
@@ -235,17 +237,18 @@ def rate(kinds: Kinds) -> str:
         words = {rate: shown(values, "{:.4f}") for rate, values in found.items()}
         if best is not None:
             words[best] = f"**{words[best]}**"
-            own[name] = name if best == RATE else f"{name}-own-rate"
+            own[name] = name if best == RATE else f"{name}{OWN_RATE}"
             open_ended += [RATED[name]] * (best in (min(RATES), max(RATES)))
         rows.append([RATED[name], *words.values()])
     pairs = {claim: tuple(map(own.get, pair)) for claim, pair in RANK_CLAIMS.items() if own.keys() >= set(pair)}
     titles = {kind: RATED[name] for name, kind in own.items()}
-    further = [*(f"{name}-own-rate" for name in RATED), *(kind for kinds in SEARCH.values() for kind in kinds.values())]
+    found = by_one_classifier(kinds, list(titles))
+    searched = [kind for kinds in SEARCH.values() for kind in kinds.values()]
+    made = origin(kinds | found, [*(f"{name}{OWN_RATE}" for name in RATED), *searched])
     parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
     if open_ended:
         parts += [f"*The search ends at the best rate of {', '.join(open_ended)}.*"]
-    parts += [compared(kinds, pairs), all_measures(kinds, titles), origin(kinds, further)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, compared(found, pairs), all_measures(found, titles), made])
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Results of several seeds in tables: means, spreads, and claims with their verdicts."""
 
+import copy
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ Sides = Mapping[str, tuple[Sequence[Values], Sequence[Values]]]  # by claim: the
 
 CLASSIFIED = {"frechet_distance", "precision", "recall"}  # what is measured in the features of a classifier
 LEFT_OUT = "left out"
+OWN_RATE = "-own-rate"  # in the names of runs that are held against each other alone
 GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
 COLUMNS = {  # of samples: what it is called, and how its numbers are written
     "frechet_distance": ("Fréchet distance", "{:.2f}"),
@@ -46,20 +49,31 @@ def read(folder: Path) -> dict[str, Runs]:
         if found["scale"]:
             raise InputError(f"{file} is of a quick look, whose figures are no results: choose another --out")
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
-    for data, yardsticks in (("shapes", kinds.get("shapes-whole")), ("emoji", kinds.get("emoji-whole"))):
-        if yardsticks:
-            leave_out_other_classifiers(kinds, data, yardsticks[0].get("classifier"))
+    asked = {kind: runs for kind, runs in kinds.items() if not kind.startswith("finetuning-") and OWN_RATE not in kind}
+    for data in ("shapes", "emoji"):
+        if yardsticks := kinds.get(f"{data}-whole"):
+            runs = [run for runs in asked.values() for run in runs.values()]
+            runs = [run for run in runs if run["run"].get("config", "shapes64") == f"{data}64"]
+            leave_out_other_classifiers(runs, yardsticks[0].get("classifier"))
     return kinds
 
 
-def leave_out_other_classifiers(kinds: Mapping[str, Runs], data: str, classifier: str | None) -> None:
-    """Set to None, in place, what another classifier than that of the yardsticks has measured: it does not compare.
+def by_one_classifier(kinds: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Runs]:
+    """Copies of these kinds, without what another classifier than that of most of their runs has measured."""
+    found = {name: copy.deepcopy(kinds[name]) for name in names if name in kinds}
+    runs = [run for runs in found.values() for run in runs.values()]
+    classifiers = Counter(run.get("classifier") for run in runs)
+    leave_out_other_classifiers(runs, max(classifiers, key=classifiers.__getitem__, default=None))
+    return found
+
+
+def leave_out_other_classifiers(runs: Sequence[dict], classifier: str | None) -> None:
+    """Set to None, in place, what another classifier has measured: it does not compare.
 
     classifier: as in a result; the first results do not name theirs.
     """
-    runs = [run for kind, found in kinds.items() if not kind.startswith("finetuning-") for run in found.values()]
     for run in runs:
-        if run["run"].get("config", "shapes64") == f"{data}64" and run.get("classifier") != classifier:
+        if run.get("classifier") != classifier:
             found = [*run.get("on the way", {}).values(), *run["at the end"].values()]
             for samples in (part for part in found if part.keys() >= CLASSIFIED):
                 samples.update(dict.fromkeys(CLASSIFIED))
