@@ -55,7 +55,7 @@ def test_what_is_compared_has_the_same_seeds_and_differs_in_what_its_name_says(s
         assert set(run.settings) - set(twin.settings) == {"loss.objective=toy.paper.outside:Outside"}
     for run in own:
         twin = plain[run.name.replace("-own-rate", "")]
-        assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0048"}
+        assert set(run.settings) - set(twin.settings) == {"optimizer.lr=0.0096"}
         assert run.random == twin.random
     assert {f"rank-{name}-own-rate" for name in ("8", "0", "full", "random-8")} == {
         run.name.rpartition("-seed-")[0] for run in own

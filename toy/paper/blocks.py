@@ -248,7 +248,8 @@ def rate(kinds: Kinds) -> str:
     parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
     if open_ended:
         parts += [f"*The search ends at the best rate of {', '.join(open_ended)}.*"]
-    return "\n\n".join([*parts, compared(found, pairs), all_measures(found, titles), made])
+    parts += [compared(found, pairs), all_measures(found, titles)] if found else []
+    return "\n\n".join([*parts, made])
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------

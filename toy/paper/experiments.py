@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 SEARCHED = 3  # the seed of the search for learning rates: none of the others
 NARROW_RANKS = ("8", "0", "16", "4", "24")
 RATE = 6e-4  # of the configurations
-RATES = (3e-4, RATE, 1.2e-3, 2.4e-3, 4.8e-3)
+RATES = (3e-4, RATE, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
 RATED = ("8", "0", "random 8", "full")  # whose learning rate is looked for
 
 
