@@ -42,10 +42,10 @@ def results(tmp_path):
             found["at the end"] = dict(zip(("inside", "outside"), parts, strict=True))
             (folder / f"directions-{name}-seed-{seed}.json").write_text(json.dumps(found))
     for seed in range(3):
-        found = made_up("switch-rank-32", seed, 1.0)
+        found = made_up(further.SWITCHED, seed, 1.0)
         ways = {f"{side} {level:g}": level + (side == "below") for level in SWITCHED_AT for side in ("above", "below")}
         found["at the end"] = {how: dict.fromkeys(tables.COLUMNS, 10 * value) for how, value in ways.items()}
-        (folder / f"switch-rank-32-seed-{seed}.json").write_text(json.dumps(found))
+        (folder / f"{further.SWITCHED}-seed-{seed}.json").write_text(json.dumps(found))
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)

@@ -115,11 +115,16 @@ def test_what_starts_elsewhere_is_sooner_or_later_than_what_does_not(results):
 
 
 def test_what_two_ranks_drew_together_stands_between_what_each_drew(results):
-    rows = [line.split(" | ")[:2] for line in further.switch(tables.read(results)).splitlines()[2:10]]
+    kinds = tables.read(results)
+    rows = [line.split(" | ")[:2] for line in further.switch(kinds).splitlines()[2:10]]
     between = {"rank 32 to 0.9, then rank 8": 9, "rank 32 to 0.7, then rank 8": 7, "rank 32 to 0.4, then rank 8": 4}
     between |= {"rank 8 to 0.9, then rank 32": 19, "rank 8 to 0.7, then rank 32": 17, "rank 8 to 0.4, then rank 32": 14}
     between = {f"| {title}": f"{value:.2f} ± 0.00" for title, value in between.items()}
-    assert dict(rows) == {"| rank 8": "4.01 ± 0.01", **between, "| rank 32": "6.01 ± 0.01"}
+    distance = tables.at_the_end("frechet_distance", tables.UNGUIDED)
+    alone = [tables.by_seed(kinds[f"rank-{rank}-unseeded"], distance) for rank in (8, 32)]
+    first, last = (tables.shown(values, "{:.2f}") for values in alone)
+    assert dict(rows) == {"| rank 8": first, **between, "| rank 32": last}
+    assert alone[0] != alone[1]
 
 
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):

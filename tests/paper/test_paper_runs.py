@@ -71,8 +71,8 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert paper.main(["embedding", *words[1:4], "--only", "rank-0-seeded-seed-0"]) == 0
     seeded = json.loads((tmp_path / "rank-0-seeded-seed-0.json").read_text())["at the end"]
     assert seeded.keys() == found["at the end"].keys()
-    assert paper.main(["switch", *words[1:4], "--only", "switch-rank-32-seed-0"]) == 0  # it trains rank 32
-    switched = json.loads((tmp_path / "switch-rank-32-seed-0.json").read_text())["at the end"]
+    assert paper.main(["switch", *words[1:4], "--only", "switch-rank-32-unseeded-seed-0"]) == 0  # it trains both
+    switched = json.loads((tmp_path / "switch-rank-32-unseeded-seed-0.json").read_text())["at the end"]
     assert len(switched) == len({found["patches"] for found in switched.values()}) == 2 * len(SWITCHED_AT)
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err

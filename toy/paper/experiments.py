@@ -42,7 +42,7 @@ def directions(out: Path) -> list[Run]:
     settings = ("loss.objective=toy.paper.outside:Outside",)
     freed = [replace(of_rank("0", s, "-outside", settings), given="loss.options.subspace") for s in SEEDS]
     freed = [replace(run, trained="") for run in again("directions", freed)]
-    return again("directions", [*of_ranks(RANKS[:3]), *embedding(out), *of_ranks(("32",))]) + freed
+    return again("directions", [*of_ranks(RANKS[:3]), *embedding(out)]) + freed
 
 
 def embedding(out: Path) -> list[Run]:
@@ -63,8 +63,8 @@ def embedding(out: Path) -> list[Run]:
 
 
 def switch(out: Path) -> list[Run]:
-    """What was trained for `rank`, ranks 32 and 8, in one drawing: at which noise levels does rank 32 go wrong?"""
-    return again("switch", of_ranks(("32",)))
+    """Ranks 32 and 8 of `embedding` in one drawing: at which noise levels does rank 32 go wrong?"""
+    return again("switch", [run for run in embedding(out) if run.name.startswith("rank-32-")])
 
 
 def of_ranks(ranks: Sequence[str]) -> list[Run]:

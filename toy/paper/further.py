@@ -7,9 +7,10 @@ from toy.paper.measures import LEVELS
 from toy.paper.runs import SWITCHED_AT
 from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, all_measures, at_the_end, by_seed, origin, shown, table
 
+SWITCHED = "switch-rank-32-unseeded"
 STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
 STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
-PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8", "32")}
+PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8")}
 PARTED["directions-rank-0-outside"] = "0, loss outside alone"
 PARTED |= {f"directions-{name}": title for name, title in STARTS.items() if name not in RANKS}
 
@@ -44,16 +45,16 @@ def guidance(kinds: Kinds) -> str:
 
 def switch(kinds: Kinds) -> str:
     """Samples without guidance that ranks 8 and 32 draw together, between those of each alone."""
-    drawn = [("rank 8", "rank-8", UNGUIDED)]
-    drawn += [(f"rank 32 to {level:g}, then rank 8", "switch-rank-32", f"above {level:g}") for level in SWITCHED_AT]
-    drawn += [(f"rank 8 to {level:g}, then rank 32", "switch-rank-32", f"below {level:g}") for level in SWITCHED_AT]
-    drawn += [("rank 32", "rank-32", UNGUIDED)]
+    drawn = [("rank 8", "rank-8-unseeded", UNGUIDED)]
+    drawn += [(f"rank 32 to {level:g}, then rank 8", SWITCHED, f"above {level:g}") for level in SWITCHED_AT]
+    drawn += [(f"rank 8 to {level:g}, then rank 32", SWITCHED, f"below {level:g}") for level in SWITCHED_AT]
+    drawn += [("rank 32", "rank-32-unseeded", UNGUIDED)]
     rows = [
         [title, *(shown(by_seed(kinds[kind], at_the_end(key, how)), form) for key, (_, form) in COLUMNS.items())]
         for title, kind, how in drawn
     ]
     made = table(["drawn by", *(title for title, _ in COLUMNS.values())], rows)
-    return "\n\n".join([made, origin(kinds, ["switch-rank-32"])])
+    return "\n\n".join([made, origin(kinds, [SWITCHED])])
 
 
 START_CLAIMS = {

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -267,8 +267,9 @@ class Lab:
         return dict(zip(("inside", "outside"), parts, strict=True))
 
     def by_switch(self, run: Run) -> dict[str, dict]:
-        """Without guidance, where the ranks differ most. Rank 8 is trained first, unless that is done."""
-        self.train(other := of_rank("8", run.seed))
+        """Without guidance, where the ranks differ most. Rank 8 is trained in the same way, unless that is done."""
+        settings = tuple(setting.replace("subspace.rank=32", "subspace.rank=8") for setting in run.settings)
+        self.train(other := replace(run, trained=run.trained.replace("rank-32", "rank-8"), settings=settings))
         this, eight = (averaged(self.out / each.folder) for each in (run, other))
         pairs = {f"{side} {level:g}": (level, side) for level in SWITCHED_AT for side in ("above", "below")}
         bar, found = progress_bar(pairs.items(), "drawing", "switch"), {}
