@@ -272,7 +272,7 @@ class Lab:
         self.train(other := replace(run, trained=run.trained.replace("rank-32", "rank-8"), settings=settings))
         this, eight = (averaged(self.out / each.folder) for each in (run, other))
         pairs = {f"{side} {level:g}": (level, side) for level in SWITCHED_AT for side in ("above", "below")}
-        bar, found = progress_bar(pairs.items(), "drawing", "switch"), {}
+        bar, found = progress_bar(pairs.items(), "drawing", "pair"), {}
         for name, (level, side) in bar:
             found[name] = self.judged(self.draw_by_two(*((this, eight) if side == "above" else (eight, this)), level))
         return found
