@@ -8,6 +8,7 @@ its place, as fast as a file.
 import os
 import posixpath
 import random
+import re
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "av
 OTHERS = ("heic", "heif", "jxl", "jp2", "psd", "svg", "tga", "ico", "exr", "hdr", "dng", "cr2", "nef", "arw", "raw")
 NOT_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 LATENTS = "latent.npy"
+TAR = ".tar"
+ARCHIVE = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz|zip|7z|rar)$", re.IGNORECASE)
 MOST_BYTES = 2**29  # of one file
 MOST_LINKS = 40  # one after the other, as in Linux
 
@@ -53,6 +56,10 @@ class Entry(NamedTuple):
         return str(self._replace(**{"member" if self.member else "path": folder + slash + stem})), kind.lower()
 
     @property
+    def is_tar(self) -> bool:
+        return self.member is None and self.path.lower().endswith(TAR)
+
+    @property
     def is_image(self) -> bool:
         return (self.member or self.path).lower().endswith(tuple(f".{kind}" for kind in IMAGES))
 
@@ -76,7 +83,7 @@ class Entry(NamedTuple):
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Entry]:
-    """Every image in folders (and the folders in them), tar files, and single files. None is opened.
+    """Every image in folders (with the folders and tar files in them), tar files, and single files. None is opened.
 
     In the order of the paths; in a folder sorted by name, in a tar file in its own order. Hidden files are left out.
     Prints one line if there are images of other kinds. Raises InputError if there is no image, or a path is something
@@ -147,12 +154,12 @@ def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
 def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
     for path in map(Path, paths):
         if path.is_dir():
-            yield from folder_entries(str(path))
+            yield from tars_opened(folder_entries(str(path)))
         elif not path.exists():
             raise InputError(f"{path} does not exist")
-        elif path.suffix.lower() == ".tar":
+        elif (entry := Entry(str(path))).is_tar:
             yield from tar_entries(str(path))
-        elif (entry := Entry(str(path))).is_image or entry.parts[1] == LATENTS:
+        elif entry.is_image or entry.parts[1] == LATENTS:
             yield entry
         else:
             raise InputError(f"{path} is neither a folder, nor a .tar file, nor an image ({', '.join(IMAGES)})")
@@ -161,13 +168,29 @@ def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
 def folder_entries(folder: str) -> Iterator[Entry]:
     """The files in a folder and in all folders below. Links are followed, but each folder is read only once.
 
-    Hidden files are left out, and what systems put beside: see `NOT_DATA`. Prints one line if links were not followed.
+    Hidden files are left out, and what systems put beside: see `NOT_DATA`. Prints one line if links were not followed,
+    and one if there are archives, which nothing here opens.
     """
     again: list[str] = []
-    yield from entries_below(folder, set(), again)
+    packed = []
+    for entry in entries_below(folder, set(), again):
+        packed += [entry] if ARCHIVE.search(entry.path) else []
+        yield entry
+    if packed:
+        what = f"{count(len(packed), 'archive')} ({first(packed)})"
+        print(f"not opened: {what}. Unpack what has images in it", file=sys.stderr)
     if again:
         what = f"{count(len(again), 'link')} ({first(again)})"
         print(f"not followed, because the folder has been read already: {what}", file=sys.stderr)
+
+
+def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries, with each .tar file replaced by the files in it."""
+    for entry in entries:
+        if entry.is_tar:
+            yield from tar_entries(entry.path)
+        else:
+            yield entry
 
 
 def entries_below(folder: str, seen: set[str], again: list[str]) -> Iterator[Entry]:

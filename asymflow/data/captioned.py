@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from asymflow.data.shapes import make_scene, render
-from asymflow.entries import Entry, UnreadableError, folder_entries, listing, tar_entries
+from asymflow.entries import Entry, UnreadableError, folder_entries, listing, tar_entries, tars_opened
 from asymflow.errors import InputError
 from asymflow.pixels import decoded, to_rgb, upright
 from asymflow.text import decode, encoding_of, is_blank
@@ -130,15 +130,6 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
     if not found:
         raise InputError(f"{listing(data)} has no images")
     return found
-
-
-def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The entries, with each .tar file replaced by the files in it."""
-    for entry in entries:
-        if entry.path.lower().endswith(".tar"):
-            yield from tar_entries(entry.path)
-        else:
-            yield entry
 
 
 def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:

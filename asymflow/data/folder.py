@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from asymflow.data.sample import Sample
-from asymflow.entries import NOT_DATA, Entry, UnreadableError, folder_entries, other_kinds
+from asymflow.entries import NOT_DATA, Entry, UnreadableError, first, folder_entries, other_kinds
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, read_image
-from asymflow.text import decode
+from asymflow.text import count, decode
 
 CAPTION = ".txt"
 
@@ -34,7 +34,7 @@ class ImageFolder:
     def __init__(self, path: str | Path, size: int, one_class: bool = False):
         self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
         self.one_class = one_class
-        names, labels, captioned, others = [], [], [], []
+        names, labels, captioned, others, tars = [], [], [], [], []
         self.classes = [Path(path).resolve().name] if one_class else class_names(path)
         for label, folder in enumerate([""] if one_class else self.classes):
             entries = list(folder_entries(self.path + folder))
@@ -42,6 +42,7 @@ class ImageFolder:
             if not images:
                 raise InputError(f"{path}/{folder} has no images, but each folder in {path} is a class: remove it")
             others += [entry.path for entry in entries if entry.is_other_image]
+            tars += [entry.path for entry in entries if entry.is_tar]
             captions = {entry.path for entry in entries if entry.path.endswith(CAPTION)}
             names += [os.fsencode(image.removeprefix(self.path)) for image in images]
             labels += [label] * len(images)
@@ -49,6 +50,9 @@ class ImageFolder:
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
         self.remarks = [other_kinds(others)] if others else []
+        if tars:
+            what = f"{count(len(tars), 'tar file')} ({first(tars)})"
+            self.remarks.append(f"passed over: {what}. Unpack what has images in it")
         self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
 
     @property

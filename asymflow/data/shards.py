@@ -15,7 +15,7 @@ import numpy as np
 from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
-from asymflow.entries import IMAGES, Entry, first, other_kinds, samples, tar_entries
+from asymflow.entries import ARCHIVE, IMAGES, Entry, first, other_kinds, samples, tar_entries
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, in_order, read_image
 from asymflow.progress import progress_bar
@@ -160,8 +160,8 @@ def shard_paths(path: Path, size: int) -> list[str]:
         return expanded(str(path)) if re.search(r"[*?\[{]", str(path)) and not path.exists() else [existing_tar(path)]
     files_in = sorted(str(file) for file in path.iterdir() if not file.name.startswith("."))
     shards = [file for file in files_in if file.lower().endswith(".tar")]
-    if packed := [file for file in files_in if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.lower())]:
-        raise InputError(f"{packed[0]} is compressed, and shards are read at any place: decompress it, or move it away")
+    if packed := list(filter(ARCHIVE.search, files_in)):
+        raise InputError(f"{packed[0]} is compressed, and shards are read at any place: unpack it, or move it away")
     if meta := read_meta(path, PACKED):
         check_finished(path, PACKED, meta, shards)
         if meta["size"] < size:

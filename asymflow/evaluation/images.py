@@ -17,14 +17,13 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.data.captioned import find_captioned
-from asymflow.entries import Entry, UnreadableError, find_images
+from asymflow.entries import TAR, Entry, UnreadableError, find_images
 from asymflow.errors import InputError
 from asymflow.pixels import adm_crop, decoded, in_order, to_rgb, upright
 from asymflow.text import count
 
 BATCH = "arr_0"  # the array of samples in a batch of ADM
 THREADS = 4
-TAR = ".tar"
 RECORD = "samples.json"  # of asymflow sample
 MOST_RECORD = 2**32  # bytes of it: there may be millions of images
 
@@ -41,7 +40,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """All images of a folder, and of the folders in it, or of a .tar file. They must have one size, or `crop`.
+    """All images of a folder, with the folders and .tar files in it, or of a .tar file, of one size, or with `crop`.
 
     crop: None, or the side of the square that ADM's centre crop makes of each. Whatever is grey, transparent or a
     palette becomes RGB (see `pixels.to_rgb`). turn: whether photographs are turned as their EXIF says. enlarged: the
@@ -54,7 +53,7 @@ class Folder:
         self.path, self.crop, self.turn = Path(path), crop, turn
         if not self.path.is_dir() and self.path.suffix != TAR:
             raise InputError(f"{path} is not a folder of images, nor a .tar or .npz file of them")
-        self.entries, self.enlarged = self.find(), []
+        self.entries, self.enlarged = find_images([self.path]), []
         self.listed = listing(self.entries)
         first = self.entries[0]
         self.size = (crop, crop) if crop else decoded(first, self.upright).size[::-1]
@@ -66,17 +65,6 @@ class Folder:
         prompts = [one.get("prompt") for one in drawn]
         known = drawn and all(isinstance(prompt, str) for prompt in prompts)
         self.captions: list[str] | None = prompts if known else None  # else found when they are asked for
-
-    def find(self) -> list[Entry]:
-        """All images, also those in the .tar files of a folder."""
-        inside = self.path.rglob(f"[!.]*{TAR}") if self.path.is_dir() else ()
-        tars = sorted(file for file in inside if file.is_file())
-        try:
-            return find_images([self.path, *tars])
-        except InputError:
-            if not tars:
-                raise
-            return find_images(tars)  # and none beside them
 
     def record(self) -> tuple[dict | None, list[dict]]:
         """What `asymflow sample` drew these images with, and what it says of each; (None, []) if it did not draw them.
@@ -147,7 +135,7 @@ class Folder:
 
     def check_unchanged(self) -> None:
         """InputError if images have come, gone or changed since the folder was listed."""
-        now = self.find()
+        now = find_images([self.path])
         if listing(now) != self.listed:
             raise InputError(
                 f"{self.path} is still being written: it had {count(len(self), 'image')}, and has {len(now):,} now, or "

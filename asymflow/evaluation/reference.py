@@ -8,12 +8,13 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.data.shapes import Shapes
+from asymflow.entries import TAR
 from asymflow.errors import InputError
 from asymflow.evaluation import assets
 from asymflow.evaluation.blocks import TOLD, Blocks
 from asymflow.evaluation.features import PATCH, Extractor, reader
 from asymflow.evaluation.frechet import load_statistics
-from asymflow.evaluation.images import BATCH, TAR, Folder, Source, open_source
+from asymflow.evaluation.images import BATCH, Folder, Source, open_source
 from asymflow.evaluation.measures import Reference
 from asymflow.text import count
 

@@ -97,6 +97,14 @@ def test_what_is_not_read_is_named_and_what_systems_put_beside_is_none(tmp_path)
     ]
 
 
+def test_a_tar_file_among_the_images_of_a_class_is_said(tmp_path):
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "c" / "a.png")
+    write(tmp_path / "c" / "n01440764.tar", b"")
+    said = f"passed over: 1 tar file ({tmp_path}/c/n01440764.tar). Unpack what has images in it"
+    assert ImageFolder(tmp_path, 8).remarks == [said]
+
+
 @pytest.mark.parametrize("name", ["a.TXT", "a.caption", "a.Caption", "a.JSON"])
 def test_captions_lie_beside_in_any_case(tmp_path, name):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")

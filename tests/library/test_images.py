@@ -16,6 +16,7 @@ from image_files import encoded, noise, write_files, write_tar
 from PIL import Image
 
 from asymflow import InputError
+from asymflow.data.captioned import find_captioned
 from asymflow.entries import Entry, UnreadableError, choose, find_images, find_pairs, samples
 from asymflow.pixels import in_order, read_image, read_square, tensor_to_pil, to_rgb, to_tensor
 
@@ -89,6 +90,28 @@ def test_folders_tars_and_files_can_be_mixed_and_keep_their_order(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"9.png": b"", "8.png": b""})
     found = find_images([tmp_path / "z", tmp_path / "single.png", tar])
     assert names(found, tmp_path) == ["z/1.png", "single.png", "a.tar: 9.png", "a.tar: 8.png"]
+
+
+def test_a_tar_file_in_a_folder_is_read_as_if_it_was_given(tmp_path):
+    """As `asymflow data encode` and `evaluate` always did."""
+    data = write_files(tmp_path, {"1.png": b"", "z/2.png": b"", "z/2.latent.npy": b""})
+    (tmp_path / "b").mkdir()
+    tar = write_tar(tmp_path / "b" / "shard.TAR", {"8.png": b"", "3.png": b"", "3.latent.npy": b""})
+    assert names(find_images([data]), data) == ["1.png", "b/shard.TAR: 8.png", "b/shard.TAR: 3.png", "z/2.png"]
+    assert find_images([tar.parent]) == find_images([tar])
+    assert find_pairs([tar.parent]) == find_pairs([tar])
+    assert len(find_pairs([data])) == 2
+
+
+@pytest.mark.parametrize("name", ["a.zip", "x/A.TAR.GZ", "a.tgz", "x/a.tar.zst", "a.7z"])
+def test_archives_that_are_not_opened_are_said(tmp_path, capsys, name):
+    write_files(tmp_path, {"x/1.png": b"", "a.tar.json": b"", "zip": b""})
+    assert capsys.readouterr().err == ""
+    write_files(tmp_path, {name: b"PK"})
+    for find in (lambda: find_images([tmp_path]), lambda: find_captioned([tmp_path], 8)):
+        assert len(find()) == 1
+        said = f"not opened: 1 archive ({tmp_path}/{name}). Unpack what has images in it\n"
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("path", ["nothing", "empty", "text", "text/a.txt", "text.tar"])
