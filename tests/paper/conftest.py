@@ -7,7 +7,7 @@ from made_up_results import made_up
 
 from toy.paper import blocks, further, tables
 from toy.paper.measures import LEVELS
-from toy.paper.runs import SWITCHED_AT
+from toy.paper.runs import EULER, SWITCHED_AT
 
 
 @pytest.fixture
@@ -46,6 +46,12 @@ def results(tmp_path):
         ways = {f"{side} {level:g}": level + (side == "below") for level in SWITCHED_AT for side in ("above", "below")}
         found["at the end"] = {how: dict.fromkeys(tables.COLUMNS, 10 * value) for how, value in ways.items()}
         (folder / f"{further.SWITCHED}-seed-{seed}.json").write_text(json.dumps(found))
+    for number, kind in enumerate(further.RENEWING):
+        for seed in range(3):
+            found = made_up(kind, seed, 1.0)
+            levels = {how: i + 10 * number + 0.01 * seed for i, how in enumerate(EULER)}
+            found["at the end"] = {how: dict.fromkeys(tables.COLUMNS, level) for how, level in levels.items()}
+            (folder / f"{kind}-seed-{seed}.json").write_text(json.dumps(found))
     for number, model in enumerate(blocks.FINETUNED):
         for seed in range(3):
             found = made_up(f"finetuning-{model}", seed, 0.1 * number)

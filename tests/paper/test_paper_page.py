@@ -127,6 +127,16 @@ def test_what_two_ranks_drew_together_stands_between_what_each_drew(results):
     assert alone[0] != alone[1]
 
 
+def test_each_rank_is_drawn_with_new_noise_and_without(results):
+    lines = further.renew(tables.read(results)).splitlines()[2:8]
+    expected = [
+        (f"| {how}", rank, f"{new + 10 * i + 0.01:.2f} ± 0.01")
+        for new, how in enumerate(("the same noise", "new noise"))
+        for i, rank in enumerate(("0", "8", "32"))
+    ]
+    assert [tuple(line.split(" | ")[:3]) for line in lines] == expected
+
+
 def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences(results):
     """Ranks 0 and 8 are kinds number 0 and 3, with alignment 9 and 8: it costs rank 8 five, and rank 0 nine."""
     four = "**-4.0000 ± 0.0000** | **-4.00 ± 0.00** | **-4.0 ± 0.0** | **-4.0000 ± 0.0000**"

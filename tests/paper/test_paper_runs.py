@@ -19,7 +19,7 @@ from asymflow.training.start import make_flow
 from toy.paper import __main__ as paper
 from toy.paper.measures import LEVELS
 from toy.paper.outside import Outside
-from toy.paper.runs import EMBEDDED, HERE, SWITCHED_AT, checksum
+from toy.paper.runs import EMBEDDED, EULER, HERE, SWITCHED_AT, checksum
 
 
 @pytest.mark.slow
@@ -74,6 +74,9 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert paper.main(["switch", *words[1:4], "--only", "switch-rank-32-unseeded-seed-0"]) == 0  # it trains both
     switched = json.loads((tmp_path / "switch-rank-32-unseeded-seed-0.json").read_text())["at the end"]
     assert len(switched) == len({found["patches"] for found in switched.values()}) == 2 * len(SWITCHED_AT)
+    assert paper.main(["renew", *words[1:4], "--only", "renew-rank-32-unseeded-seed-0"]) == 0
+    renewed = json.loads((tmp_path / "renew-rank-32-unseeded-seed-0.json").read_text())["at the end"]
+    assert len(renewed) == len({found["patches"] for found in renewed.values()}) == len(EULER)
     assert paper.main([word for word in words if word != "--quick"]) == 2
     assert "has a classifier of other data and epochs: choose another --out" in capsys.readouterr().err
     file.write_text(json.dumps({**found, "run": {**found["run"], "settings": ["subspace.rank=9"]}}))

@@ -10,6 +10,7 @@ The experiments, and what each needs besides `pip install -e ".[train]"`:
     directions    what was trained for rank, its losses inside and outside of the subspace; then the loss outside alone
     embedding     with another start of the patch embedding than the subspace gives
     switch        ranks 32 and 8, in one drawing
+    renew         what was trained for embedding, drawn with new noise in each step
     guidance      what was trained for rank, drawn with more and less guidance
     speed         the same, drawn after each quarter of the training
     repa          Table 2: with alignment; after rank; ".[repa]"

@@ -67,6 +67,11 @@ def switch(out: Path) -> list[Run]:
     return again("switch", [run for run in embedding(out) if run.name.startswith("rank-32-")])
 
 
+def renew(out: Path) -> list[Run]:
+    """What was trained for `embedding`, drawn with new noise in each step: do the errors of rank 32 add up?"""
+    return again("renew", embedding(out))
+
+
 def of_ranks(ranks: Sequence[str]) -> list[Run]:
     return [of_rank(rank, seed) for seed in SEEDS for rank in ranks]
 
@@ -139,6 +144,7 @@ PLANS: dict[str, Callable[[Path], list[Run]]] = {
     "speed": speed,
     "embedding": embedding,
     "switch": switch,
+    "renew": renew,
     "repa": repa,
     "rate": rate,
     "own-rate": own_rate,

@@ -4,7 +4,7 @@ import statistics
 
 from toy.paper.blocks import ON_THE_WAY, RANKS, Kinds, compared, curve, sooner
 from toy.paper.measures import LEVELS
-from toy.paper.runs import SWITCHED_AT
+from toy.paper.runs import EULER, SWITCHED_AT
 from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, all_measures, at_the_end, by_seed, origin, shown, table
 
 SWITCHED = "switch-rank-32-unseeded"
@@ -55,6 +55,20 @@ def switch(kinds: Kinds) -> str:
     ]
     made = table(["drawn by", *(title for title, _ in COLUMNS.values())], rows)
     return "\n\n".join([made, origin(kinds, [SWITCHED])])
+
+
+RENEWING = {"renew-rank-0-seeded": "0", "renew-rank-8-unseeded": "8", "renew-rank-32-unseeded": "32"}
+
+
+def renew(kinds: Kinds) -> str:
+    """Samples of Euler's method without guidance, with and without new noise in each step."""
+    rows = [
+        [how, title, *(shown(by_seed(kinds[kind], at_the_end(key, how)), form) for key, (_, form) in COLUMNS.items())]
+        for how in EULER
+        for kind, title in RENEWING.items()
+    ]
+    made = table(["drawn with", "rank", *(title for title, _ in COLUMNS.values())], rows)
+    return "\n\n".join([made, origin(kinds, list(RENEWING))])
 
 
 START_CLAIMS = {

@@ -24,6 +24,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "directions": (further.directions, ["directions-rank-0", "directions-rank-8"]),
     "embedding": (further.embedding, ["rank-0", "rank-8", "rank-0-seeded", "rank-8-unseeded"]),
     "switch": (further.switch, ["rank-8-unseeded", "rank-32-unseeded", further.SWITCHED]),
+    "renew": (further.renew, list(further.RENEWING)),
     "guidance": (further.guidance, ["rank-0", "rank-8", "guidance-rank-0", "guidance-rank-8"]),
     "speed": (blocks.speed, ["rank-0", "rank-8"]),
     "clamp": (blocks.clamp, ["rank-0", "rank-8"]),

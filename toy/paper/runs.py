@@ -9,7 +9,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,13 +31,14 @@ from asymflow.model import AsymFlow
 from asymflow.patches import patchify
 from asymflow.pictures import image_grid
 from asymflow.progress import progress_bar
-from asymflow.sampling import generate, image_noise, sample, sigma_grid
+from asymflow.sampling import euler, generate, heun, image_noise, sample, sigma_grid
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
 from toy.common import commit, machine
 from toy.emoji64 import JUDGE, judge_in, load
 from toy.paper import measures
+from toy.paper.ancestral import ancestral
 from toy.paper.damage import DAMAGES
 from toy.paper.data import PATCH, SIZE, EmojiData, ShapesData
 from toy.paper.teacher import teacher_in
@@ -46,6 +49,7 @@ WIDTH = 0.05  # of the moving average
 GUIDANCE = 2.0
 GUIDANCES = (1.5, 3.0)  # further ones
 SWITCHED_AT = (0.9, 0.7, 0.4)  # noise levels at which one rank takes over from another
+EULER = {"the same noise": euler, "new noise": ancestral}
 COMMIT = commit()  # of the code that runs, which takes hours
 SHOWN = 256  # samples in the picture of a run
 AVERAGED = 50  # steps over which the mean of a term of the loss is kept
@@ -66,6 +70,7 @@ class Run:
     - directions: the held-out losses in two parts.
     - speed: guided samples after each quarter of the steps but the last.
     - switch: samples that this rank draws above or below a noise level, and rank 8 on the other side.
+    - renew: samples of Euler's method, with and without new noise in each step.
     """
 
     name: str
@@ -223,6 +228,7 @@ class Lab:
                 "directions": self.by_direction,
                 "speed": self.by_step,
                 "switch": self.by_switch,
+                "renew": self.by_renewal,
             }
             hours = 0.0 if run.trained else training_hours(folder)
             return {"hours": {"training": hours}, "at the end": again[run.again](run)}
@@ -277,6 +283,10 @@ class Lab:
             found[name] = self.judged(self.draw_by_two(*((this, eight) if side == "above" else (eight, this)), level))
         return found
 
+    def by_renewal(self, run: Run) -> dict[str, dict]:
+        flow, bar = averaged(self.out / run.folder), progress_bar(EULER, "drawing", "sampler")
+        return {how: self.judged(self.draw(flow, *self.scale.end, 1.0, EULER[how])) for how in bar}
+
     def draw_by_two(self, above: AsymFlow, below: AsymFlow, level: float) -> Tensor:
         """Samples as of `draw`, without guidance, by one model above a noise level, and by another from there on."""
         (count, steps), parts = self.scale.end, []
@@ -286,11 +296,12 @@ class Lab:
             parts.append(quantized(sample(velocity, noise, sigma_grid(steps)), "round"))
         return torch.cat(parts)
 
-    def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float) -> Tensor:
+    def draw(self, flow: AsymFlow, count: int, steps: int, guidance: float, sampler: Callable = heun) -> Tensor:
         """Samples (count, 3, H, W), uint8, of the held-out pictures' classes; each has the noise of its number."""
         parts = []
         for numbers in torch.arange(count).split(measures.BATCH):
-            options = dict(steps=steps, guidance=guidance)
+            method = partial(ancestral, numbers.tolist()) if sampler is ancestral else sampler
+            options = dict(steps=steps, guidance=guidance, method=method)
             parts.append(quantized(generate(flow, self.labels[numbers], numbers.tolist(), **options), "round"))
         return torch.cat(parts)
 
