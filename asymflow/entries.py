@@ -11,13 +11,14 @@ import random
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from asymflow import opening
 from asymflow.errors import InputError
-from asymflow.text import count
+from asymflow.passed_over import PassedOver, some
 
 T = TypeVar("T")
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "jfif", "gif", "tif", "tiff", "avif")
@@ -60,6 +61,12 @@ class Entry(NamedTuple):
         return self.member is None and self.path.lower().endswith(TAR)
 
     @property
+    def is_archive(self) -> bool:
+        """Whether it is one that is not opened, by its name: compressed, or within a tar file."""
+        name = self.member or self.path
+        return bool(ARCHIVE.search(name)) or (self.member is not None and name.lower().endswith(TAR))
+
+    @property
     def is_image(self) -> bool:
         return (self.member or self.path).lower().endswith(tuple(f".{kind}" for kind in IMAGES))
 
@@ -82,22 +89,22 @@ class Entry(NamedTuple):
             raise UnreadableError(str(e)) from None
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Entry]:
+def find_images(paths: Iterable[str | Path], passed: PassedOver | None = None) -> list[Entry]:
     """Every image in folders (with the folders and tar files in them), tar files, and single files. None is opened.
 
     In the order of the paths; in a folder sorted by name, in a tar file in its own order. Hidden files are left out.
-    Prints one line if there are images of other kinds. Raises InputError if there is no image, or a path is something
-    else.
+    What else is not used is printed, or noted in `passed`. Raises InputError if there is no image, or a path is
+    something else.
     """
-    paths = list(paths)
-    images, others = [], []
-    for entry in find_entries(paths):
-        if entry.is_image or entry.is_other_image:
-            (images if entry.is_image else others).append(entry)
+    paths, images, noted = list(paths), [], PassedOver() if passed is None else passed
+    for entry in find_entries(paths, noted):
+        images += [entry] if entry.is_image else []
+        noted.others += [entry] if entry.is_other_image else []
     if not images:
-        raise InputError(f"{listing(paths)} has no images: no file in it ends with {', '.join(IMAGES)}")
-    if others:
-        print(other_kinds(others), file=sys.stderr)
+        why = noted.remarks or [f"no file in it ends with {', '.join(IMAGES)}"]
+        raise InputError(f"{listing(paths)} has no images: {'; '.join(why)}")
+    if passed is None:
+        noted.say()
     return images
 
 
@@ -107,9 +114,8 @@ def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
     Found and ordered as by `find_images`. Prints one line if there are images without latents. Raises InputError if
     there is no pair, or a sample has two images.
     """
-    paths = list(paths)
-    pairs, alone = [], []
-    for key, files in samples(find_entries(paths)).items():
+    paths, pairs, alone, passed = list(paths), [], [], PassedOver()
+    for key, files in samples(find_entries(paths, passed)).items():
         images = [files[kind] for kind in IMAGES if kind in files]
         if LATENTS in files and len(images) > 1:
             raise InputError(f"{key} has more than one image: {images[0]} and {images[1]}")
@@ -118,24 +124,14 @@ def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
         else:
             alone += [entry for entry in files.values() if entry.is_image or entry.is_other_image]
     if not pairs:
-        raise InputError(
-            f"{listing(paths)} has no images with latents: each image, such as KEY.png, needs its latents beside it, "
-            f"KEY.{LATENTS}, with the same KEY up to the first dot"
-        )
+        needs = f"each image, such as KEY.png, needs its latents beside it, KEY.{LATENTS}, with the same KEY up to the"
+        why = f"{listing(paths)} has no images with latents: {needs} first dot"
+        raise InputError("; ".join([why, *passed.remarks]))
+    passed.say()
     if alone:
-        what = f"{count(len(alone), 'image')} ({first(alone)})"
+        what = some(alone, "image")
         print(f"passed over, without latents beside (or of a kind that is not read): {what}", file=sys.stderr)
     return pairs
-
-
-def other_kinds(found: Sequence[object]) -> str:
-    """What to say of images, at least one, of kinds that are not read."""
-    what = f"{count(len(found), 'image')} ({first(found)})"
-    return f"passed over, of a kind that is not read: {what}. Convert such files to png or jpg"
-
-
-def first(found: Sequence[object]) -> str:
-    return f"{found[0]}" if len(found) == 1 else f"the first: {found[0]}"
 
 
 def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
@@ -151,69 +147,75 @@ def samples(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
     return found
 
 
-def find_entries(paths: Iterable[str | Path]) -> Iterator[Entry]:
-    for path in map(Path, paths):
+def find_entries(paths: Iterable[str | Path], passed: PassedOver) -> Iterator[Entry]:
+    """The files in folders, in tar files and in those of folders, and single files: each once, and no archives."""
+    paths = [Path(path) for path in paths]
+    single = {os.path.realpath(path) for path in paths if path.is_file() and not Entry(str(path)).is_tar}
+    for path in paths:
+        entry = Entry(str(path))
         if path.is_dir():
-            yield from tars_opened(folder_entries(str(path)))
+            found = tars_opened(folder_entries(str(path), passed), passed)
         elif not path.exists():
             raise InputError(f"{path} does not exist")
-        elif (entry := Entry(str(path))).is_tar:
-            yield from tar_entries(str(path))
+        elif entry.is_tar:
+            found = tar_entries(entry.path) if passed.is_new(entry.path) else ()
         elif entry.is_image or entry.parts[1] == LATENTS:
-            yield entry
+            found = [entry] if passed.is_new(entry.path) else ()
         else:
             raise InputError(f"{path} is neither a folder, nor a .tar file, nor an image ({', '.join(IMAGES)})")
+        for one in found:
+            if single and path.is_dir() and os.path.realpath(one.path) in single:
+                passed.again.append(one)
+            elif one.is_archive:
+                passed.packed.append(one)
+            else:
+                yield one
 
 
-def folder_entries(folder: str) -> Iterator[Entry]:
+def folder_entries(folder: str, passed: PassedOver) -> Iterator[Entry]:
     """The files in a folder and in all folders below. Links are followed, but each folder is read only once.
 
-    Hidden files are left out, and what systems put beside: see `NOT_DATA`. Prints one line if links were not followed,
-    and one if there are archives, which nothing here opens.
+    Hidden files are left out, and what systems put beside: see `NOT_DATA`.
     """
-    again: list[str] = []
-    packed = []
-    for entry in entries_below(folder, set(), again):
-        packed += [entry] if ARCHIVE.search(entry.path) else []
-        yield entry
-    if packed:
-        what = f"{count(len(packed), 'archive')} ({first(packed)})"
-        print(f"not opened: {what}. Unpack what has images in it", file=sys.stderr)
-    if again:
-        what = f"{count(len(again), 'link')} ({first(again)})"
-        print(f"not followed, because the folder has been read already: {what}", file=sys.stderr)
-
-
-def tars_opened(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The entries, with each .tar file replaced by the files in it."""
-    for entry in entries:
-        if entry.is_tar:
-            yield from tar_entries(entry.path)
-        else:
-            yield entry
-
-
-def entries_below(folder: str, seen: set[str], again: list[str]) -> Iterator[Entry]:
-    here = os.path.realpath(folder)
-    if here in seen:
-        again.append(folder)
+    if not passed.is_new(folder):
         return
-    seen.add(here)
     with os.scandir(folder) as items:
         for item in sorted(items, key=lambda item: item.name):
-            if item.name.startswith(".") or item.name in NOT_DATA:
+            if is_no_data(item.name):
                 continue
             if item.is_dir():
-                yield from entries_below(item.path, seen, again)
+                yield from folder_entries(item.path, passed)
+            elif (entry := Entry(item.path)).is_image or not is_gone(item):
+                yield entry
             else:
-                yield Entry(item.path)
+                passed.gone.append(item.path)
+
+
+def is_no_data(name: str) -> bool:
+    return name.startswith(".") or name in NOT_DATA
+
+
+def is_gone(item: os.DirEntry) -> bool:
+    """Whether it is a link to nothing, such as to a disk that is not mounted."""
+    return item.is_symlink() and not os.path.exists(item.path)  # noqa: PTH110
+
+
+def tars_opened(entries: Iterable[Entry], passed: PassedOver) -> Iterator[Entry]:
+    """The entries, with each .tar file replaced by the files in it."""
+    for entry in entries:
+        if not entry.is_tar:
+            yield entry
+        elif passed.is_new(entry.path):
+            passed.tars.append(entry)
+            yield from tar_entries(entry.path)
 
 
 def tar_entries(path: str) -> Iterator[Entry]:
     """The files in a tar file; a link to another file in it is that file. InputError unless it is whole, one archive,
-    and not compressed.
+    not compressed, and without a name that comes twice.
 
-    What cannot be read, such as a link to nothing, is an entry without content, so that it is named where it is used.
+    What is no data in a folder is none here. What cannot be read, such as a link to nothing, is an entry without
+    content, so that it is named where it is used.
     """
     opening.existing_file(path)
     try:
@@ -232,11 +234,18 @@ def tar_entries(path: str) -> Iterator[Entry]:
             "is compressed, decompress it"
         ) from None
     named = {posixpath.normpath(member.name): member for member in members}
-    for member in members:
-        if not member.isdir() and not posixpath.basename(member.name).startswith("."):
-            target = followed(member, named)
-            place = (target.offset_data, target.size) if target else (0, 0)
-            yield Entry(path, member.name, *place)
+    files = [member for member in members if not member.isdir() and not has_no_data(member.name)]
+    names = Counter(posixpath.normpath(member.name) for member in files)
+    if len(names) < len(files):
+        raise InputError(f"{path} has {names.most_common(1)[0][0]} twice, as `tar --append` leaves it: pack it anew")
+    for member in files:
+        target = followed(member, named)
+        place = (target.offset_data, target.size) if target else (0, 0)
+        yield Entry(path, member.name, *place)
+
+
+def has_no_data(member: str) -> bool:
+    return any(part != ".." and is_no_data(part) for part in posixpath.normpath(member).split("/"))
 
 
 def followed(member: tarfile.TarInfo, named: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

@@ -66,7 +66,7 @@ def fit_pca(
         if known < r < len(gram):
             raise InputError(
                 f"only {known} of {r} directions have energy, in {int(count)} tokens, and rounding would decide the "
-                "others: give more images, or a smaller rank"
+                "others: give a smaller rank, or more images (of grey ones only a third of the directions have any)"
             )
         return canonical_signs(directions.flip(-1)[:, :r]), 1.0, spectrum
 

@@ -44,7 +44,9 @@ RESULT, GRID = "result.json", "grid.png"
 FEATURES, REFERENCE = "features", "reference"
 # Of a protocol: what features do not depend on, or what a checksum tells.
 ELSEWHERE = {"name", "about", "weights", "reference", "measures", "clip"}
-CHANGES = ("num", "first", "seed", "steps", "method", "precision", "extractor", "weights", "reference", "crop", "clip")
+GUIDANCE = {"guidance": 2.3, "interval": (0.0, 0.88), "orthogonal": 0.0}
+DRAWING = ("num", "first", "seed", "steps", "method", "precision")
+CHANGES = (*DRAWING, "extractor", "weights", "reference", "crop", "clip")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -54,7 +56,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     evaluate_search.add_command(actions)
     p.add_argument("--model", type=Path, help=f"what draws the images: {MODEL}")
     add_choice(p)
-    p.add_argument("--images", type=Path, metavar="PATH", help="instead: a folder of images, or an .npz with arr_0")
+    p.add_argument(
+        "--images", type=Path, metavar="PATH", help="instead: a folder or .tar of images, or .npz with arr_0"
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, a grid and the features (needed)")
     p.add_argument(
         "--protocol",
@@ -62,9 +66,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="adm, jit, edm2-dino, captions, shapes, quick, or a file",
     )
-    p.add_argument("--guidance", type=float, default=2.3, help="its scale; 1 is none")
-    p.add_argument("--interval", type=interval, default="0,0.88", help="noise levels where guidance acts")
-    p.add_argument("--orthogonal", type=float, default=0.0, help="0 to 1: take away guidance that only adds contrast")
+    p.add_argument("--guidance", type=float, help="its scale; 1 is none (default: 2.3)")
+    p.add_argument("--interval", type=interval, help="noise levels where guidance acts (default: 0,0.88)")
+    p.add_argument("--orthogonal", type=float, help="0 to 1: take away guidance that only adds contrast (default: 0)")
     p.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="images at a time")
     p.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the images, as ADM's evaluator reads them")
     p.add_argument("--device", default=default_device(), help="such as cpu, cuda or cuda:1")
@@ -111,7 +115,11 @@ def check(args: argparse.Namespace, protocol) -> None:
         raise InputError(f"--save-npz {args.save_npz} must end with .npz")
     if args.images:
         refuse_choice(args.images, args.step, args.ema)
+        if drawing := [name for name in (*DRAWING, *GUIDANCE) if getattr(args, name) is not None]:
+            raise InputError(f"--{drawing[0]} is for drawing, and --images are scored as they are, all of them")
         return
+    for name, usual in GUIDANCE.items():
+        setattr(args, name, usual if getattr(args, name) is None else getattr(args, name))
     if not is_own(protocol.method) and protocol.method not in METHODS:
         raise InputError(f"--method must be one of {', '.join(METHODS)}, but it is {protocol.method!r}")
     sigma_grid(protocol.steps, protocol.shift)

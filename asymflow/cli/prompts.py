@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from asymflow import files, opening
 from asymflow.data.captioned import IMAGE_KEYS, caption_in, find_captioned
-from asymflow.entries import Entry, UnreadableError
+from asymflow.entries import Entry, UnreadableError, is_no_data
 from asymflow.errors import InputError
 from asymflow.pictures import image_grid
 from asymflow.pixels import decoded, read_image, to_tensor
@@ -59,7 +59,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def of_folder(path: Path) -> Iterator[Prompt]:
     """Of NAME.txt, one each; or of CATEGORY.json; or the captions of images. InputError if something is left over."""
-    inside = sorted(file for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    inside = [file for file in found if not any(map(is_no_data, file.relative_to(path).parts))]
     kinds = {file: file.suffix.lower() for file in inside}
     if ".tar" in kinds.values() or any(Entry(str(file)).is_image for file in inside):
         photos = find_captioned([str(path)], 1)
@@ -131,7 +132,7 @@ def of_row(row: object, number: int, place: str, category: str = ALL) -> Prompt:
     name, text = next(iter(ids + images), f"{number:05}"), about.get("prompt")
     text = checked(caption_in(about) if text is None else text, place)
     if about.get("category") is not None:
-        category = about["category"]
+        category = str(about["category"])
     return Prompt(text, checked(name, place), checked(category, place), row if isinstance(row, dict) else None)
 
 

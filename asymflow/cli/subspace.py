@@ -63,7 +63,7 @@ def add_command(commands) -> None:
     actions = group.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     pca = actions.add_parser("pca", help="fit to images, to train from scratch", description=PCA)
-    add_data(pca, "folders of images (and the folders in them), .tar shards, or image files")
+    add_data(pca, "folders of images (with the folders and .tar files in them), .tar shards, or image files")
     pca.add_argument("--rank", type=rank_or_auto, default=8, help='number of directions, or "auto": as many as pay off')
     pca.add_argument("--image-size", type=at_least(1), default=256, metavar="N", help="side of the crops, in pixels")
     add_options(pca, CHANNEL_LAST, "rgb", patch_size=16)
@@ -71,7 +71,7 @@ def add_command(commands) -> None:
 
     procrustes = actions.add_parser("procrustes", help="fit to images and their latents", description=PROCRUSTES)
     source = procrustes.add_mutually_exclusive_group(required=True)
-    add_data(procrustes, "folders or .tar shards with images and their latents", source)
+    add_data(procrustes, "folders (with .tar files in them) or .tar shards with images and their latents", source)
     source.add_argument("--shards", type=Path, metavar="FOLDER", help="made by `asymflow data encode`")
     rank = "that of the latents is the only one that fits; another number is refused"
     procrustes.add_argument("--rank", type=rank_or_auto, default="auto", metavar="N|auto", help=rank)

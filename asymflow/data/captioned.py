@@ -15,8 +15,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from asymflow.data.shapes import make_scene, render
-from asymflow.entries import Entry, UnreadableError, folder_entries, listing, tar_entries, tars_opened
+from asymflow.entries import Entry, UnreadableError, find_entries, listing
 from asymflow.errors import InputError
+from asymflow.passed_over import PassedOver
 from asymflow.pixels import decoded, to_rgb, upright
 from asymflow.text import decode, encoding_of, is_blank
 
@@ -98,28 +99,28 @@ class Drawing(NamedTuple):
         return Image.fromarray(render(make_scene(0, self.index), self.side).permute(1, 2, 0).contiguous().numpy())
 
 
-def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
+def find_captioned(data: Iterable[str], side: int, passed: PassedOver | None = None) -> list[Photo | Drawing]:
     """All images in `data`, in an order that is always the same. No image is opened.
 
     Each entry of `data` is one of these. A folder, with the folders and .tar files in it, or a .tar file: the caption
     of IMAGE.jpg (png, webp, ...) is IMAGE.txt or IMAGE.caption beside it, or "caption", "text" or "prompt" in
     IMAGE.json. A .jsonl file: each line is an object with the path of an image, relative to the file, as "image",
     "file_name" or "path", and its caption as "caption", "text" or "prompt". "shapes:COUNT": that many generated
-    pictures of side x side pixels.
+    pictures of side x side pixels. What else is not used is printed, or noted in `passed`.
     Raises InputError if there is no image, or an entry is something else.
     """
-    data, found = [str(path) for path in data], []
+    data, found, noted = [str(path) for path in data], [], PassedOver() if passed is None else passed
     for path in data:
         if drawn := re.fullmatch("shapes:([0-9]+)", path):
             found += (Drawing(index, side) for index in range(int(drawn[1])))
         elif Path(path).is_dir():
-            photos = list(with_captions(tars_opened(folder_entries(path))))
+            photos = list(with_captions(find_entries([path], noted)))
             check_tables(path, photos)
             found += photos
         elif not Path(path).exists():
             raise InputError(f"{path} does not exist")
         elif path.lower().endswith(".tar"):
-            found += with_captions(tar_entries(path))
+            found += with_captions(find_entries([path], noted))
         elif path.lower().endswith(".jsonl"):
             found += json_lines(Path(path))
         else:
@@ -128,7 +129,9 @@ def find_captioned(data: Iterable[str], side: int) -> list[Photo | Drawing]:
                 f"can be written to a .jsonl file, with lines such as {LINE}"
             )
     if not found:
-        raise InputError(f"{listing(data)} has no images")
+        raise InputError("; ".join([f"{listing(data)} has no images", *noted.remarks]))
+    if passed is None:
+        noted.say()
     return found
 
 

@@ -39,6 +39,7 @@ from asymflow.data.encoders import (
 from asymflow.data.shards import ENCODED, Index, read_meta
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
+from asymflow.passed_over import PassedOver
 from asymflow.pixels import in_order, to_tensor
 from asymflow.progress import progress_bar
 
@@ -96,7 +97,7 @@ def encode(
     if size % form["patch_size"]:
         raise InputError(f"--size {size} is not a multiple of {form['patch_size']}, what a latent token covers")
     sizes = buckets(size * size, form["patch_size"], max_aspect)
-    items = find_captioned(data, size)
+    items = find_captioned(data, size, None if rank == 0 else PassedOver())
     listing = writing.digest(json.dumps(str(item)).encode() for item in items)
     if {*writing.gathered(lambda: listing, world)} != {listing}:  # the facts of a share would be those of other images
         raise InputError("the processes do not find the same images in --data: give all of them the same folder")

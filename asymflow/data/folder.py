@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from asymflow.data.sample import Sample
-from asymflow.entries import NOT_DATA, Entry, UnreadableError, first, folder_entries, other_kinds
+from asymflow.entries import Entry, UnreadableError, folder_entries, is_gone, is_no_data
 from asymflow.errors import InputError
+from asymflow.passed_over import PassedOver
 from asymflow.pixels import adm_crop, read_image
-from asymflow.text import count, decode
+from asymflow.text import decode
 
 CAPTION = ".txt"
 
@@ -23,8 +24,8 @@ class ImageFolder:
     """Images by number, cropped to size x size by `adm_crop`. The files are PATH/CLASS/IMAGE or PATH/CLASS/.../IMAGE.
 
     The classes are numbered in the order of their names, and so are the images. `classes` are the names. A file
-    IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption. Raises InputError if there is no image, an image outside of
-    a class folder, or a class without images.
+    IMAGE.txt beside IMAGE.jpg (or png, ...) is its caption; `captioned` is its kind, such as ".TXT", or empty.
+    Raises InputError if there is no image, an image outside of a class folder, or a class without images.
 
     one_class: all images in the folder, and in those below, are of one class, called as the folder is.
 
@@ -34,25 +35,25 @@ class ImageFolder:
     def __init__(self, path: str | Path, size: int, one_class: bool = False):
         self.path, self.size = os.path.join(path, ""), size  # noqa: PTH118 (as strings throughout)
         self.one_class = one_class
-        names, labels, captioned, others, tars = [], [], [], [], []
-        self.classes = [Path(path).resolve().name] if one_class else class_names(path)
+        names, labels, captioned, passed = [], [], [], PassedOver()
+        self.classes = [Path(path).resolve().name] if one_class else class_names(path, passed)
         for label, folder in enumerate([""] if one_class else self.classes):
-            entries = list(folder_entries(self.path + folder))
+            here = PassedOver()
+            entries = list(folder_entries(self.path + folder, here))
             images = [entry.path for entry in entries if entry.is_image]
+            here.others += [entry.path for entry in entries if entry.is_other_image]
+            here.packed += [entry.path for entry in entries if entry.is_archive or entry.is_tar]
             if not images:
-                raise InputError(f"{path}/{folder} has no images, but each folder in {path} is a class: remove it")
-            others += [entry.path for entry in entries if entry.is_other_image]
-            tars += [entry.path for entry in entries if entry.is_tar]
-            captions = {entry.path for entry in entries if entry.path.endswith(CAPTION)}
+                why = "; ".join(here.remarks) or "remove it"
+                raise InputError(f"{path}/{folder} has no images, but each folder in {path} is a class: {why}")
+            passed.add(here)
+            captions = dict(cut(entry.path) for entry in entries if entry.path.lower().endswith(CAPTION))
             names += [os.fsencode(image.removeprefix(self.path)) for image in images]
             labels += [label] * len(images)
-            captioned += [caption_path(image) in captions for image in images]
+            captioned += [captions.get(cut(image)[0], "") for image in images]
         # Arrays, not lists of a million objects: forked workers change the reference counts of objects that they use,
         # and every memory page that they write to is copied.
-        self.remarks = [other_kinds(others)] if others else []
-        if tars:
-            what = f"{count(len(tars), 'tar file')} ({first(tars)})"
-            self.remarks.append(f"passed over: {what}. Unpack what has images in it")
+        self.remarks = passed.remarks
         self.names, self.labels, self.captioned = np.array(names), np.array(labels), np.array(captioned)
 
     @property
@@ -96,23 +97,29 @@ class ImageFolder:
 
     def caption(self, index: int) -> str:
         """The caption, or an empty text. Raises UnreadableError if its file is damaged, or not text."""
-        return caption_of(Entry(caption_path(self.entry(index).path))) if self.captioned[index] else ""
+        kind = str(self.captioned[index])
+        return caption_of(Entry(cut(self.entry(index).path)[0] + kind)) if kind else ""
 
 
-def class_names(path: str | Path) -> list[str]:
+def class_names(path: str | Path, passed: PassedOver) -> list[str]:
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist")
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder: a folder is expected that has one folder of images for each class")
     with os.scandir(path) as items:
-        items = [item for item in items if not item.name.startswith(".") and item.name not in NOT_DATA]
+        items = [item for item in items if not is_no_data(item.name)]
     classes = sorted(item.name for item in items if item.is_dir())
     entries = [Entry(item.name) for item in items if not item.is_dir()]
     if outside := sorted(entry.path for entry in entries if entry.is_image or entry.is_other_image):
         raise InputError(f"{path}/{outside[0]} is in no class: each image must be in a folder that is its class")
-    if not classes:
-        hint = (
-            ": it has tar files, which are data.kind webdataset" if any(i.name.endswith(".tar") for i in items) else ""
+    if gone := sorted(item.path for item in items if is_gone(item)):
+        raise InputError(
+            f"{gone[0]} is a link to nothing, where the folder of a class may have been: mend or remove it"
         )
-        raise InputError(f"{path} has no folders in it, one for each class{hint}")
+    passed.packed += sorted(f"{path}/{entry.path}" for entry in entries if entry.is_archive or entry.is_tar)
+    if not classes:
+        tars = " (a training also reads tar files themselves: data.kind webdataset)" if passed.packed else ""
+        raise InputError("; ".join([f"{path} has no folders in it, one for each class", *passed.remarks]) + tars)
     return classes
 
 
@@ -125,8 +132,10 @@ def caption_of(entry: Entry) -> str:
         raise UnreadableError(f"the caption {entry} {e}") from None
 
 
-def caption_path(image: str) -> str:
-    return image.rpartition(".")[0] + CAPTION
+def cut(path: str) -> tuple[str, str]:
+    """The path of a file without its kind, and the kind, such as ".txt"."""
+    stem, dot, kind = path.rpartition(".")
+    return stem, dot + kind
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:

@@ -15,8 +15,9 @@ import numpy as np
 from asymflow import files, opening
 from asymflow.data.folder import caption_of, to_uint8
 from asymflow.data.sample import Sample
-from asymflow.entries import ARCHIVE, IMAGES, Entry, first, other_kinds, samples, tar_entries
+from asymflow.entries import IMAGES, Entry, is_no_data, samples, tar_entries
 from asymflow.errors import InputError
+from asymflow.passed_over import PassedOver, some
 from asymflow.pixels import adm_crop, in_order, read_image
 from asymflow.progress import progress_bar
 from asymflow.text import count
@@ -111,8 +112,7 @@ class TarShards:
     @property
     def remarks(self) -> list[str]:
         """What a user should know: what is passed over, and that the shards are of several sets."""
-        found = []
-        found += passed_over(self.passed_over)
+        found = passed_over(self.passed_over) + beside(Path(self.path))
         sets = Counter(re.sub(r"[0-9]+", "#", os.path.basename(shard)) for shard in self.shards)  # noqa: PTH119
         if len(sets) > 1 and len(sets) < len(self.shards):
             names = ", ".join(f"{count} of {name}" for name, count in sorted(sets.items()))
@@ -141,17 +141,24 @@ class TarShards:
 
 def passed_over(names: Sequence[str]) -> list[str]:
     """What to say of images of a tar file that are not used."""
-    others = [name for name in names if Entry(name).is_other_image]
-    with_dots = [name for name in names if not Entry(name).is_other_image]
-    return ([other_kinds(others)] if others else []) + ([dotted(with_dots)] if with_dots else [])
+    others = [name for name in names if Entry("", name).is_other_image]
+    packed = [name for name in names if Entry("", name).is_archive]
+    said = PassedOver(others=others, packed=packed).remarks
+    if dotted := [name for name in names if name not in {*others, *packed}]:
+        said.append(
+            f"passed over, because of a dot in the name: {some(dotted, 'image')}. WebDataset takes a name up to its "
+            "first dot for the key of the sample, so what follows is no kind of image: rename such files"
+        )
+    return said
 
 
-def dotted(names: Sequence[str]) -> str:
-    """Why these images of a tar file are not used."""
-    return (
-        f"passed over, because of a dot in the name: {count(len(names), 'image')} ({first(names)}). WebDataset takes a "
-        "name up to its first dot for the key of the sample, so what follows is no kind of image: rename such files"
-    )
+def beside(path: Path) -> list[str]:
+    """What to say of a folder of tar files in which there are folders of tar files, or archives of other kinds."""
+    inside = sorted(item for item in path.iterdir() if not is_no_data(item.name)) if path.is_dir() else []
+    said = PassedOver(packed=[str(item) for item in inside if Entry(str(item)).is_archive]).remarks
+    if folders := [str(item) for item in inside if any(item.glob("*.tar"))]:
+        said.append(f"not read: {some(folders, 'folder')} with tar files. A pattern reads them, as {path}/*/*.tar")
+    return said
 
 
 def shard_paths(path: Path, size: int) -> list[str]:
@@ -160,8 +167,8 @@ def shard_paths(path: Path, size: int) -> list[str]:
         return expanded(str(path)) if re.search(r"[*?\[{]", str(path)) and not path.exists() else [existing_tar(path)]
     files_in = sorted(str(file) for file in path.iterdir() if not file.name.startswith("."))
     shards = [file for file in files_in if file.lower().endswith(".tar")]
-    if packed := list(filter(ARCHIVE.search, files_in)):
-        raise InputError(f"{packed[0]} is compressed, and shards are read at any place: unpack it, or move it away")
+    if packed := [file for file in files_in if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.lower())]:
+        raise InputError(f"{packed[0]} is compressed, and shards are read at any place: decompress it, or move it away")
     if meta := read_meta(path, PACKED):
         check_finished(path, PACKED, meta, shards)
         if meta["size"] < size:
@@ -233,7 +240,7 @@ def read_index(shard: str) -> Index:
         for key, kinds in found.items():
             images = [kinds[kind] for kind in IMAGES if kind in kinds]
             if not images:
-                others = (entry for entry in kinds.values() if entry.is_image or entry.is_other_image)
+                others = (e for e in kinds.values() if e.is_image or e.is_other_image or e.is_archive)
                 passed += [os.fsencode(entry.member) for entry in others]
                 continue
             if len(images) > 1:

@@ -65,7 +65,7 @@ class Oracle:
     def both(self, images: Tensor, labels: Sequence[int] | None = None) -> tuple[Tensor, None]:
         """What it finds (B, 6), float32. images: (B, 3, size, size), uint8, of the classes `labels`. InputError."""
         if labels is None:
-            raise InputError("the oracle needs the class of each image: give a model, or the OUT of asymflow sample")
+            raise InputError("the oracle needs the class of each image: give a model, or OUT/images of asymflow sample")
         return torch.tensor([self.one(*pair) for pair in zip(images.cpu(), labels, strict=True)]), None
 
     def one(self, image: Tensor, label: int) -> list[float]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.data.captioned import find_captioned
-from asymflow.entries import TAR, Entry, UnreadableError, find_images
+from asymflow.entries import Entry, UnreadableError, find_images
 from asymflow.errors import InputError
+from asymflow.passed_over import PassedOver
 from asymflow.pixels import adm_crop, decoded, in_order, to_rgb, upright
 from asymflow.text import count
 
@@ -51,7 +52,9 @@ class Folder:
 
     def __init__(self, path: str | Path, crop: int | None = None, turn: bool = False):
         self.path, self.crop, self.turn = Path(path), crop, turn
-        if not self.path.is_dir() and self.path.suffix != TAR:
+        if not self.path.exists():
+            raise InputError(f"{path} does not exist")
+        if not self.path.is_dir() and not Entry(str(path)).is_tar:
             raise InputError(f"{path} is not a folder of images, nor a .tar or .npz file of them")
         self.entries, self.enlarged = find_images([self.path]), []
         self.listed = listing(self.entries)
@@ -77,13 +80,21 @@ class Folder:
         for folder, prefix in ((self.path, ""), (self.path.resolve().parent, f"{self.path.resolve().name}/")):
             if not (folder / RECORD).is_file():
                 continue
+            named = [prefix + name for name in inside]
             try:
                 record = opening.read_json(folder / RECORD, most=MOST_RECORD)
                 found = {one["file"]: one for one in record["images"]}
-                drawn = [found[prefix + name] for name in inside]
-            except (KeyError, TypeError, ValueError):  # another kind of file, or of other images
+            except (KeyError, TypeError, ValueError):  # another kind of file
                 continue
-            if len(found) > len(drawn) > 0:
+            drawn = [found[name] for name in named if name in found]
+            if not drawn:  # of other images
+                continue
+            if others := [name for name in named if name not in found]:
+                raise InputError(
+                    f"{self.path} has images that asymflow sample did not draw, such as {others[0]}: give the folder "
+                    f"with its samples alone, {folder / Path(next(iter(found))).parent}"
+                )
+            if len(found) > len(drawn):
                 raise InputError(
                     f"{folder / RECORD} lists {count(len(found), 'image')}, of which {len(drawn):,} are there: run its "
                     "asymflow sample again, which draws the others"
@@ -98,7 +109,7 @@ class Folder:
         return self.captions[number]
 
     def written(self) -> list[str]:
-        beside = {photo.file[:2]: photo for photo in find_captioned([str(self.path)], 1)}
+        beside = {photo.file[:2]: photo for photo in find_captioned([str(self.path)], 1, PassedOver())}
         try:
             return [beside[entry[:2]].caption() for entry in self.entries]
         except UnreadableError as e:
@@ -135,7 +146,7 @@ class Folder:
 
     def check_unchanged(self) -> None:
         """InputError if images have come, gone or changed since the folder was listed."""
-        now = find_images([self.path])
+        now = find_images([self.path], PassedOver())
         if listing(now) != self.listed:
             raise InputError(
                 f"{self.path} is still being written: it had {count(len(self), 'image')}, and has {len(now):,} now, or "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.data.shapes import Shapes
-from asymflow.entries import TAR
+from asymflow.entries import Entry
 from asymflow.errors import InputError
 from asymflow.evaluation import assets
 from asymflow.evaluation.blocks import TOLD, Blocks
@@ -26,6 +26,7 @@ PICTURES = 10_000  # generated ones, that "shapes" means
 class Opened:
     """A reference before its features are computed.
 
+    name: "data", "shapes", one of `PUBLISHED`, or a path, also if one of these words exists as a file ("./data").
     identity: what determines it, for records. source: its images. statistics: published ones; one of the two may be
     None. Raises InputError if it does not exist, or is of another size than `size`, or of other features.
     """
@@ -41,18 +42,21 @@ class Opened:
     ):
         """width: of the features. data: the images that "data" means. crop, turn: see `images.Folder`."""
         self.name, self.source, self.statistics, self.replaced, self.enlarged = name, None, None, [], []
-        if name == DATA and not Path(name).exists():
+        if name == DATA:
             if data is None:
-                raise InputError("--reference data means the images of a training: give --model RUN, or other images")
+                raise InputError(
+                    "--reference data means the images of a training: give --model RUN, or other images, "
+                    "such as ./data for a folder of that name"
+                )
             self.source, self.identity = data, {"images": data.identity}
-        elif name == SHAPES and not Path(name).exists():
+        elif name == SHAPES:
             pictures = Shapes(PICTURES, size[0])
             read = lambda number, bad: pictures[number].image
             self.source = Images(read, PICTURES, (size[0], size[0]), pictures.digest)
             self.identity = {"images": self.source.identity}
         else:
-            path = published(name, size) if name in PUBLISHED and not Path(name).exists() else Path(name)
-            if path.is_dir() or path.suffix == TAR:
+            path = published(name, size) if name in PUBLISHED else Path(name)
+            if path.is_dir() or Entry(str(path)).is_tar:
                 self.source = Folder(path, crop, turn)
                 self.identity = {"images": self.source.identity}
             else:

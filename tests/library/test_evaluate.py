@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from asymflow.evaluation.features import CLASSIFIER, EXTRACTORS, register_classi
 from asymflow.evaluation.images import Batch, Folder
 from asymflow.evaluation.measures import MEASURES, ORACLE, Reference, Samples
 from asymflow.evaluation.protocol import load_protocol, shipped
+from asymflow.evaluation.reference import Opened
 from asymflow.evaluation.rows import Rows
 from asymflow.pixels import tensor_to_pil
 
@@ -287,9 +289,11 @@ def test_what_cannot_be_scored_is_one_line(made, tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes(batch_file(tmp_path / "rgb.npz", rgb).read_bytes()[:-400])
     np.savez(tmp_path / "mu.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "none.npz", x=np.zeros(7))
+    (tmp_path / "mu.txt").write_text("mu")
     for images, reference, expected in [
         (tmp_path / "empty", made / "one", "no images"),
-        (tmp_path / "gone", made / "one", "is not a folder"),
+        (tmp_path / "gone", made / "one", "gone does not exist"),
+        (tmp_path / "mu.txt", made / "one", "is not a folder"),
         (single, made / "one", "1 image"),
         (mixed, made / "one", "grid.png has 100 x 40 pixels"),
         (damaged, made / "one", "0003.png is not a whole image"),
@@ -321,6 +325,42 @@ def test_features_that_are_not_finite_and_other_settings_are_refused(made, tmp_p
     monkeypatch.setattr("asymflow.evaluation.drawn.generate", nan)
     assert main(words(made, tmp_path / "nan", **usual, guidance=1.5)) == 2
     assert "image 0, of class 0, has numbers that are NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["num=70", "first=1", "seed=0", "steps=10", "guidance=2.3", "interval=0,0.88"])
+def test_options_of_drawing_are_refused_where_nothing_is_drawn(made, tmp_path, capsys, option):
+    """They would not be followed, and the name of the protocol would say that they were."""
+    given = words(made, tmp_path / "out", f"--{option}", images=made / "one", reference=made / "other")
+    assert main(given) == 2
+    assert (
+        f"--{option.partition('=')[0]} is for drawing, and --images are scored as they are" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["data", "shapes", "adm-imagenet"])
+def test_a_folder_called_as_a_reference_is_another_one(made, tmp_path, monkeypatch, name):
+    pictures(tmp_path / name, 5)
+    monkeypatch.chdir(tmp_path)
+    assert len(Opened(f"./{name}", (16, 16), None, 32).source) == 5
+    with pytest.raises(InputError) if name == "adm-imagenet" else nullcontext():
+        assert len(Opened(name, (16, 16), None, 32, data=Folder(made / "one")).source) != 5
+
+
+def test_what_lies_beside_samples_is_none_of_them(tmp_path):
+    """`asymflow sample` writes OUT/images, OUT/grid.png and OUT/samples.json."""
+    names = [f"images/{path.name}" for path in sorted(pictures(tmp_path / "images", 4).iterdir())]
+    images = [{"file": name, "class": 0} for name in names]
+    (tmp_path / "samples.json").write_text(json.dumps({"settings": {"seed": 0}, "images": images}))
+    assert Folder(tmp_path / "images").settings == Folder(tmp_path).settings == {"seed": 0}
+    pictures(tmp_path / "real", 3)
+    assert Folder(tmp_path / "real").settings is None
+    shutil.rmtree(tmp_path / "real")
+    Image.new("RGB", (16, 16)).save(tmp_path / "grid.png")
+    with pytest.raises(InputError, match=rf"did not draw, such as grid\.png: .* alone, {tmp_path}/images"):
+        Folder(tmp_path)
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(InputError, match="lists 4 images, of which 3 are there"):
+        Folder(tmp_path / "images")
 
 
 def test_a_folder_that_is_still_being_written_is_noticed(tmp_path):

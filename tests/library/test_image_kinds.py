@@ -97,12 +97,41 @@ def test_what_is_not_read_is_named_and_what_systems_put_beside_is_none(tmp_path)
     ]
 
 
-def test_a_tar_file_among_the_images_of_a_class_is_said(tmp_path):
+@pytest.mark.parametrize("name", ["b.tar", "b.zip", "c/b.tar", "c/d/b.TGZ"])
+def test_an_archive_among_classes_or_images_of_one_is_said(tmp_path, name):
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    write(tmp_path / name, b"")
+    said = f"not opened: 1 archive ({tmp_path}/{name}). Unpack what has images in it"
+    if name.startswith("c"):
+        with pytest.raises(InputError) as e:
+            ImageFolder(tmp_path, 8)
+        assert str(e.value) == f"{tmp_path}/c has no images, but each folder in {tmp_path} is a class: {said}"
+    Image.new("RGB", (9, 9)).save(tmp_path / "c" / "a.png")
+    assert ImageFolder(tmp_path, 8).remarks == [said]
+
+
+def test_a_class_on_a_disk_that_is_not_mounted_is_no_class_less(tmp_path, capsys):
     (tmp_path / "c").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "c" / "a.png")
-    write(tmp_path / "c" / "n01440764.tar", b"")
-    said = f"passed over: 1 tar file ({tmp_path}/c/n01440764.tar). Unpack what has images in it"
+    (tmp_path / "c" / "2019").symlink_to(tmp_path / "gone")
+    said = f"there is nothing where these lead to: 1 link ({tmp_path}/c/2019)"
     assert ImageFolder(tmp_path, 8).remarks == [said]
+    assert len(find_captioned([tmp_path], 8)) == 1
+    assert capsys.readouterr().err == said + "\n"
+    (tmp_path / "b").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="b is a link to nothing"):
+        ImageFolder(tmp_path, 8)
+
+
+@pytest.mark.parametrize("kind", ["txt", "TXT"])
+def test_captions_of_classes_lie_beside_in_any_case(tmp_path, kind):
+    (tmp_path / "c").mkdir()
+    for name in ("a", "b.v2"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "c" / f"{name}.png")
+    write(tmp_path / "c" / f"b.v2.{kind}", b"a caption")
+    data = ImageFolder(tmp_path, 8)
+    assert [data[i].caption for i in range(2)] == ["", "a caption"]
+    assert data.part([1]).caption(0) == "a caption"
 
 
 @pytest.mark.parametrize("name", ["a.TXT", "a.caption", "a.Caption", "a.JSON"])

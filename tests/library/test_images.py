@@ -18,6 +18,7 @@ from PIL import Image
 from asymflow import InputError
 from asymflow.data.captioned import find_captioned
 from asymflow.entries import Entry, UnreadableError, choose, find_images, find_pairs, samples
+from asymflow.passed_over import PassedOver
 from asymflow.pixels import in_order, read_image, read_square, tensor_to_pil, to_rgb, to_tensor
 
 
@@ -77,10 +78,11 @@ def test_a_tar_file_has_the_images_that_the_folder_has(tmp_path):
     rng = np.random.default_rng(0)
     files = {name: rng.bytes(int(rng.integers(0, 3000))) for name in ["0001.png", "x/0002.jpg", f"{'long' * 60}.webp"]}
     others = {"0001.txt": b"text", "x/._0002.jpg": b"of a Mac", "x/.hidden/3.png": b"in a hidden folder"}
-    write_files(tmp_path / "folder", files)
+    others |= {"@eaDir/1.png/THUMB.png": b"of a NAS", ".4.png": b"hidden"}
+    write_files(tmp_path / "folder", files | others)
     tar = write_tar(tmp_path / "shard.tar", files | others)
     found = find_images([tar])
-    assert {e.member: e.read() for e in found if ".hidden/" not in e.member} == files
+    assert {e.member: e.read() for e in found} == files
     assert {str(e)[len(f"{tmp_path}/folder/") :]: e.read() for e in find_images([tmp_path / "folder"])} == files
     assert str(found[1]) == f"{tar}: x/0002.jpg"
 
@@ -101,6 +103,27 @@ def test_a_tar_file_in_a_folder_is_read_as_if_it_was_given(tmp_path):
     assert find_images([tar.parent]) == find_images([tar])
     assert find_pairs([tar.parent]) == find_pairs([tar])
     assert len(find_pairs([data])) == 2
+
+
+WAYS = ["d", "d/x", "d/s.tar", "d/x/t.tar", "d/1.png", "d/x/2.png", "link", "link/x/../x", "other.tar", "d/l.tar"]
+
+
+@given(st.lists(st.sampled_from(WAYS), min_size=1, max_size=5))
+def test_however_often_an_image_is_given_it_is_read_once(tmp_path_factory, ways):
+    top = tmp_path_factory.mktemp("ways")
+    write_files(top / "d", {"1.png": b"1", "x/2.png": b"2"})
+    write_tar(top / "d" / "s.tar", {"3.png": b"3"})
+    write_tar(top / "d" / "x" / "t.tar", {"4.png": b"4"})
+    (top / "link").symlink_to(top / "d")
+    (top / "other.tar").symlink_to(top / "d" / "s.tar")
+    (top / "d" / "l.tar").symlink_to(top / "d" / "s.tar")
+    inside = {"d": "1234", "d/x": "24", "d/s.tar": "3", "d/x/t.tar": "4", "d/1.png": "1", "d/x/2.png": "2"}
+    inside |= {"link": "1234", "link/x/../x": "24", "other.tar": "3", "d/l.tar": "3"}
+    passed = PassedOver()
+    read = sorted(entry.read().decode() for entry in find_images([top / way for way in ways], passed))
+    assert read == sorted(set("".join(inside[way] for way in ways)))
+    if sum(len(inside[way]) for way in ways) > len(read):
+        assert passed.again
 
 
 @pytest.mark.parametrize("name", ["a.zip", "x/A.TAR.GZ", "a.tgz", "x/a.tar.zst", "a.7z"])

@@ -165,7 +165,7 @@ def test_links_that_make_a_folder_endless_are_followed_once(tmp_path, capsys):
         for j in range(25):
             (tmp_path / f"{i}" / f"link{j}").symlink_to(tmp_path / f"{(i + 1) % 3}")
     found = [entry.path for entry in find_images([tmp_path])]
-    assert "not followed, because the folder has been read already: 75 links (the first: " in capsys.readouterr().err
+    assert "not read twice: 75 paths (the first: " in capsys.readouterr().err
     assert len(found) == 3
     assert len({os.path.realpath(path) for path in found}) == 3
 

@@ -200,7 +200,7 @@ def test_what_cannot_be_packed_is_refused(run, arguments, folder, tmp_path):
 
     refused("is inside of --data", "--out", folder / "packed")
     refused("is inside of --data", "--out", folder)
-    refused("is not a folder", "--data", tmp_path / "none")
+    refused("none does not exist", "--data", tmp_path / "none")
     refused("--size", "--size", 0)
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/mine.txt").touch()

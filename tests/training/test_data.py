@@ -148,7 +148,7 @@ def test_what_is_no_folder_of_classes_is_refused(folder, tmp_path):
             ImageFolder(path, 8)
         assert "\n" not in str(caught.value)
 
-    refused(tmp_path / "none", "is not a folder")
+    refused(tmp_path / "none", "does not exist")
     refused(folder / "a/1.png", "is not a folder")
     refused(folder / "c", "c/0.png is in no class")
     (folder / "d.heic").touch()
@@ -277,7 +277,7 @@ def test_a_machine_with_other_files_is_found(make, folder, shards):
     for change in changes[make]:
         change()
         with pytest.raises(
-            InputError, match=r"01\.tar is (another|missing)|has other images here|d has no images|is not a folder"
+            InputError, match=r"01\.tar is (another|missing)|has other images here|d has no images|does not exist"
         ):
             made.check()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from image_data import pixels, png, write_tar
 
 from asymflow import InputError
+from asymflow.data.captioned import find_captioned
 from asymflow.data.shards import INDEX, TarShards, index_path, shard_paths
 from asymflow.entries import UnreadableError, tar_entries
 
@@ -48,12 +49,31 @@ def test_an_index_that_does_not_say_what_was_passed_over_is_made_anew(tmp_path):
     assert TarShards(tmp_path / "t.tar", 8).remarks
 
 
-@pytest.mark.parametrize("second", ["a.png", "a.PNG", "a.cls"])
+@pytest.mark.parametrize("second", ["a.png", "./a.png", "a.PNG", "a.cls"])
 def test_one_name_twice_is_refused(tmp_path, second):
+    """By all who read tar files: with `tar --append`, an image and its caption may be of different times."""
     content = png(pixels(2)) if second.lower().endswith("png") else b"1"
     write_tar(tmp_path / "t.tar", [*sample("a"), (second, content)])
-    with pytest.raises(InputError, match=rf"t\.tar: a\.\w+ and .*t\.tar: {second} are of the same sample and kind"):
-        TarShards(tmp_path / "t.tar", 8)
+    kind = r"t\.tar: a\.\w+ and .*t\.tar: a.PNG are of the same sample and kind"
+    twice = kind if second == "a.PNG" else r"t\.tar has a\.\w+ twice, as `tar --append` leaves it"
+    for read in (TarShards, find_captioned) if second != "a.PNG" else (TarShards,):
+        with pytest.raises(InputError, match=twice):
+            read(*([[tmp_path / "t.tar"]] if read is find_captioned else [tmp_path / "t.tar"]), 8)
+
+
+def test_what_lies_beside_shards_and_is_not_read_is_said(tmp_path):
+    write_tar(tmp_path / "t.tar", [*sample("a"), ("inner.tar", b""), ("more.zip", b"")])
+    assert TarShards(tmp_path / "t.tar", 8).remarks == [
+        "not opened: 2 archives (the first: inner.tar). Unpack what has images in it"
+    ]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "notes").mkdir()
+    write_tar(tmp_path / "more" / "u.tar", sample("b"))
+    (tmp_path / "licence.zip").write_bytes(b"")
+    _, packed, folders = TarShards(tmp_path, 8).remarks
+    assert packed == f"not opened: 1 archive ({tmp_path}/licence.zip). Unpack what has images in it"
+    assert folders.startswith(f"not read: 1 folder ({tmp_path}/more) with tar files.")
+    assert len(TarShards(tmp_path / "*" / "*.tar", 8)) == 1
 
 
 # ---- Links -----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,14 @@ def test_whatever_a_folder_has_is_read_or_told(tmp_path, names, said):
     assert said in str(raised.value)
 
 
+def test_what_is_no_data_is_no_prompt_and_a_category_may_be_a_number(tmp_path):
+    for name in (".ipynb_checkpoints/a-checkpoint.json", "a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('[{"prompt": "a cat", "category": 3}]')
+    (found,) = read_prompts(tmp_path)
+    assert (found.text, found.category) == ("a cat", "3")
+
+
 def test_the_key_prompt_comes_before_others(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "hello", "prompt": "a sign that says hello"}')
     assert read_prompts(tmp_path / "a.jsonl")[0].text == "a sign that says hello"
