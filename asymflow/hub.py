@@ -1,9 +1,17 @@
 """Finding a model on this disk or on the Hugging Face Hub."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from asymflow.errors import InputError
 
@@ -13,11 +21,12 @@ GAVE_NOTHING = (HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineMo
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
-def locate(path: str | Path, *names: str, what: str) -> Path:
+def locate(path: str | Path, *names: str, what: str, perhaps: Sequence[str] = ()) -> Path:
     """`path`, if it exists; else download it from the Hub, and return where it is.
 
     path: on the Hub either `ORG/NAME`, of which the files `names` are downloaded and their folder is returned, or a
         safetensors file `ORG/NAME/FILE`.
+    perhaps: files that are downloaded as well, if they are there.
     what: what it should be, for the error message, such as "an adapter".
     Raises InputError if it is neither here nor on the Hub.
 
@@ -33,6 +42,9 @@ def locate(path: str | Path, *names: str, what: str) -> Path:
         if is_file:
             return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:])))
         *_, last = [Path(hf_hub_download(path.as_posix(), name)) for name in names]
+        for name in perhaps:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(path.as_posix(), name)
         return last.parent
     except GAVE_NOTHING as e:
         reason = " ".join(str(e).split()) or type(e).__name__

@@ -27,6 +27,8 @@ that `flow(x_sigma, sigma, **conditions)` is called with. It may return a tuple,
     `checkpoint_every`      backward pass
     seed_patch_embedding    a method, called with the `Subspace` before         training starts from its own weights
                             training from scratch
+    config["width"], and    of `forward`: also return the tokens (B, n, width)  loss.repa is refused
+    return_tokens_after     after so many blocks
     float32_attention       of any layer in it: whether its attention is in     it follows autocast
                             float32, see `asymflow.precision`
 

@@ -120,8 +120,6 @@ def check(args: argparse.Namespace, protocol) -> None:
         return
     for name, usual in GUIDANCE.items():
         setattr(args, name, usual if getattr(args, name) is None else getattr(args, name))
-    if not is_own(protocol.method) and protocol.method not in METHODS:
-        raise InputError(f"--method must be one of {', '.join(METHODS)}, but it is {protocol.method!r}")
     sigma_grid(protocol.steps, protocol.shift)
     guided(None, {}, {}, args.guidance, args.interval, args.orthogonal)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from asymflow.backbones.jit.published import WEIGHTS as SETS
 from asymflow.backbones.jit.published import load_published
 from asymflow.cli import info_memory
 from asymflow.cli.common import at_least, new_folder, replacing_folder
+from asymflow.cli.models import CLASSES
 from asymflow.cost import parameters
 from asymflow.errors import InputError
 from asymflow.model import CONFIG, WEIGHTS, AsymFlow
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out
     new_folder(out)
     options = dict(weights=args.weights, in_context_start=args.in_context_start)
-    place, dtype = hub.locate(args.file, CONFIG, WEIGHTS, what="a model"), getattr(torch, args.dtype)
+    place, dtype = hub.locate(args.file, CONFIG, WEIGHTS, what="a model", perhaps=[CLASSES]), getattr(torch, args.dtype)
     print(f"reading {args.file} ...", file=sys.stderr)
     if place.is_dir() and not args.file.exists():  # a repository of the Hub that has the layout of this library
         if given := [name for name, value in options.items() if value is not None]:
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         return
     with replacing_folder(out) as beside:
         model.save_pretrained(beside)
+        if (place / CLASSES).is_file():
+            shutil.copyfile(place / CLASSES, beside / CLASSES)
     jit, side, many = model.backbone.config, model.backbone.config["image_size"], info_memory.many
     size = (out / WEIGHTS).stat().st_size
     print(

@@ -109,7 +109,7 @@ def describe(args: argparse.Namespace) -> dict:
     if wrong := [option for name, option in info_flux2.OPTIONS.items() if getattr(args, name)]:
         raise InputError(f"{wrong[0]} goes with a FLUX.2, but {args.model} is none")
     args.batch, args.precision = args.batch or BATCH, args.precision or PRECISION
-    path = Path(args.model)
+    path = place = Path(args.model)
     named = args.model.startswith("JiT-") and not path.exists()
     if args.rank is not None and not named:
         raise InputError(f"--rank goes with a name such as JiT-H/16, but {path} has a rank of its own")
@@ -137,8 +137,9 @@ def describe(args: argparse.Namespace) -> dict:
     else:  # train_ddp.py trains none of these
         training, memory = None, memory_of_weights(args, *cost.parameters(model))
     work = {"forward": forward, "training_step": training, "sampling": sampling(forward)}
+    names = class_names(place.run if isinstance(place, Choice) else place)
     found |= about(model) | {"image": image, "grid": grid, "flops": work, "training_memory": memory}
-    return found | ({"classes": names} if (names := class_names(path)) else {})
+    return found | ({"classes": names} if names else {})
 
 
 # ---- Finding the model -----------------------------------------------------------------------------------------------

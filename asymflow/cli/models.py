@@ -102,7 +102,7 @@ def find_model(path: Path, step: int | None, ema: str | None) -> Path | Choice:
     refuse_checkpoint(path)
     if hub.packaged(path) != path and this_process()[0] == 0:
         print(f"{path} is the model that comes with asymflow: there is no {path.absolute()}", file=sys.stderr)
-    return hub.locate(path, CONFIG, WEIGHTS, what="a model")
+    return hub.locate(path, CONFIG, WEIGHTS, what="a model", perhaps=[CLASSES])
 
 
 def refuse_checkpoint(path: Path) -> None:

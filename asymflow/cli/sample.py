@@ -226,6 +226,7 @@ def make_again(args: argparse.Namespace, found: Path | Choice) -> dict[str, str]
     words += ["--interval", ",".join(map(str, args.interval))]
     words += ["--size", "x".join(map(str, args.size))]
     words += ["--clamp"] if args.clamp else []
+    words += ["--backbone", args.backbone] if args.backbone else []
     if isinstance(found, Choice):
         words += ["--step", str(found.step), "--ema", found.average]
         return {"make_again": shlex.join(words), "run": str(found.run)}

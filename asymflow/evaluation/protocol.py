@@ -13,12 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from asymflow import opening, yaml12
 from asymflow.errors import InputError
 from asymflow.evaluation.features import EXTRACTORS
 from asymflow.evaluation.measures import CAPTIONS, FEATURES, MEASURES, ORACLE
+from asymflow.extensions import check_name
+from asymflow.sampling import METHODS
 
 PROTOCOLS = files("asymflow.evaluation") / "protocols"
 MOST_BYTES = 50_000  # of a file
@@ -58,6 +61,13 @@ class Protocol(BaseModel):
     measures: Annotated[tuple[Literal[tuple(MEASURES)], ...], Field(min_length=1, strict=False)] = Field(
         tuple(FEATURES), description="what is measured"
     )
+
+    @field_validator("method")
+    @classmethod
+    def is_a_sampler(cls, name: str) -> str:
+        if wrong := check_name(name, METHODS):
+            raise PydanticCustomError("sampler", "it {wrong}", {"wrong": wrong.partition(", but")[0]})
+        return name
 
     def label(self, number: int, num_classes: int) -> int:
         """The class of image `first`, `first` + 1, ..., if all classes are drawn as often."""

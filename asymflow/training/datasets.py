@@ -28,6 +28,8 @@ def make_dataset(config: Config):
     given = {name: value for name, value in known.items() if value is not None}
     if is_own(c.kind):
         check_arguments(kind, c)
+    elif c.kind == "shapes" and c.path is not None:
+        raise InputError(f"data.path is {c.path}, but data.kind is shapes, which reads nothing: set data.kind as well")
     dataset = called(kind, "data.options", c.options, **accepted(kind, given))
     if is_own(c.kind):
         check_own(dataset, c.kind, config.model.image_size)

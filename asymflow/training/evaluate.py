@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from asymflow import streams
@@ -15,7 +16,7 @@ from asymflow.evaluation.drawn import Drawn, quantized
 from asymflow.evaluation.features import load_extractor
 from asymflow.evaluation.frechet import load_statistics, save_statistics
 from asymflow.evaluation.measures import CAPTIONS, Measured, Reference, Samples
-from asymflow.evaluation.protocol import Protocol, load_protocol, with_fitting_measures
+from asymflow.evaluation.protocol import Protocol, load_protocol, renamed, with_fitting_measures
 from asymflow.evaluation.reference import DATA, Opened
 from asymflow.evaluation.rows import Rows
 from asymflow.model import AsymFlow
@@ -24,6 +25,7 @@ from asymflow.training.config.derived import sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import read_or_replace
 from asymflow.training.run.ranks import all_or_raise, rank0_broadcast
+from asymflow.yaml12 import shown
 
 REFERENCE = "reference.npz"  # in the folder of the run
 MOST = 50_000  # at most so many training images are compared with
@@ -44,21 +46,20 @@ def protocol_of(config: Config) -> Protocol:
     c, s = config.evaluate, config.sample
     if c.protocol:
         protocol = load_protocol(c.protocol, {"weights": c.weights and str(c.weights)})
+        if c.reference and protocol.reference:
+            raise InputError("evaluate.reference is what evaluate.protocol says: leave one of the two out")
+        protocol = with_fitting_measures(renamed(protocol, reference=str(c.reference or protocol.reference or DATA)))
         if strange := [name for name in protocol.measures if name in CAPTIONS]:
             raise InputError(f"{strange[0]} is not measured in a training: see asymflow evaluate")
         return protocol
-    made = Protocol(
-        name="training",
-        num=c.num,
-        seed=config.train.seed,
-        classes=c.labels,
-        method=s.method,
-        steps=s.steps,
-        extractor=c.extractor,
-        weights=c.weights and str(c.weights),
-        reference=str(c.reference) if c.reference else DATA,
-        measures=c.measures,
-    )
+    keys = dict(num=c.num, seed=config.train.seed, classes=c.labels, method=s.method, steps=s.steps)
+    keys |= dict(extractor=c.extractor, weights=c.weights and str(c.weights), measures=c.measures)
+    try:
+        made = Protocol(name="training", reference=str(c.reference or DATA), **keys)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        said = first["msg"][0].lower() + first["msg"][1:]
+        raise InputError(f"evaluate.{first['loc'][0]} is {shown(first['input'])}: {said}") from None
     return with_fitting_measures(made)
 
 
@@ -71,6 +72,7 @@ class Evaluation:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.reference: Reference | None = None  # known on rank 0 alone
         self.protocol = p = all_or_raise(lambda: protocol_of(config), "evaluate")
+        self.method = all_or_raise(lambda: sampler(p.method), "evaluate")
         load = lambda: load_extractor(p.extractor, p.weights, device)
         # Rank 0 loads first, and may download the weights; then the others find the file.
         all_or_raise(lambda: self.rank or load(), "evaluate")
@@ -84,7 +86,7 @@ class Evaluation:
 
     def open_reference(self) -> Opened:
         p, side = self.protocol, self.config.model.image_size
-        return Opened(p.reference or DATA, (side, side), p.crop, self.features.width(side), turn=p.turn)
+        return Opened(p.reference, (side, side), p.crop, self.features.width(side), turn=p.turn)
 
     def measured(self, flow: AsymFlow, stop: Stop) -> dict[str, Measured] | None:
         """The measures of samples of `flow`, in eval mode, by their names; None if `stop` said so.
@@ -98,7 +100,7 @@ class Evaluation:
         label = self.label_of_data if p.classes == "data" else None
         size, classes = (c.model.image_size,) * 2, c.model.num_classes
         precision = sampling_precision(c, flow.subspace.basis.device) if p.precision == "usual" else p.precision
-        drawn = Drawn(flow, p, precision, guidance, sampler(p.method), size, classes, label)
+        drawn = Drawn(flow, p, precision, guidance, self.method, size, classes, label)
 
         def samples(numbers: list[int]) -> list[Tensor]:
             images = drawn.draw(numbers)

@@ -201,8 +201,11 @@ class Training:
         self.journals: list[run.Journal] = []  # empty on all ranks but rank 0
 
         def begin():
-            names = run.METRICS, run.PROBLEMS, run.EVALUATIONS
-            self.journals += [run.Journal(self.out / name, self.step) for name in names]
+            self.journals += [run.Journal(self.out / name, self.step) for name in run.JOURNALS]
+            for journal in self.journals:
+                if journal.abandoned:
+                    what = f"{journal.abandoned:,} lines after step {self.step}"
+                    print(f"{journal.path}: {what} are now in {journal.path.name}.{run.ABANDONED}", file=sys.stderr)
 
         rank0_broadcast(begin)
         self.problems = Problems(self.journals[1] if self.journals else None, len(self.dataset))
@@ -367,12 +370,19 @@ class Training:
 
         A signal interrupts it; the next start begins it anew.
         """
-        c = self.config
-        sampler = c.sample.model_dump(include={"steps", "method", "guidance", "interval"}, mode="json")
-        sampler["precision"] = "bf16 weights" if bf16_weights(c) else sampling_precision(c, self.device)
+        c, protocol = self.config, self.evaluation.protocol
+        sampler = {"steps": protocol.steps, "method": protocol.method}
+        sampler |= c.sample.model_dump(include={"guidance", "interval"}, mode="json")
+        usual = sampling_precision(c, self.device) if protocol.precision == "usual" else protocol.precision
+        sampler["precision"] = "bf16 weights" if bf16_weights(c) else usual
         settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
+        if c.evaluate.protocol:  # its file may change
+            settings["protocol"] = protocol.model_dump(exclude={"name", "about", "weights"}, mode="json")
         asked = {"step": self.step, **settings}
         if rank0_broadcast(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
+            if self.rank == 0:
+                told = f"{self.journals[2].path} has step {self.step} with these settings already"
+                tqdm.write(f"{told}: not evaluated again", file=sys.stderr)
             return
         with self.model_to_show() as flow:
             measured = self.evaluation.measured(flow, stop=self.signalled)
@@ -380,7 +390,6 @@ class Training:
             found = {name: one.value for name, one in measured.items()}
             uncertainty = {name: one.uncertainty for name, one in measured.items()}
             self.journals[2].add({"step": self.step, **found, "uncertainty": uncertainty, **settings})
-            protocol = self.evaluation.protocol
             shown = {"extractor": {"name": protocol.extractor}, "measures": as_json(measured)}
             tqdm.write(
                 f"step {self.step}, {protocol.num:,} samples in {sampler['precision']}, protocol {protocol.name}:\n"

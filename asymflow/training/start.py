@@ -30,11 +30,13 @@ from asymflow.training.config.differences import differences
 from asymflow.training.config.objectives import TABLE as OBJECTIVES
 from asymflow.training.config.reading import Config, load_config
 from asymflow.training.datasets import make_dataset, said
+from asymflow.training.evaluate import protocol_of
 from asymflow.training.loop import Training
 from asymflow.training.objectives import Objective
 from asymflow.training.objectives.encoded_batches import rare_buckets
 from asymflow.training.objectives.variance import torchvision_vgg
 from asymflow.training.run import folder as run
+from asymflow.training.run.checkpoint import fingerprint
 from asymflow.training.run.lifeline import Lifeline, show
 from asymflow.training.run.progress import say
 from asymflow.training.run.ranks import (
@@ -72,11 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 
     If any rank fails, rank 0 prints the error, once, and all processes end: see `Lifeline`.
     """
-    rank, lifeline = 0, None
+    rank, lifeline, again = 0, None, "the same command"
     try:
         rank = resolve_rank()
         with nullcontext() if rank == 0 else quiet():
             args = parse(argv)
+        again += " without --resume never" if args.resume == "never" else ""
         store = open_store()
         lifeline = Lifeline(store)
         training = build(args, join_group(store))
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         lifeline.close()
     except (Exception, KeyboardInterrupt) as e:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader raises once more for a worker that died
-        text, code = error_message(e, rank)
+        text, code = error_message(e, rank, again)
         if lifeline:
             return lifeline.fail(text, code)
         show(text)
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             ending = f"{stopped_by}: stopped and saved" if stopped_by else "done"
             print(f"{ending} at step {training.step} of {training.config.train.steps}: {args.out}")
             if stopped_by:
-                print("the same command continues")
+                print(f"{again} continues")
         return 0
     finally:  # after a failure, `lifeline.fail` does not return, unless this is the only process
         if dist.is_initialized():  # else threads of the group may abort the process as it exits
@@ -107,10 +110,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def error_message(e: BaseException, rank: int) -> tuple[str, int]:
-    """The text to print for an error, and the exit code. Users' errors are one line; bugs have a traceback."""
+def error_message(e: BaseException, rank: int, again: str) -> tuple[str, int]:
+    """The text to print for an error, and the exit code. Users' errors are one line; bugs have a traceback.
+
+    again: what continues the training.
+    """
     if isinstance(e, KeyboardInterrupt):
-        return "train_ddp.py: interrupted; the same command continues from the last checkpoint", 130
+        return f"train_ddp.py: interrupted; {again} continues from the last checkpoint", 130
     by = "" if isinstance(e, AgreedError) or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
     if isinstance(e, RuntimeError) and str(e).startswith("DataLoader worker"):
         hint = "is there enough memory, also in /dev/shm? Fewer processes read with --set data.workers=N"
@@ -138,6 +144,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
         for remark in deepspeed_internals.remarks():
             print(remark, file=sys.stderr)
     all_or_raise(lambda: deepspeed_config(config, dist.get_world_size()))
+    all_or_raise(lambda: config.evaluate.every and protocol_of(config))
     all_or_raise(lambda: config.model and patch_size(config.model))  # whether there is such a backbone
     say("looking through the data")
     dataset = rank0_broadcast(lambda: make_dataset(config))
@@ -147,7 +154,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     if config.loss.perceptual and config.loss.perceptual.vgg is None:  # one process of each machine downloads it
         all_or_raise(lambda: torchvision_vgg() if os.environ["LOCAL_RANK"] == "0" else None)
     objective_for = all_or_raise(lambda: make_objective(config, dataset, device))
-    all_or_raise(lambda: run.check_resume(args.out, args.resume))
+    all_or_raise(lambda: run.check_resume(args.out, args.resume, config))
     initial = all_or_raise(lambda: initial_subspace(config, args.out, args.resume), "the subspace")
     if config.finetune:
         all_or_raise(lambda: check_shards(config, dataset.meta, initial))
@@ -161,11 +168,11 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     say("making the model" + ", whose blocks are compiled in the first step: minutes" * config.train.compile)
     torch.manual_seed(config.train.seed)
     flow = all_or_raise(lambda: make_flow(config, subspace))
-    rank0_only(lambda: run.write_classes(args.out, class_names(dataset)))
     training = Training(config, args.out, flow, dataset, device, objective_for(flow))
     training.held = lock  # the folder stays locked as long as this object exists
     if folder is not None:
         training.restore(folder)
+    rank0_only(lambda: run.write_about(args.out, config, class_names(dataset)))  # a start that is refused changes none
     if config.finetune:
         remarks += rare_buckets(dataset, config.train.global_batch_size)
         remarks += rank0_only(lambda: other_encoders(Path(config.finetune.base), dataset)) or []
@@ -262,9 +269,12 @@ def initial_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
     None if it is given none, or if the run has a subspace already.
     """
     other = None if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
-    if other is not None and other.exists():
-        return load_subspace(other, config)
     file = config.finetune.subspace if config.finetune else config.subspace.file
+    if other is not None and other.exists():
+        found = load_subspace(other, config)
+        if file and fingerprint(load_subspace(Path(file), config)) != fingerprint(found):
+            raise InputError(f"{file} is another subspace than {other}, with which --resume {resume} was trained")
+        return found
     return load_subspace(Path(file), config) if file and not (out / run.SUBSPACE).exists() else None
 
 

@@ -269,7 +269,7 @@ def up_to_the_subspace(checkpoint=None):
     replace("make_flow", that_far)
     if checkpoint:
         run.checkpoint_to_resume = lambda out, resume: (checkpoint, [])
-    run.check_resume = lambda out, resume: None
+    run.check_resume = lambda *_: None
 
 
 def test_a_subspace_that_the_configuration_does_not_speak_of(tmp_path):
@@ -319,10 +319,10 @@ def test_the_full_rank_is_the_same_model_in_every_basis():
     "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 TiB"), MemoryError("Unable to allocate")]
 )
 def test_too_little_memory_is_one_line_that_says_what_takes_less(error):
-    text, code = start.error_message(error, rank=0)
+    text, code = start.error_message(error, 0, "the same command")
     assert code == 1
     assert text.startswith("train_ddp.py: error: ")
     assert "too little memory: " in text
     assert "train.micro_batch_size" in text
     assert "\n" not in text
-    assert "too little memory" not in start.error_message(RuntimeError("something else"), rank=0)[0]
+    assert "too little memory" not in start.error_message(RuntimeError("something else"), 0, "the same command")[0]

@@ -1,7 +1,6 @@
 """What does not fit together in a configuration: the key that is to blame, and why."""
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from pydantic import ValidationError
 
@@ -50,7 +49,7 @@ def contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     if c.evaluate.every and c.evaluate.extractor == "classifier" and not c.evaluate.weights:
         yield "evaluate.weights", "is needed for the extractor classifier: the file that it was saved to"
     if c.evaluate.protocol:
-        for key in ("num", "extractor", "labels", "reference", "measures"):
+        for key in ("num", "extractor", "labels", "measures"):
             if getattr(c.evaluate, key) != type(c.evaluate).model_fields[key].default:
                 yield f"evaluate.{key}", "is what evaluate.protocol says: leave one of the two out"
     if c.sample.interval[0] > c.sample.interval[1]:
@@ -145,7 +144,6 @@ SWITCHES = {
 }
 ROUNDED = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 ZERO = "zero_optimization"
-MISSPELT = (ZERO, "gradient_clipping", "gradient_accumulation_steps", "bf16", "fp16")
 
 
 def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
@@ -154,8 +152,6 @@ def deepspeed_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
     for name in given:
         if name in REFUSED:
             yield f"deepspeed.{name}", REFUSED[name]
-        elif name not in MISSPELT and (near := get_close_matches(name, MISSPELT, 1, cutoff=0.85)):
-            yield f"deepspeed.{name}", f"is unknown: did you mean deepspeed.{near[0]}?"
     on = {}
     for name in ("bf16", *SWITCHES):
         section = given.get(name) or {}

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asymflow.conditions import forward_parameters
+from asymflow.errors import InputError
 from asymflow.evaluation import dinov2
 from asymflow.evaluation.dinov2 import MEAN, STD
 from asymflow.model import OPTIONS, AsymFlow
@@ -35,7 +37,11 @@ class Aligned(AsymFlow):
     def __init__(self, flow: AsymFlow, after: int, hidden: int, features: int):
         super().__init__(flow.backbone, flow.subspace, **{name: getattr(flow, name) for name in OPTIONS})
         self.after = after
-        width = flow.backbone.config["width"]
+        width = (getattr(flow.backbone, "config", None) or {}).get("width")
+        if not width or "return_tokens_after" not in forward_parameters(flow.backbone):
+            name = type(flow.backbone).__name__
+            needed = "config['width'], and that its forward takes return_tokens_after"
+            raise InputError(f"loss.repa needs of a backbone {needed}: {name} has not both")
         self.projector = nn.Sequential(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
         )

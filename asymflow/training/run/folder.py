@@ -10,6 +10,7 @@ RUN/snapshots/00001000/     power-function averages for `asymflow ema`. If train
                             renamed to 00001000.abandoned, and removed when training reaches step 1000 again
 RUN/samples/00001000.png    images from fixed noise
 RUN/problems.log            images that could not be read, one object each
+RUN/metrics.jsonl.abandoned what was written of later steps, if training went back; so for the two others, and samples
 RUN/tensorboard, csv_monitor  what DeepSpeed's monitors write, if they are enabled
 RUN/.lock                   held by the process that trains here
 """
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from asymflow import files, opening
+from asymflow.averages import Profile
 from asymflow.errors import InputError
 from asymflow.progress import progress_bar
 from asymflow.training.config.differences import differences
@@ -34,7 +36,7 @@ from asymflow.training.run import checkpoint
 from asymflow.training.run.ranks import AgreedError, gather, rank0_broadcast
 
 CONFIG, SUBSPACE, CLASSES = "config.yaml", "subspace.safetensors", "classes.json"
-METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
+JOURNALS = METRICS, PROBLEMS, EVALUATIONS = "metrics.jsonl", "problems.log", "evaluations.jsonl"
 CHECKPOINTS, SNAPSHOTS, SAMPLES = "checkpoints", "snapshots", "samples"
 MOST_JOURNAL = 2**33  # bytes
 LOCK, ABANDONED = ".lock", "abandoned"
@@ -53,7 +55,7 @@ def differences_of_state(state: dict, config: Config) -> list[str]:
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
 def open_run(out: Path, config: Config) -> TextIO:
-    """Write the configuration to a new run folder, or check that an existing run has the same configuration.
+    """Make a new run folder with the configuration, or check that an existing run has the same.
 
     Returns the lock, to be kept open as long as the run goes on. For rank 0 alone. Raises InputError if the folder is
     not a run's, has another configuration, or is in use.
@@ -69,15 +71,18 @@ def open_run(out: Path, config: Config) -> TextIO:
             "settings"
         )
     clear_leftovers(out)
-    with files.replacing(path) as beside:
-        beside.write_text(dump(config))
+    if not path.exists():
+        write_about(out, config, [])
     return lock
 
 
-def write_classes(out: Path, names: list[str]) -> None:
-    if names:
+def write_about(out: Path, config: Config, class_names: list[str]) -> None:
+    """Write the configuration, of which some keys may change, and the names of the classes, if the data has names."""
+    with files.replacing(out / CONFIG) as beside:
+        beside.write_text(dump(config))
+    if class_names:
         with files.replacing(out / CLASSES) as beside:
-            beside.write_text(json.dumps(names, indent=1) + "\n")
+            beside.write_text(json.dumps(class_names, indent=1) + "\n")
 
 
 def clear_leftovers(out: Path) -> None:
@@ -116,11 +121,13 @@ def checkpoint_to_resume(out: Path, resume: str) -> tuple[Path | None, list[str]
             raise AgreedError(f"--resume {resume} is not a whole checkpoint: {reason}")
         return Path(resume), []
     abandoned = rank0_broadcast(lambda: abandon_snapshots(out, 0), "old snapshots stay")
-    return None, [f"{out} has no checkpoint: training begins anew{abandoned}"] if abandoned else []
+    begun = rank0_broadcast(lambda: any((out / name).exists() and (out / name).stat().st_size for name in JOURNALS))
+    anew = abandoned or begun
+    return None, [f"{out} has no checkpoint: training begins anew{abandoned}"] if anew else []
 
 
-def check_resume(out: Path, resume: str) -> None:
-    """InputError if a new run cannot begin with the option --resume, as far as its place tells."""
+def check_resume(out: Path, resume: str, config: Config) -> None:
+    """InputError if a new run cannot begin with the option --resume, as far as its place and its state tell."""
     if resume in ("auto", "never") or checkpoint.steps(out / CHECKPOINTS):
         return
     if steps := checkpoint.steps(Path(resume) / CHECKPOINTS):
@@ -128,6 +135,14 @@ def check_resume(out: Path, resume: str) -> None:
         raise InputError(f"--resume {resume} is a run: give one of its checkpoints, such as {newest}")
     if not (Path(resume) / checkpoint.MANIFEST).is_file():
         raise InputError(f"--resume {resume} is no checkpoint: give a folder such as RUN/checkpoints/00001000")
+    state = checkpoint.read_state(Path(resume))
+    if "images" not in state:
+        raise InputError(f"--resume {resume} is a snapshot of averages: give a checkpoint, RUN/checkpoints/00001000")
+    asked = [Profile(decay=decay).name for decay in config.ema.decays]
+    asked += [Profile(sigma_rel=width).name for width in config.ema.sigma_rel]
+    if missing := [name for name in asked if name not in state["averages"]]:
+        has = ", ".join(state["averages"]) or "none"
+        raise InputError(f"--resume {resume} has no average {missing[0]}, which ema asks for: it has {has}")
 
 
 def check_shared(out: Path) -> None:
@@ -188,11 +203,14 @@ def put_aside(folder: Path, why: str) -> Path:
 
 
 def abandon_snapshots(out: Path, step: int) -> str:
-    """Rename the snapshots after `step`, from which training resumes: the weights that they average will change.
+    """Rename the snapshots and samples after `step`, from which training resumes: the weights will change.
 
-    They are removed only when training reaches their step again, in case somebody went back by mistake. Returns a
+    Snapshots are removed only when training reaches their step again, in case somebody went back by mistake. Returns a
     remark for the user, empty if there are none.
     """
+    for picture in (out / SAMPLES).glob("*.png"):
+        if picture.stem.isdecimal() and int(picture.stem) > step:
+            picture.rename(f"{picture}.{ABANDONED}")
     folder = out / SNAPSHOTS
     later = [checkpoint.folder_of(folder, taken) for taken in checkpoint.steps(folder) if taken > step]
     names = [put_aside(path, ABANDONED).name for path in later]
@@ -209,16 +227,23 @@ def forget_abandoned(snapshot: Path) -> None:
 class Journal:
     """A file of JSON objects, one on each line, with the key "step". Lines are only ever added. For rank 0.
 
-    When it is opened to continue after `step`, lines of later steps are removed, because these steps will be taken
-    again, and so is a last line that was cut off. Any other line that cannot be read stays.
+    When it is opened to continue after `step`, lines of later steps go to the end of a file beside it, NAME.abandoned,
+    because these steps will be taken again, and a last line that was cut off is removed. Any other line that cannot be
+    read stays.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         content = opening.read_bytes(path, most=MOST_JOURNAL) if path.exists() else b""
         *whole, _ = content.split(b"\n")
-        kept = (line for line in whole if (entry_of(line) or {"step": 0})["step"] <= step)
-        if content != (wanted := b"".join(line + b"\n" for line in kept)):
+        kept, later = [], []
+        for line in whole:
+            (kept if (entry_of(line) or {"step": 0})["step"] <= step else later).append(line + b"\n")
+        self.abandoned = len(later)
+        if content != (wanted := b"".join(kept)):
+            if later:
+                with path.with_name(f"{path.name}.{ABANDONED}").open("ab") as aside:
+                    aside.write(b"".join(later))
             with files.replacing(path) as beside:
                 beside.write_bytes(wanted)
         self.file = path.open("ab", buffering=0)

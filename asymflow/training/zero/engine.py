@@ -18,6 +18,7 @@ from asymflow.training.config.derived import bf16_weights, repeated_blocks
 from asymflow.training.config.optimizers import TABLE as OPTIMIZERS
 from asymflow.training.config.reading import Config
 from asymflow.training.config.sections import Optimizer
+from asymflow.training.run.progress import say
 from asymflow.training.run.ranks import all_or_raise
 from asymflow.training.zero import internals, shards
 from asymflow.training.zero.averages import Averages
@@ -62,7 +63,10 @@ def make_engine(flow: nn.Module, config: Config, out: Path):
 def make_optimizer(groups: list[dict], o: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that optimizer.kind names: see config/optimizers.py. InputError if it does not take the options."""
     make = find(o.kind, OPTIMIZERS, "optimizer.kind")
-    given = accepted(make, {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay})
+    keys = {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
+    given = accepted(make, keys)
+    if lost := [key for key in keys if key not in given and key in o.model_fields_set]:
+        say(f"optimizer.{lost[0]} is not used: {o.kind} has no argument of this name; see optimizer.options")
     fused = {} if is_own(o.kind) else {"fused": True}  # one kernel for all parameters, on CPUs too
     optimizer = called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
     if is_own(o.kind):

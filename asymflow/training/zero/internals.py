@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,29 @@ def config_class() -> type:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     return DeepSpeedConfig
+
+
+class Watched(dict):
+    """A dictionary that adds each key that somebody looks for to the set `looked_for`, also in shallow copies."""
+
+    def __init__(self, values: dict, looked_for: set):
+        super().__init__(values)
+        self.looked_for = looked_for
+
+    def __getitem__(self, key):
+        self.looked_for.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key) -> bool:
+        self.looked_for.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.looked_for.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView:
+        return KeysView(self)
 
 
 def config_models() -> list[type]:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from asymflow.errors import InputError
 from asymflow.training.config.derived import batch_sizes, disagreement, same
 from asymflow.training.config.sections import Sections, known_keys
-from asymflow.training.zero.internals import config_class, config_models
+from asymflow.training.zero.internals import Watched, config_class, config_models
 from asymflow.yaml12 import one_line, shown
 
 
@@ -42,21 +43,24 @@ def deepspeed_config(config: Sections, world: int) -> dict:
 def check_by_deepspeed(given: dict, world: int) -> None:
     """Let DeepSpeed check the section, with one more key each time. InputError for the first key that it rejects.
 
-    By itself DeepSpeed complains only after the model is built, in many lines.
+    By itself DeepSpeed complains only after the model is built, in many lines, and ignores keys that it does not know:
+    those that it does not look for.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
-    checked, options = config_class(), {"train_batch_size": world}
+    checked, options, looked_for = config_class(), {"train_batch_size": world}, set()
     for name, value in given.items():
         options[name] = value
         try:
-            checked(copy.deepcopy(options))
+            checked(Watched(copy.deepcopy(options), looked_for))
         except ValidationError as e:
             raise InputError(refusal(name, e)) from None
         except ImportError:  # DeepSpeed is not installed
             raise
         except Exception as e:  # of any type: DeepSpeed uses some sections before it checks them
             raise InputError(f"deepspeed.{name} is refused by DeepSpeed: {one_line(e)}{given_as(value)}") from None
+    if unknown := [name for name in given if name not in looked_for]:
+        raise InputError(unknown_key("deepspeed", unknown[0], looked_for))
 
 
 def refusal(name: str, error: ValidationError) -> str:
@@ -68,9 +72,13 @@ def refusal(name: str, error: ValidationError) -> str:
     if first["type"] != "extra_forbidden":
         return f"{key} is refused by DeepSpeed: {one_line(first['msg'])}{given_as(first['input'])}"
     known = next((known_keys(m) for m in config_models() if m.__name__ == error.title), ())
-    near = get_close_matches(path, known, 1, 0.5)
+    return unknown_key(section, path, known)
+
+
+def unknown_key(section: str, name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, 1, 0.5)
     hint = f"did you mean {section}.{near[0]}?" if near else "DeepSpeed has none of that name"
-    return f"unknown key {key}: {hint}"
+    return f"unknown key {section}.{name}: {hint}"
 
 
 def given_as(value: object) -> str:

@@ -1,6 +1,7 @@
 """What the tests of this folder share."""
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 
 from asymflow.cli import main
 
@@ -42,6 +43,8 @@ def hub(tmp_path, monkeypatch):
 
     def download(repository, file):
         assert repository == "some-org/Some-Model-1.5"
+        if not (tmp_path / repository / file).exists():
+            raise EntryNotFoundError(file)
         return str(tmp_path / repository / file)
 
     monkeypatch.setattr("asymflow.hub.hf_hub_download", download)

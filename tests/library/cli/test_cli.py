@@ -102,7 +102,9 @@ def test_as_a_module_into_a_pipe_that_nobody_reads(tmp_path):
 def test_a_repository_of_the_hub_is_the_folder_that_is_here(run, hub):
     name = "some-org/Some-Model-1.5"
     flow().save_pretrained(hub / name)
+    (hub / name / "classes.json").write_text('["cat", "dog", "golden retriever"]')
     remote, here = info(run, name), info(run, hub / name)
+    assert remote["classes"] == here["classes"] == ["cat", "dog", "golden retriever"]
     assert (remote.pop("model"), here.pop("model")) == (name, str(hub / name))
     assert remote == here
     for out, source in (("a", name), ("b", hub / name)):
@@ -127,6 +129,10 @@ def test_what_is_on_the_hub_is_imported_as_what_is_here(run, refused, hub):
         run("import", source, "--out", hub / out, "--in-context-start", 1)
     flow().save_pretrained(hub / name)
     run("import", name, "--out", hub / "c")
+    assert not (hub / "c" / "classes.json").exists()
+    (hub / name / "classes.json").write_text('["cat", "dog", "owl"]')
+    run("import", name, "--out", hub / "named")
+    assert (hub / "named" / "classes.json").read_text() == '["cat", "dog", "owl"]'
     contents = [[(hub / out / file).read_bytes() for file in (CONFIG, WEIGHTS)] for out in "abc"]
     assert contents[0] == contents[1] == contents[2]
     assert "--weights is for published files" in refused("import", name, "--out", hub / "d", "--weights", "ema1")

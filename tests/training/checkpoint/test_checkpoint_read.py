@@ -226,3 +226,8 @@ def test_a_journal_loses_no_more_than_what_was_cut_off_or_comes_again(tmp_path):
     assert path.read_bytes() == b"\n".join([*lines, b'{"step": 5}', b""])
     run.Journal(path, 2).close()
     assert path.read_bytes() == b"\n".join([*lines[:6], b""])
+    aside = tmp_path / "metrics.jsonl.abandoned"
+    assert aside.read_bytes() == b"\n".join([*lines[6:], b'{"step": 5}', b""])
+    run.Journal(path, 1).close()  # and what comes later is added
+    assert aside.read_bytes() == b"\n".join([*lines[6:], b'{"step": 5}', lines[2], b""])
+    assert path.read_bytes() == b"\n".join([*lines[:2], *lines[3:6], b""])
