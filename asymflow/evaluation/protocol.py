@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
 
 from asymflow import opening, yaml12
 from asymflow.errors import InputError
@@ -66,7 +65,7 @@ class Protocol(BaseModel):
     @classmethod
     def is_a_sampler(cls, name: str) -> str:
         if wrong := check_name(name, METHODS):
-            raise PydanticCustomError("sampler", "it {wrong}", {"wrong": wrong.partition(", but")[0]})
+            raise ValueError(f"it {wrong.partition(', but')[0]}")
         return name
 
     def label(self, number: int, num_classes: int) -> int:
@@ -144,5 +143,6 @@ def fault(error: ValidationError, layer: yaml12.Layer) -> str:
         return f"{origin.place}: unknown key {yaml12.short(key)}: {hint}"
     if first["type"] == "missing":
         return f"{origin.place}: {key} is missing"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{origin.place}: {key} is {yaml12.shown(first['input'])}: {message}"

@@ -21,7 +21,7 @@ from asymflow.evaluation.reference import DATA, Opened
 from asymflow.evaluation.rows import Rows
 from asymflow.model import AsymFlow
 from asymflow.progress import progress_bar
-from asymflow.training.config.derived import sampler, sampling_precision
+from asymflow.training.config.derived import bf16_weights, sampler, sampling_precision
 from asymflow.training.config.reading import Config
 from asymflow.training.loader import read_or_replace
 from asymflow.training.run.ranks import all_or_raise, rank0_broadcast
@@ -88,6 +88,22 @@ class Evaluation:
         p, side = self.protocol, self.config.model.image_size
         return Opened(p.reference, (side, side), p.crop, self.features.width(side), turn=p.turn)
 
+    def settings(self) -> dict[str, dict]:
+        """What a measurement depends on besides the weights, as evaluations.jsonl has it."""
+        c, p = self.config, self.protocol
+        sample = {"steps": p.steps, "method": p.method}
+        sample |= c.sample.model_dump(include={"guidance", "interval"}, mode="json")
+        sample["precision"] = "bf16 weights" if bf16_weights(c) else self.precision
+        found = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sample}
+        if c.evaluate.protocol:  # its file may change
+            found["protocol"] = p.model_dump(exclude={"name", "about", "weights"}, mode="json")
+        return found
+
+    @property
+    def precision(self) -> str:
+        given = self.protocol.precision
+        return sampling_precision(self.config, self.device) if given == "usual" else given
+
     def measured(self, flow: AsymFlow, stop: Stop) -> dict[str, Measured] | None:
         """The measures of samples of `flow`, in eval mode, by their names; None if `stop` said so.
 
@@ -99,8 +115,7 @@ class Evaluation:
         guidance = dict(guidance=c.sample.guidance, interval=tuple(c.sample.interval))
         label = self.label_of_data if p.classes == "data" else None
         size, classes = (c.model.image_size,) * 2, c.model.num_classes
-        precision = sampling_precision(c, flow.subspace.basis.device) if p.precision == "usual" else p.precision
-        drawn = Drawn(flow, p, precision, guidance, self.method, size, classes, label)
+        drawn = Drawn(flow, p, self.precision, guidance, self.method, size, classes, label)
 
         def samples(numbers: list[int]) -> list[Tensor]:
             images = drawn.draw(numbers)

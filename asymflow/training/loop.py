@@ -21,7 +21,7 @@ from asymflow.evaluation.result import as_json, lines
 from asymflow.model import AsymFlow
 from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.progress import progress_bar
-from asymflow.training.config.derived import batch_sizes, bf16_weights, sampling_precision
+from asymflow.training.config.derived import batch_sizes, bf16_weights
 from asymflow.training.config.reading import Config
 from asymflow.training.evaluate import Evaluation, all_gather_rows
 from asymflow.training.loader import Batch, on_device
@@ -202,10 +202,8 @@ class Training:
 
         def begin():
             self.journals += [run.Journal(self.out / name, self.step) for name in run.JOURNALS]
-            for journal in self.journals:
-                if journal.abandoned:
-                    what = f"{journal.abandoned:,} lines after step {self.step}"
-                    print(f"{journal.path}: {what} are now in {journal.path.name}.{run.ABANDONED}", file=sys.stderr)
+            for remark in filter(None, (journal.remark for journal in self.journals)):
+                print(remark, file=sys.stderr)
 
         rank0_broadcast(begin)
         self.problems = Problems(self.journals[1] if self.journals else None, len(self.dataset))
@@ -370,19 +368,11 @@ class Training:
 
         A signal interrupts it; the next start begins it anew.
         """
-        c, protocol = self.config, self.evaluation.protocol
-        sampler = {"steps": protocol.steps, "method": protocol.method}
-        sampler |= c.sample.model_dump(include={"guidance", "interval"}, mode="json")
-        usual = sampling_precision(c, self.device) if protocol.precision == "usual" else protocol.precision
-        sampler["precision"] = "bf16 weights" if bf16_weights(c) else usual
-        settings = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sampler}
-        if c.evaluate.protocol:  # its file may change
-            settings["protocol"] = protocol.model_dump(exclude={"name", "about", "weights"}, mode="json")
+        settings = self.evaluation.settings()
         asked = {"step": self.step, **settings}
         if rank0_broadcast(lambda: any(asked.items() <= entry.items() for entry in self.journals[2].entries())):
             if self.rank == 0:
-                told = f"{self.journals[2].path} has step {self.step} with these settings already"
-                tqdm.write(f"{told}: not evaluated again", file=sys.stderr)
+                tqdm.write(f"step {self.step} has been evaluated with these settings before", file=sys.stderr)
             return
         with self.model_to_show() as flow:
             measured = self.evaluation.measured(flow, stop=self.signalled)
@@ -390,9 +380,10 @@ class Training:
             found = {name: one.value for name, one in measured.items()}
             uncertainty = {name: one.uncertainty for name, one in measured.items()}
             self.journals[2].add({"step": self.step, **found, "uncertainty": uncertainty, **settings})
+            protocol, precision = self.evaluation.protocol, settings["sample"]["precision"]
             shown = {"extractor": {"name": protocol.extractor}, "measures": as_json(measured)}
             tqdm.write(
-                f"step {self.step}, {protocol.num:,} samples in {sampler['precision']}, protocol {protocol.name}:\n"
+                f"step {self.step}, {protocol.num:,} samples in {precision}, protocol {protocol.name}:\n"
                 + "\n".join(f"  {line}" for line in lines(shown)),
                 file=sys.stderr,
             )

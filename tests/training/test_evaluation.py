@@ -260,7 +260,7 @@ def test_samples_that_are_nan_have_no_distance(monkeypatch, broken):
     evaluation = object.__new__(evaluate.Evaluation)
     evaluation.config = load_config("shapes_tiny", ["evaluate.num=12", "evaluate.batch_size=4"])
     evaluation.protocol, evaluation.features = evaluate.protocol_of(evaluation.config), Means()
-    evaluation.method = evaluation.protocol.method
+    evaluation.method, evaluation.device = evaluation.protocol.method, torch.device("cpu")
     evaluation.reference, evaluation.rank, evaluation.world = Reference(statistics(torch.rand(9, 3))), 0, 1
     found = evaluation.measured(make_flow(evaluation.config, Subspace.random(48, 8)).eval(), lambda: False)
     value = found["frechet_distance"].value

@@ -253,7 +253,7 @@ def test_snapshots_of_weights_that_were_lost_are_not_used(tmp_path):
     assert back.wait() == [0]
     assert back.said() == [
         f"continuing from {out}/checkpoints/00000004; later snapshots are put aside, as 00000006.abandoned and so on",
-        f"{out}/metrics.jsonl: 8 lines after step 4 are now in metrics.jsonl.abandoned",
+        f"{out}/metrics.jsonl: put aside, in metrics.jsonl.abandoned: 8 lines after step 4",
     ]
     left = ["00000003", "00000006", "00000008", "00000009.abandoned", "00000012.abandoned"]
     assert sorted(path.name for path in (out / "snapshots").iterdir()) == left
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     assert again.said() == [
         f"{path.parent} is damaged, not used, and now called 00000006.damaged: {path.name} is not as it was written",
         f"continuing from {out}/checkpoints/00000004; later snapshots are put aside, as 00000006.abandoned",
-        f"{out}/metrics.jsonl: 2 lines after step 4 are now in metrics.jsonl.abandoned",
+        f"{out}/metrics.jsonl: put aside, in metrics.jsonl.abandoned: 2 lines after step 4",
     ]
     assert same_bits(tensors(out, 6), expected)
     assert [m["step"] for m in metrics(out)] == list(range(1, 7))

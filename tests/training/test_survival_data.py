@@ -167,7 +167,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     two = partial(bad_noise, float("nan"), {8 * 3 + 4, 8 * 6})
     launched = Launched(2, out, *more, patch=two)
     assert launched.wait() == [2, 2]
-    assert len(launched.said()) == 3
+    assert len(launched.said()) == 4
+    assert "metrics.jsonl: put aside, in metrics.jsonl.abandoned: 1 line after step 2" in launched.said()[1]
     assert "step 7" in launched.said()[-1]
     assert "rank 0: samples 48" in launched.said()[-1]
     assert "Steps skipped before: 1" in launched.said()[-1]

@@ -30,6 +30,7 @@ from asymflow import files, opening
 from asymflow.averages import Profile
 from asymflow.errors import InputError
 from asymflow.progress import progress_bar
+from asymflow.text import count
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config
 from asymflow.training.run import checkpoint
@@ -228,8 +229,8 @@ class Journal:
     """A file of JSON objects, one on each line, with the key "step". Lines are only ever added. For rank 0.
 
     When it is opened to continue after `step`, lines of later steps go to the end of a file beside it, NAME.abandoned,
-    because these steps will be taken again, and a last line that was cut off is removed. Any other line that cannot be
-    read stays.
+    because these steps will be taken again, and `remark` says so; a last line that was cut off is removed. Any other
+    line that cannot be read stays.
     """
 
     def __init__(self, path: Path, step: int):
@@ -239,11 +240,13 @@ class Journal:
         kept, later = [], []
         for line in whole:
             (kept if (entry_of(line) or {"step": 0})["step"] <= step else later).append(line + b"\n")
-        self.abandoned = len(later)
+        aside = path.with_name(f"{path.name}.{ABANDONED}")
+        lines = f"{count(len(later), 'line')} after step {step}"
+        self.remark = f"{path}: put aside, in {aside.name}: {lines}" if later else ""
         if content != (wanted := b"".join(kept)):
             if later:
-                with path.with_name(f"{path.name}.{ABANDONED}").open("ab") as aside:
-                    aside.write(b"".join(later))
+                with aside.open("ab") as file:
+                    file.write(b"".join(later))
             with files.replacing(path) as beside:
                 beside.write_bytes(wanted)
         self.file = path.open("ab", buffering=0)

@@ -151,8 +151,8 @@ def test_two_processes_make_the_same_shards(shards, base, photos, tmp_path):
 
 @pytest.mark.usefixtures("without_models")
 def test_processes_that_find_other_images_are_refused(base, photos, tmp_path, monkeypatch):
-    def another_first(data, side):  # where one image has another name
-        found = find_captioned(data, side)
+    def another_first(data, side, passed):  # where one image has another name
+        found = find_captioned(data, side, passed)
         return found[1:] + found[:1] if os.environ["RANK"] == "1" else found
 
     monkeypatch.setattr(encoding, "find_captioned", another_first)
