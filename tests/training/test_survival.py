@@ -226,7 +226,8 @@ def elsewhere(folder):
 def test_what_a_checkpoint_was_trained_with_has_to_be_there(tmp_path):
     out, settings = tmp_path / "run", ("checkpoint.every=2", "data.workers=0")
     assert Launched(2, out, *settings, "train.steps=2").wait() == [0, 0]
-    there = everything(out)
+    there, about = everything(out), (out / "config.yaml").read_text()
+    assert (out / "classes.json").exists()
     more = Launched(2, out, *settings, "train.steps=4", patch=more_images)
     one_line(more, "checkpoints/00000002 was trained on 256 images, and now there are 257, in another order")
     others = Launched(2, out, *settings, "train.steps=4", patch=other_images)
@@ -234,6 +235,7 @@ def test_what_a_checkpoint_was_trained_with_has_to_be_there(tmp_path):
     other_subspace(out)
     one_line(Launched(2, out, *settings), f"was trained with another subspace than {out}/subspace.safetensors")
     assert everything(out) == there
+    assert (out / "config.yaml").read_text() == about  # a start that is refused changes nothing
 
 
 def test_machines_without_a_common_disk(tmp_path):
