@@ -44,8 +44,7 @@ def fit_pca(
     The directions are eigenvectors of sum x x^T, largest eigenvalue first. No mean is subtracted, since the network has
     to predict the mean of the patches too. Signs: the entry of largest magnitude in each is positive (the first, if
     several are equal to 1e-6). The spectrum is that of the mean of x x^T. The scale is 1.
-    Raises InputError if there are no tokens, all are 0, one is not finite, D changes, rank or record do not fit, or
-    fewer than r < D directions have energy: rounding would decide the others, differently on each machine.
+    Raises InputError if there are no tokens, all are 0, one is not finite, D changes, or rank or record do not fit.
     """
     threshold = energy_threshold(noise_scale)
     if rank != "auto":
@@ -62,12 +61,6 @@ def fit_pca(
         energies, directions = torch.linalg.eigh(gram / count)
         spectrum = energies.flip(0).clamp(min=0)
         r = int((spectrum > threshold).sum()) if rank == "auto" else rank
-        known = int((spectrum > len(gram) * torch.finfo(spectrum.dtype).eps * spectrum[0]).sum())
-        if known < r < len(gram):
-            raise InputError(
-                f"only {known} of {r} directions have energy, in {int(count)} tokens, and rounding would decide the "
-                "others: give a smaller rank, or more images (of grey ones only a third of the directions have any)"
-            )
         return canonical_signs(directions.flip(-1)[:, :r]), 1.0, spectrum
 
     basis, scale, spectrum = solve_together(lambda: add_up(batches, read_tokens, check), solve, group)

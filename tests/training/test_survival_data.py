@@ -251,7 +251,8 @@ def test_images_of_which_none_can_be_read(tmp_path):
     without = ("subspace.rank=0", "train.steps=9")
     one_line(Launched(2, tmp_path / "x0", *without, patch=none), "100 images in a row could not be read")
     for workers in (0, 1):
-        later = Launched(2, tmp_path / "x0", *without, f"data.workers={workers}", patch=partial(stale_after, 9))
+        out = tmp_path / f"later-{workers}"
+        later = Launched(2, out, *without, f"data.workers={workers}", patch=partial(stale_after, 9))
         one_line(later, "[Errno 116] Stale file handle: '/data'", code=1)
 
 
