@@ -95,7 +95,9 @@ def lines(path):
 
 
 def everything(run):
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != ".lock")
+    """The names of all files of a run, but for what it put aside when it was resumed."""
+    paths = [path for path in run.rglob("*") if path.name != ".lock" and not path.name.endswith("l.abandoned")]
+    return sorted(str(path.relative_to(run)) for path in paths)
 
 
 def whole_steps(run):
