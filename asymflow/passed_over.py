@@ -10,9 +10,8 @@ from asymflow.text import count
 
 @dataclass
 class PassedOver:
-    """Names, or entries, by the reason why they are not used; `tars` are used, but a user may have meant otherwise.
-
-    seen: the real paths of what has been read.
+    """Names, or entries, by the reason why they are not used: others, of kinds that are not read; packed, archives;
+    again, read before; gone, links to nothing. tars: those in folders, which are read. seen: real paths that were read.
     """
 
     others: list = field(default_factory=list)
@@ -28,8 +27,8 @@ class PassedOver:
             (self.others, "image", "passed over, of a kind that is not read: {}. Convert such files to png or jpg"),
             (self.packed, "archive", "not opened: {}. Unpack what has images in it"),
             (self.again, "path", "not read twice: {}"),
-            (self.gone, "link", "there is nothing where these lead to: {}"),
-            (self.tars, "tar file", "read as well: {} among the files of a folder"),
+            (self.gone, "link", "left out, since they lead nowhere (is a disk not mounted?): {}"),
+            (self.tars, "tar file", "tar files in folders are read as well: {}"),
         ]
         return [line.format(some(found, what)) for found, what, line in said if found]
 

@@ -114,7 +114,7 @@ def test_a_class_on_a_disk_that_is_not_mounted_is_no_class_less(tmp_path, capsys
     (tmp_path / "c").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "c" / "a.png")
     (tmp_path / "c" / "2019").symlink_to(tmp_path / "gone")
-    said = f"there is nothing where these lead to: 1 link ({tmp_path}/c/2019)"
+    said = f"left out, since they lead nowhere (is a disk not mounted?): 1 link ({tmp_path}/c/2019)"
     assert ImageFolder(tmp_path, 8).remarks == [said]
     assert len(find_captioned([tmp_path], 8)) == 1
     assert capsys.readouterr().err == said + "\n"

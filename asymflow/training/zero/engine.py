@@ -66,7 +66,8 @@ def make_optimizer(groups: list[dict], o: Optimizer) -> torch.optim.Optimizer:
     keys = {"betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     given = accepted(make, keys)
     if lost := [key for key in keys if key not in given and key in o.model_fields_set]:
-        say(f"optimizer.{lost[0]} is not used: {o.kind} has no argument of this name; see optimizer.options")
+        names = " and ".join(f"optimizer.{key}" for key in lost)
+        say(f"not used, since {o.kind} has no such arguments (see optimizer.options): {names}")
     fused = {} if is_own(o.kind) else {"fused": True}  # one kernel for all parameters, on CPUs too
     optimizer = called(make, "optimizer.options", o.options, params=groups, lr=o.lr, **given, **fused)
     if is_own(o.kind):
