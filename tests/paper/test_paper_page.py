@@ -17,8 +17,11 @@ from asymflow.errors import InputError
 from asymflow.pictures import image_grid
 from toy.paper import __main__ as paper
 from toy.paper import best_rank, blocks, criterion, further, page, summary, tables
+from toy.paper.__main__ import EXPERIMENTS
 from toy.paper.differences import OPPOSITE
+from toy.paper.experiments import PLANS
 from toy.paper.measures import LEVELS
+from toy.paper.runs import stated
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -37,7 +40,6 @@ def test_tables_have_the_means_and_spreads_of_the_seeds(results, tmp_path):
         "| rank 8 is better than rank 0 (x0-prediction) | **+3.0000 ± 0.0000** | **+3.00 ± 0.00** | **+3.0 ± 0.0** |"
         in text
     )
-    assert f"{len(blocks.RANKS) * 3} runs, 24.0 hours of training and 12.0 of measuring" in text
 
 
 @given(st.sets(st.sampled_from(["rank-0", "rank-8", "speed-rank-0", "rank-8-emoji"])), st.integers(0, 2))
@@ -49,8 +51,7 @@ def test_what_another_classifier_measured_is_in_no_table(results, strange, seed)
     for file, text in before.items():
         file.write_text(json.dumps({**json.loads(text), "classifier": "another"}))
     try:
-        kinds = tables.read(results)
-        text, _, _ = page.made(kinds, results)
+        kinds = tables.comparable(tables.read(results))
     finally:
         for file, content in before.items():
             file.write_text(content)
@@ -86,7 +87,7 @@ def test_without_any_distance_that_compares_the_page_is_made_of_the_rest(results
     for file in results.glob("shapes-whole-seed-*.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "classifier": "another"}))
     text, figures, _ = page.made(tables.read(results), results)
-    assert "| **+3.0000 ± 0.0000** | none | **+3.0 ± 0.0** |" in text
+    assert "| **+3.0000 ± 0.0000** | - | **+3.0 ± 0.0** |" in text
     assert figures.keys() >= {"paper_rank", "paper_speed"}
 
 
@@ -242,10 +243,27 @@ def test_the_summary_has_every_claim_with_the_verdict_of_its_section(results):
     assert len(claims) == len(rows)
     assert claims["rank 8 has sooner what both have at the end †"][1].startswith("held-out loss 4 steps, 1 steps; ")
     apart = {"rank-0": {0: kinds["rank-0"][0]}, "rank-8": {1: kinds["rank-8"][1]}}
-    assert "| held-out loss none, none; " in summary.summary(kinds | apart)
+    assert "| held-out loss -, -; " in summary.summary(kinds | apart)
     for kind in ("rank-8-repa", "finetuning-start"):
         del kinds[kind]
     assert summary.summary(kinds).count("not run yet") == 2
+
+
+def test_every_run_is_of_one_experiment_in_the_table_of_hours(results):
+    kinds = tables.read(results)
+    rows = [line.strip("| ").split(" | ") for line in summary.runs(kinds).splitlines()[2:-2]]
+    assert {"rank", "rate", "own-rate"} < {row[0].strip("`") for row in rows[:-1]} <= {*EXPERIMENTS}
+    total, *counts = (int(row[1]) for row in (rows[-1], *rows[:-1]))
+    assert total == sum(counts) == sum(map(len, kinds.values()))
+    assert float(rows[-1][2]) == sum(float(row[2]) for row in rows[:-1]) == total
+    assert next(row for row in rows if row[0] == "`finetuning`")[1] == str(3 * (len(blocks.FINETUNED) + 1))
+
+
+@pytest.mark.parametrize("what", PLANS)
+def test_the_table_of_hours_knows_the_runs_of_each_experiment(what, tmp_path):
+    for run in PLANS[what](tmp_path):
+        found = made_up("", 0, 1.0) | {"run": stated(run)}
+        assert f"| `{what}` | 1 |" in summary.runs({run.name: {0: found}})
 
 
 def test_whatever_is_still_missing_the_page_is_made_of_the_rest(results):
@@ -289,7 +307,7 @@ def test_what_has_no_results_is_said(tmp_path, capsys):
     assert "no results yet for rank, of rank-0 and rank-8" in said
     assert "no results yet for paper_samples.png, of the pictures beside the JSON files" in said
     assert "no results yet for predicted and best ranks, which stay as they were, of spectra.json" in said
-    assert (tmp_path / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS) - 1
+    assert (tmp_path / "paper.md").read_text().count("Not run yet.") == len(page.BLOCKS) - 2
     assert "not run yet: rank-0, rank-8" in (tmp_path / "paper.md").read_text()  # the summary says it of each part
 
 

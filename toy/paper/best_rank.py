@@ -8,7 +8,7 @@ import torch
 from toy.paper import criterion
 from toy.paper.blocks import Kinds
 from toy.paper.criterion import burden, errors
-from toy.paper.tables import as_trained, by_seed, origin, shown, table
+from toy.paper.tables import as_trained, by_seed, shown, table
 
 NETWORKS = {  # what is in the names of the runs of each data and width
     ("shapes", 192): "",
@@ -62,9 +62,7 @@ def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
                 fits.append([data, str(width), bound, str(expected), str(best), *agreement])
     head = ["data", "width", "the room is bounded by", "best rank of those run, predicted", "found", "correlation"]
     head.append("without rank 0")
-    further = [kind for kind in kinds if kind.endswith("-narrow")]
-    parts = [table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)]
-    return "\n\n".join([*parts, *([origin(kinds, further)] if further else [])])
+    return "\n\n".join([table(["data", "width", *map(str, criterion.RANKS)], rows), table(head, fits)])
 
 
 def correlation(burdens: Mapping[int, float], losses: Mapping[int, float], ranks: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ from toy.paper.experiments import RATE, RATES, best_rate
 from toy.paper.tables import (
     COLUMNS,
     GUIDED,
-    OWN_RATE,
     UNCLAMPED,
     Measure,
     Runs,
@@ -27,7 +26,7 @@ from toy.paper.tables import (
     loss_as_trained,
     mean_loss,
     minus,
-    origin,
+    remarks,
     samples,
     shown,
     table,
@@ -85,7 +84,7 @@ def yardsticks(kinds: Kinds) -> str:
 
 def rank(kinds: Kinds) -> str:
     measured = all_measures(kinds, RANKS | {"shapes-whole": YARDSTICKS["whole"]})
-    return "\n\n".join([compared(kinds, RANK_CLAIMS), measured, origin(kinds, list(RANKS))])
+    return "\n\n".join([compared(kinds, RANK_CLAIMS), measured, *remarks(kinds, list(RANKS))])
 
 
 # ---- Figure 6 --------------------------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ def speed(kinds: Kinds) -> str:
         saved = [{s: sooner(fast[s], slow[s], p) for s in these} for p, these in zip(points, known, strict=True)]
         rows.append([title, *(shown(values, "{:.0%}") for values in saved)])
     made = table(["what both have after", *(f"{point:,} steps" for point in points)], rows)
-    return "\n\n".join([made, origin(kinds, ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"])])
+    return "\n\n".join([made, *remarks(kinds, ["rank-0", "rank-8", "speed-rank-0", "speed-rank-8"])])
 
 
 def curves(kinds: Kinds, name: str) -> dict[str, dict[int, Curve]]:
@@ -187,7 +186,7 @@ def clamp(kinds: Kinds) -> str:
     ]
     head = ["lost without a clamp", "the paper: FID", *(f"ours: {title}" for title in CLAMPED)]
     titles = {name: RANKS[name] for name in PAPER_CLAMP}
-    measured = all_samples(kinds, titles, (GUIDED, UNCLAMPED))
+    measured = all_samples(kinds, titles, (UNCLAMPED,))
     return "\n\n".join([table(head, rows), claims(found, LOST), measured])
 
 
@@ -208,7 +207,7 @@ ALIGNED |= {f"rank-{r}{mark}": f"{r}, with {title}" for mark, title in ALIGNMENT
 
 def repa(kinds: Kinds) -> str:
     aligned = [name for name in ALIGNED if name not in RANKS]
-    parts = [claims(repa_sides(kinds), forms(QUALITY), BY), all_measures(kinds, ALIGNED), origin(kinds, aligned)]
+    parts = [claims(repa_sides(kinds), forms(QUALITY), BY), all_measures(kinds, ALIGNED), *remarks(kinds, aligned)]
     return "\n\n".join(parts)
 
 
@@ -237,19 +236,18 @@ def rate(kinds: Kinds) -> str:
         words = {rate: shown(values, "{:.4f}") for rate, values in found.items()}
         if best is not None:
             words[best] = f"**{words[best]}**"
-            own[name] = name if best == RATE else f"{name}{OWN_RATE}"
+            own[name] = name if best == RATE else f"{name}-own-rate"
             open_ended += [RATED[name]] * (best in (min(RATES), max(RATES)))
         rows.append([RATED[name], *words.values()])
     pairs = {claim: tuple(map(own.get, pair)) for claim, pair in RANK_CLAIMS.items() if own.keys() >= set(pair)}
     titles = {kind: RATED[name] for name, kind in own.items()}
     found = by_one_classifier(kinds, list(titles))
-    searched = [kind for kinds in SEARCH.values() for kind in kinds.values()]
-    made = origin(kinds | found, [*(f"{name}{OWN_RATE}" for name in RATED), *searched])
-    parts = [table(["rank", *map("{:g}".format, RATES)], rows)]
+    parts = ["Held-out loss after 1,000 steps, of a seed of its own; the lowest in bold:"]
+    parts += [table(["rank", *map("{:g}".format, RATES)], rows)]
     if open_ended:
         parts += [f"*The search ends at the best rate of {', '.join(open_ended)}.*"]
     parts += [compared(found, pairs), all_measures(found, titles)] if found else []
-    return "\n\n".join([*parts, made])
+    return "\n\n".join([*parts, *remarks(found, list(found))])
 
 
 # ---- Table 3 and Figure 4 --------------------------------------------------------------------------------------------
@@ -288,9 +286,8 @@ def finetuning(kinds: Kinds) -> str:
         for name, (title, hps, fid) in names.items()
     ]
     head = ["", "the paper: HPSv3", "its FID", *DRAWN]
-    return "\n\n".join(
-        [compared(kinds, FINETUNING_CLAIMS, FAULTS, None), table(head, rows), origin(kinds, list(names))]
-    )
+    parts = [compared(kinds, FINETUNING_CLAIMS, FAULTS, None), table(head, rows), *remarks(kinds, list(names))]
+    return "\n\n".join(parts)
 
 
 def variance(kinds: Kinds) -> str:
@@ -309,7 +306,7 @@ def variance(kinds: Kinds) -> str:
         rows += [
             [title, words, *(shown(values(level), "{:.2f}") for level in levels)] for words, values in measures.items()
         ]
-    return "\n\n".join([table(["weights", "", *levels], rows), origin(kinds, ["finetuning-variance"])])
+    return table(["weights", "", *levels], rows)
 
 
 LIFTED = {"1 - correlation": "{:.2f}", "share not read alike": "{:.1%}"}
@@ -350,7 +347,7 @@ def emoji(kinds: Kinds) -> str:
     others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
     parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
     whole = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
-    return "\n\n".join([*parts, all_measures(kinds, EMOJI | whole), origin(kinds, list(EMOJI))])
+    return "\n\n".join([*parts, all_measures(kinds, EMOJI | whole), *remarks(kinds, [*EMOJI, *whole])])
 
 
 def has_samples(kinds: Kinds, name: str) -> bool:

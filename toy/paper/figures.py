@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from asymflow.errors import InputError
@@ -33,6 +34,7 @@ def rank_figure(kinds: Kinds) -> Figure:
             text = dict(transform=axis.get_xaxis_transform(), ha="right", va="top", color="C0", fontsize=9)
             axis.text(len(places) - 0.6, 0.98, f"{LAST}: {means.pop(LAST):.3g} ↑", **text)
             known.pop(LAST)
+            axis.margins(y=0.15)  # below the text
         for rank, values in known.items():
             place, mark, color = ("8", "x", "C3") if rank == RANDOM else (rank, "o", "C0")
             axis.plot([places.index(place)] * len(values), values, mark, color=color, markersize=4)
@@ -56,6 +58,9 @@ def speed_figure(kinds: Kinds) -> Figure:
                 axis.plot(*curve, color=color, linewidth=1, marker=".", label=label)
         axis.set_title(title, fontsize=9)
         axis.set(xlabel="step", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].legend(fontsize=8)
     return figure
 

@@ -5,7 +5,18 @@ import statistics
 from toy.paper.blocks import ON_THE_WAY, RANKS, Kinds, compared, curve, sooner
 from toy.paper.measures import LEVELS
 from toy.paper.runs import EULER, SWITCHED_AT
-from toy.paper.tables import COLUMNS, GUIDED, UNGUIDED, all_measures, at_the_end, by_seed, origin, shown, table
+from toy.paper.tables import (
+    COLUMNS,
+    GUIDED,
+    UNGUIDED,
+    all_measures,
+    at_the_end,
+    by_one_classifier,
+    by_seed,
+    remarks,
+    shown,
+    table,
+)
 
 SWITCHED = "switch-rank-32-unseeded"
 STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
@@ -25,8 +36,7 @@ def directions(kinds: Kinds) -> str:
             mean = by_seed(kinds[name], lambda run, at=at: statistics.fmean(at(run)))
             levels = [by_seed(kinds[name], lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
             rows.append([part, PARTED[name], *(shown(values, "{:.4f}") for values in [mean, *levels])])
-    made = table(["", "rank", "mean", *map(str, LEVELS)], rows)
-    return "\n\n".join([made, origin(kinds, list(PARTED))])
+    return table(["", "rank", "mean", *map(str, LEVELS)], rows)
 
 
 def guidance(kinds: Kinds) -> str:
@@ -40,11 +50,12 @@ def guidance(kinds: Kinds) -> str:
             values = [by_seed(kinds[f"{mark}{name}"], at_the_end(key, how)) for mark, how in measured.values()]
             rows.append([title, RANKS[name], *(shown(found, form) for found in values)])
     made = table(["with guidance", "rank", *measured], rows)
-    return "\n\n".join([made, origin(kinds, ["guidance-rank-0", "guidance-rank-8"])])
+    return "\n\n".join([made, *remarks(kinds, ["guidance-rank-0", "guidance-rank-8"])])
 
 
 def switch(kinds: Kinds) -> str:
     """Samples without guidance that ranks 8 and 32 draw together, between those of each alone."""
+    kinds = by_one_classifier(kinds, ["rank-8-unseeded", SWITCHED, "rank-32-unseeded"])
     drawn = [("rank 8", "rank-8-unseeded", UNGUIDED)]
     drawn += [(f"rank 32 to {level:g}, then rank 8", SWITCHED, f"above {level:g}") for level in SWITCHED_AT]
     drawn += [(f"rank 8 to {level:g}, then rank 32", SWITCHED, f"below {level:g}") for level in SWITCHED_AT]
@@ -54,7 +65,7 @@ def switch(kinds: Kinds) -> str:
         for title, kind, how in drawn
     ]
     made = table(["drawn by", *(title for title, _ in COLUMNS.values())], rows)
-    return "\n\n".join([made, origin(kinds, [SWITCHED])])
+    return "\n\n".join([made, *remarks(kinds, list(kinds))])
 
 
 RENEWING = {"renew-rank-0-seeded": "0", "renew-rank-8-unseeded": "8", "renew-rank-32-unseeded": "32"}
@@ -62,13 +73,14 @@ RENEWING = {"renew-rank-0-seeded": "0", "renew-rank-8-unseeded": "8", "renew-ran
 
 def renew(kinds: Kinds) -> str:
     """Samples of Euler's method without guidance, with and without new noise in each step."""
+    kinds = by_one_classifier(kinds, list(RENEWING))
     rows = [
         [how, title, *(shown(by_seed(kinds[kind], at_the_end(key, how)), form) for key, (_, form) in COLUMNS.items())]
         for how in EULER
         for kind, title in RENEWING.items()
     ]
     made = table(["drawn with", "rank", *(title for title, _ in COLUMNS.values())], rows)
-    return "\n\n".join([made, origin(kinds, list(RENEWING))])
+    return "\n\n".join([made, *remarks(kinds, list(kinds))])
 
 
 START_CLAIMS = {
@@ -82,7 +94,7 @@ START_CLAIMS = {
 
 def embedding(kinds: Kinds) -> str:
     """Ranks with and without the start of the patch embedding that their subspace gives."""
-    made, rows = [name for name in STARTS if name not in RANKS], []
+    rows = []
     run = {claim: names for claim, names in START_CLAIMS.items() if kinds.keys() >= set(names)}
     for claim, names in run.items():
         first, other = (kinds[name] for name in names)
@@ -93,4 +105,4 @@ def embedding(kinds: Kinds) -> str:
         rows.append([claim, *(shown(values, "{:.0%}") for values in saved)])
     parts = [compared(kinds, START_CLAIMS), "By how much it is sooner where both are at the end:"]
     parts += [table(["", *ON_THE_WAY], rows), all_measures(kinds, STARTS)]
-    return "\n\n".join([*parts, origin(kinds, made)])
+    return "\n\n".join([*parts, *remarks(kinds, list(STARTS))])

@@ -14,8 +14,8 @@ from asymflow.files import replacing
 from toy.paper import best_rank, blocks, further
 from toy.paper.experiments import RATE
 from toy.paper.figures import finetuning_figure, rank_figure, samples_figure, speed_figure
-from toy.paper.summary import summary
-from toy.paper.tables import Runs, read
+from toy.paper.summary import runs, summary
+from toy.paper.tables import Runs, comparable, read
 
 BLOCKS = {  # how each is made, and of which kinds of runs
     "summary": (summary, []),
@@ -34,7 +34,9 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "variance": (blocks.variance, ["finetuning-variance"]),
     "lifted": (blocks.lifted, ["finetuning-start"]),
     "emoji": (blocks.emoji, ["rank-0-emoji", "rank-8-emoji"]),
+    "runs": (runs, []),
 }
+ALONE = {"rate", "switch", "renew"}  # whose runs are held against each other, whatever measured others
 SPECTRA = "spectra.json"
 PICTURES = {"paper_samples", "paper_finetuning"}  # figures of what was drawn, and not of numbers
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"  # the words
@@ -61,12 +63,12 @@ def write(folder: Path, docs: Path) -> list[str]:
 
 def made(kinds: Mapping[str, Runs], folder: Path) -> tuple[str, dict[str, Figure], list[str]]:
     """The page, its figures, and what had no results."""
-    text, missing = PAGE.read_text(encoding="utf-8"), []
+    text, missing, alike = PAGE.read_text(encoding="utf-8"), [], comparable(kinds)
     for name, (make, needed) in BLOCKS.items():
         if missing_here := [kind for kind in needed if kind not in kinds]:
             more = f" and {len(missing_here) - 2} more" if len(missing_here) > 2 else ""
             missing.append(f"{name}, of {' and '.join(missing_here[:2])}{more}")
-        text = filled(text, name, "Not run yet." if missing_here else make(kinds))
+        text = filled(text, name, "Not run yet." if missing_here else make(kinds if name in ALONE else alike))
     if (folder / SPECTRA).exists():
         spectra = opening.read_json(folder / SPECTRA)["spectra"]
         text = filled(text, "predicted", best_rank.predicted(spectra))
@@ -75,7 +77,7 @@ def made(kinds: Mapping[str, Runs], folder: Path) -> tuple[str, dict[str, Figure
         missing.append(f"predicted and best ranks, which stay as they were, of {SPECTRA}")
     figures = {}
     if {"rank-0", "rank-8"} <= kinds.keys():
-        figures = {"paper_rank": rank_figure(kinds), "paper_speed": speed_figure(kinds)}
+        figures = {"paper_rank": rank_figure(alike), "paper_speed": speed_figure(alike)}
     pictures = {rank: folder / f"{name}-seed-0.png" for name, rank in blocks.RANKS.items()}
     if pictures := {rank: file for rank, file in pictures.items() if file.exists()}:
         figures["paper_samples"] = samples_figure(pictures)

@@ -1,4 +1,4 @@
-"""The first table of docs/paper.md: each claim of the paper, its figures, and what came out here."""
+"""The first table of docs/paper.md, each claim of the paper and what came out here, and its last, what has been run."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from toy.paper import blocks
 from toy.paper.blocks import BY, QUALITY, Kinds, forms
 from toy.paper.differences import Difference, verdict
-from toy.paper.tables import Sides, Values, table
+from toy.paper.tables import UNKNOWN, Sides, Values, table
 
 ONE = {"verdict": (0, 1)}
 
@@ -71,4 +71,34 @@ def summary(kinds: Kinds) -> str:
 def mean(values: Values, others: Values, form: str) -> str:
     """Of the seeds that both sides have, as in the verdict."""
     known = [values[s] for s in values if values[s] is not None and others.get(s) is not None]
-    return form.format(statistics.fmean(known)) if known else "none"
+    return form.format(statistics.fmean(known)) if known else UNKNOWN
+
+
+EXPERIMENTS = {  # by what is in the names of their runs; the first that is
+    "finetuning-": "finetuning",
+    "emoji": "emoji",
+    "-narrow": "narrow",
+    "-own-rate": "own-rate",
+    "-rate-": "rate",
+    "-repa": "repa",
+    "seeded": "embedding",
+    "": "rank",
+}
+
+
+def runs(kinds: Kinds) -> str:
+    """The hours, machines and commits of each experiment."""
+    everything = [run for runs in kinds.values() for run in runs.values()]
+    found: dict[str, list[dict]] = {}
+    for run in everything:
+        name = run["run"].get("again") or next(what for mark, what in EXPERIMENTS.items() if mark in run["run"]["name"])
+        found.setdefault(name, []).append(run)
+    rows = []
+    for name, these in [*((f"`{name}`", found[name]) for name in sorted(found)), ("all", everything)]:
+        hours = [f"{sum(run['hours'][key] for run in these):.1f}" for key in ("training", "measuring")]
+        processors = ", ".join(sorted({run["machine"].partition(", ")[0] for run in these}))
+        commits = ", ".join(sorted({run["commit"] for run in these})) if these is not everything else ""
+        rows.append([name, str(len(these)), *hours, processors, commits])
+    made = table(["experiment", "runs", "hours of training", "of measuring", "processors", "commits"], rows)
+    software = "; ".join(sorted({run["machine"].partition(", ")[2] for run in everything}))
+    return f"{made}\n\n*Hours of one core beside other work: {software}.*"

@@ -20,7 +20,7 @@ Sides = Mapping[str, tuple[Sequence[Values], Sequence[Values]]]  # by claim: the
 
 CLASSIFIED = {"frechet_distance", "precision", "recall"}  # what is measured in the features of a classifier
 LEFT_OUT = "left out"
-OWN_RATE = "-own-rate"  # in the names of runs that are held against each other alone
+UNKNOWN = "-"
 GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
 COLUMNS = {  # of samples: what it is called, and how its numbers are written
     "frechet_distance": ("Fréchet distance", "{:.2f}"),
@@ -49,13 +49,22 @@ def read(folder: Path) -> dict[str, Runs]:
         if found["scale"]:
             raise InputError(f"{file} is of a quick look, whose figures are no results: choose another --out")
         kinds.setdefault(found["run"]["name"].rpartition("-seed-")[0], {})[found["run"]["seed"]] = found
-    asked = {kind: runs for kind, runs in kinds.items() if not kind.startswith("finetuning-") and OWN_RATE not in kind}
+    return kinds
+
+
+def comparable(kinds: Mapping[str, Runs]) -> dict[str, Runs]:
+    """Copies of these kinds, without what another classifier than that of their data's yardsticks has measured.
+
+    The pictures of `finetuning` are others, and so is its classifier.
+    """
+    copied = copy.deepcopy(dict(kinds))
     for data in ("shapes", "emoji"):
         if yardsticks := kinds.get(f"{data}-whole"):
-            runs = [run for runs in asked.values() for run in runs.values()]
+            asked = [runs for kind, runs in copied.items() if not kind.startswith("finetuning-")]
+            runs = [run for runs in asked for run in runs.values()]
             runs = [run for run in runs if run["run"].get("config", "shapes64") == f"{data}64"]
             leave_out_other_classifiers(runs, yardsticks[0].get("classifier"))
-    return kinds
+    return copied
 
 
 def by_one_classifier(kinds: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Runs]:
@@ -137,7 +146,7 @@ def shown(values: Values, form: str) -> str:
     """The mean and the standard deviation of the seeds, such as "2.31 ± 0.05, 2 of 3 seeds" if one has no value."""
     known = [value for value in values.values() if value is not None]
     if not known:
-        return "none" if values else ""
+        return UNKNOWN if values else ""
     mean = form.format(statistics.fmean(known))
     words = f"{mean} ± {form.format(statistics.stdev(known))}" if len(known) > 1 else mean
     return words if len(known) == len(values) else f"{words}, {len(known)} of {len(values)} seeds"
@@ -147,7 +156,7 @@ def shown_difference(found: Difference, form: str) -> str:
     """In bold if it counts, of as many seeds as a verdict takes."""
     mean = form.replace("{:", "{:+").format(found.mean)
     if found.seeds < 2:
-        return f"{mean}, one seed" if found.seeds else "none"
+        return f"{mean}, one seed" if found.seeds else UNKNOWN
     words = f"{mean} ± {form.format(found.spread)}" + (f", {found.seeds} seeds" if found.seeds < ENOUGH else "")
     return f"**{words}**" if found.counts and found.seeds >= ENOUGH else words
 
@@ -202,21 +211,18 @@ def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
     return table(["rank", "mean", "as trained", *levels], rows)
 
 
-def origin(kinds: Mapping[str, Runs], names: Sequence[str]) -> str:
-    """The machines, commits and hours of some kinds of runs."""
+def remarks(kinds: Mapping[str, Runs], names: Sequence[str]) -> list[str]:
+    """What a reader of a table of these kinds has to know beside it: a paragraph, or none."""
     runs = [run for name in names for run in kinds.get(name, {}).values()]
-    training, measuring = (sum(run["hours"][key] for run in runs) for key in ("training", "measuring"))
-    machines, commits = ("; ".join(sorted({run[key] for run in runs})) for key in ("machine", "commit"))
     classifiers = {run.get("classifier") for run in runs if run["at the end"].keys() >= CLASSIFIED}
-    left_out = sum(LEFT_OUT in run for run in runs)
-    words = (
-        f"{count(len(runs), 'run')}, {training:.1f} hours of training and {measuring:.1f} of measuring, one core each "
-        f"beside other work: {machines}, at commit {commits}."
-    )
-    if left_out:
-        words += f" Left out: Fréchet distance, precision, recall of {count(left_out, 'run')}, by another classifier."
+    words = []
+    if left_out := sum(LEFT_OUT in run for run in runs):
+        words.append(
+            f"Fréchet distance, precision and recall of {count(left_out, 'run')} are left out: another classifier "
+            "measured them ([why](#what-is-measured))."
+        )
     elif len(classifiers) > 1:
-        words += f" Fréchet distance, precision and recall are by {len(classifiers)} classifiers."
+        words.append(f"Fréchet distance, precision and recall are by {len(classifiers)} classifiers.")
     if len(teachers := {run.get("teacher") for run in runs if run["run"].get("repa")}) > 1:
-        words += f" They are aligned with {len(teachers)} networks, trained alike on as many machines."
-    return f"*{words}*"
+        words.append(f"They are aligned with {len(teachers)} networks, trained alike on as many machines.")
+    return [f"*{' '.join(words)}*"] if words else []
