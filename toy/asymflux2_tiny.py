@@ -97,7 +97,8 @@ def experiment(args) -> tuple[Figure, dict]:
     print_table(results)
     print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
     scale = Subspace.load(args.out / "subspace.safetensors").scale
-    return figure(drawn, results), {"scale": scale, "gradient_variance": variance, "models": results}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # of the trainings
+    return figure(drawn, results), {"device": device, "scale": scale, "gradient_variance": variance, "models": results}
 
 
 def prepared(out: Path, seed: int, steps: int, sizes: dict) -> dict:

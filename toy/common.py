@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from asymflow import packages
+from asymflow.errors import InputError
 from asymflow.text import count
 from nano_asymflow import MLP, Flow, integrate, random_stream, train
 
@@ -64,7 +65,7 @@ def main(
         print(f"toy.{name}: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted: nothing is written.", file=sys.stderr)
+        print("\nInterrupted: no figure and no results are written.", file=sys.stderr)
         return 130
     print(f"\nwrote {picture} and {file} after {seconds:.0f} s")
     if args.quick:
@@ -99,6 +100,22 @@ def arguments(
     except (RuntimeError, AssertionError, ImportError) as e:
         p.error(f"--device {args.device} cannot be used here: {str(e).splitlines()[0].split('. ')[0]}")
     return args
+
+
+def in_one_line(program: str, run: Callable[[], None]) -> int:
+    """Run what takes hours, and goes on where it was stopped. Returns the exit code.
+
+    What the user got wrong ends in one line and code 2, Ctrl-C in one line and code 130.
+    """
+    try:
+        run()
+    except (InputError, OSError) as e:
+        print(f"{program}: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 def keep_earlier(file: Path) -> Path:

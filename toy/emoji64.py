@@ -38,6 +38,7 @@ with importing(__name__):
     from asymflow.evaluation.frechet import frechet_distance, statistics
     from asymflow.pictures import image_grid
     from asymflow.sampling import generate
+    from toy.common import in_one_line, keep_earlier
 
 SIZE, CLASSES, KEPT = 64, 9, 381  # pixels; classes; images kept from the classifier
 JUDGE = "classifier.safetensors"
@@ -68,7 +69,10 @@ def load(dataset) -> tuple[Tensor, Tensor]:
 
 
 def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Classifier, float]:
-    """A classifier in eval mode, and its accuracy on `KEPT` images that it has not seen (fewer, if there are few)."""
+    """A classifier in eval mode, and its accuracy on `KEPT` images that it has not seen (fewer, if there are few).
+
+    InputError if there are too few images for one batch.
+    """
     torch.manual_seed(0)
     count = min(KEPT, len(images) // 5)
     kept, used = torch.randperm(len(images)).split([count, len(images) - count])
@@ -76,6 +80,8 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> tuple[Class
     side = images.shape[-1]
     far = side // 10  # pixels that an image is shifted by at most
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
+    if len(used) < 64:
+        raise InputError(f"{len(images)} images are too few to train a classifier with: it takes 79")
     steps = epochs * (len(used) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", unit="step"):
@@ -147,7 +153,8 @@ def train(args: argparse.Namespace, rank: str, seed: str, weights: Path) -> dict
         [json.loads(line) for line in (run / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "evaluations.jsonl")
     )
-    distances = [entry["frechet_distance"] for entry in evaluations if entry["step"] == args.steps]
+    asked = (args.steps, args.samples)
+    distances = [e["frechet_distance"] for e in evaluations if (e["step"], e["evaluate"]["num"]) == asked]
     if len(metrics) != args.steps or not distances:
         raise InputError(f"{run} has {len(metrics)} steps, not {args.steps}: choose another --out")
     distance = float("nan") if distances[-1] is None else distances[-1]  # samples that are not finite
@@ -165,7 +172,9 @@ def grid(args: argparse.Namespace, rank: str, seed: str) -> np.ndarray:
     run = args.out / f"rank-{rank}-seed-{seed}"
     model = run / f"model-{args.steps}"
     if not model.exists():
-        subprocess.run([sys.executable, "-m", "asymflow", "export", "--run", run, "--out", model], check=True)
+        words = [sys.executable, "-m", "asymflow", "export", "--run", run, "--out", model]
+        if subprocess.run(words, check=False).returncode:
+            raise InputError(f"{run} could not be exported; see above")
     labels = [i % CLASSES for i in range(36)]
     return np.asarray(image_grid(generate(AsymFlow.from_pretrained(model).eval(), labels, steps=25, guidance=2.0)))
 
@@ -199,23 +208,17 @@ def picture(ranks: list[str], runs: list[dict], grids: dict[str, np.ndarray], re
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def study(args: argparse.Namespace) -> None:
     ranks, seeds = args.ranks.split(","), args.seeds.split(",")
-    try:
-        images, labels = load(dataset := TarShards(args.data, SIZE))
-        if dataset.num_classes > CLASSES:
-            raise InputError(f"{dataset.path} has {dataset.num_classes} classes, and this is for {CLASSES}")
-        classifier, accuracy = judge_in(args.out, dataset, images, labels, args.epochs)
-        results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
-        results["floor"] = floor(classifier, images, args.samples)
-        print(
-            f"the classifier is right about {accuracy:.1%} of {KEPT} images; floor {results['floor']:.3f}", flush=True
-        )
-        runs = [train(args, rank, seed, args.out / JUDGE) for seed in seeds for rank in ranks]
-    except (InputError, OSError) as e:
-        print(f"toy.emoji64: error: {e}", file=sys.stderr)
-        return 2
+    images, labels = load(dataset := TarShards(args.data, SIZE))
+    if dataset.num_classes > CLASSES:
+        raise InputError(f"{dataset.path} has {dataset.num_classes} classes, and this is for {CLASSES}")
+    classifier, accuracy = judge_in(args.out, dataset, images, labels, args.epochs)
+    results = {"steps": args.steps, "samples": args.samples, "classifier_accuracy": accuracy}
+    results["floor"] = floor(classifier, images, args.samples)
+    print(f"the classifier is right about {accuracy:.1%} of the images that were kept from it", flush=True)
+    print(f"floor of the Fréchet distance: {results['floor']:.3f}", flush=True)
+    runs = [train(args, rank, seed, args.out / JUDGE) for seed in seeds for rank in ranks]
     table = []
     for rank in ranks:
         own = [run for run in runs if run["rank"] == rank]
@@ -227,10 +230,14 @@ def main(argv: list[str] | None = None) -> int:
     shown_first = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:36]
     grids = {"images": np.asarray(image_grid(images[shown_first].float() / 127.5 - 1))}
     grids |= {name(rank): grid(args, rank, seeds[0]) for rank in ranks}
-    picture(ranks, runs, grids, results).savefig(args.out / "emoji64.png", dpi=110)
-    (args.out / "emoji64.json").write_text(json.dumps({**results, "table": table, "runs": runs}) + "\n")
-    print(f"wrote {args.out / 'emoji64.png'} and {args.out / 'emoji64.json'}")
-    return 0
+    figure, file = (keep_earlier(args.out / f"emoji64.{kind}") for kind in ("png", "json"))
+    picture(ranks, runs, grids, results).savefig(figure, dpi=110)
+    file.write_text(json.dumps({**results, "table": table, "runs": runs}) + "\n")
+    print(f"wrote {figure} and {file}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return in_one_line("toy.emoji64", lambda: study(arguments(argv)))
 
 
 if __name__ == "__main__":

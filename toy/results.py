@@ -30,7 +30,7 @@ with importing(__name__):
     from asymflow.evaluation import result
     from asymflow.files import replacing
     from asymflow.text import count
-    from toy.common import commit, machine
+    from toy.common import commit, in_one_line, machine
     from toy.emoji64 import JUDGE, SIZE, floor, judge_in, load
 
 INTRODUCTION = """
@@ -130,9 +130,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("what", choices=[*STUDIES, "write"], help="a study, or to write the page from what they left")
     p.add_argument("--data", type=Path, help="emoji64.tar, for emoji64")
     p.add_argument("--out", type=Path, default=Path("runs/toy/results"), help="folder of the studies")
-    p.add_argument("--docs", type=Path, default=DOCS, help="folder of the page")
+    p.add_argument("--docs", type=Path, help=f"folder of the page, for write (default: {DOCS})")
     p.add_argument("--quick", action="store_true", help="minutes: a look at whether it runs, no results")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    used = {"data": args.what == "emoji64", "docs": args.what == "write", "quick": args.what != "write"}
+    for option, taken in used.items():
+        if getattr(args, option) and not taken:
+            raise InputError(f"--{option} does not go with {args.what}")
+    return args
 
 
 # ---- A study ---------------------------------------------------------------------------------------------------------
@@ -211,19 +216,21 @@ def command(commands: list[str], *words) -> None:
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 def write(args: argparse.Namespace) -> None:
-    """docs/results.md, and a map for each study, from the JSON files of the studies that are there."""
-    found = [name for name in STUDIES if (args.out / name / ABOUT).exists()]
-    if not found:
-        raise InputError(f"{args.out} has no study: python -m toy.results shapes makes one")
-    parts = [paragraphs(INTRODUCTION)]
-    for name in found:
+    """docs/results.md, and a map for each study, from the JSON files of the studies."""
+    docs, parts = args.docs or DOCS, [paragraphs(INTRODUCTION)]
+    for name in STUDIES:
+        if not (about := args.out / name / ABOUT).exists():
+            raise InputError(f"{args.out} has no study {name}: python -m toy.results {name}{DATA[name]} makes it")
+        if opening.read_json(about)["quick"]:
+            raise InputError(f"{args.out / name} is a quick look, whose figures are no results: choose another --out")
+    for name in STUDIES:
         summary = opening.read_json(args.out / name / "search" / "search.json")
-        with replacing(args.docs / f"results_{name}.png") as beside:
+        with replacing(docs / f"results_{name}.png") as beside:
             picture(summary, "Fréchet distance").savefig(beside, dpi=80, format="png")
         parts.append(section(name, args.out / name, summary))
-    with replacing(args.docs / "results.md") as beside:
+    with replacing(docs / "results.md") as beside:
         beside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"wrote {args.docs / 'results.md'} of {' and '.join(found)}")
+    print(f"wrote {docs / 'results.md'}")
 
 
 def paragraphs(text: str) -> str:
@@ -273,13 +280,11 @@ def section(name: str, folder: Path, summary: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    try:
+    def run() -> None:
+        args = arguments(argv)
         write(args) if args.what == "write" else study(args)
-    except (InputError, OSError) as e:
-        print(f"toy.results: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return in_one_line("toy.results", run)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,28 @@ def test_the_study_goes_from_the_shard_to_its_figure(shard, tmp_path, monkeypatc
     assert emoji64.main(argv) == 0  # it takes up what is there
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert json.loads((tmp_path / "out" / "emoji64.json").read_text()) == results
+    assert json.loads((tmp_path / "out" / "emoji64.1.json").read_text()) == results  # of the first time
     assert emoji64.main(["--data", str(tmp_path / "missing.tar")]) == 2
     capsys.readouterr()
+    (line,) = (tmp_path / "out/rank-8-seed-0/evaluations.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    other = entry | {"frechet_distance": 0.0, "evaluate": entry["evaluate"] | {"num": 5}}
+    with (tmp_path / "out/rank-8-seed-0/evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    assert emoji64.main(argv) == 0  # that of other settings is not taken
+    assert json.loads((tmp_path / "out" / "emoji64.json").read_text()) == results
     for other, said in ((["--epochs", "3"], "of other epochs"), (["--steps", "1"], "another --out")):
         assert emoji64.main([*argv, *other]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_too_few_images_for_a_classifier_are_one_line(package, tmp_path, capsys):
+    shard = tmp_path / "few.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i in range(78):
+            for name, content in ((f"{i:02}.png", png((i, 0, 0))), (f"{i:02}.cls", b"0")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert emoji64.main(["--data", str(shard), "--out", str(tmp_path / "out")]) == 2
+    assert "78 images are too few to train a classifier with" in capsys.readouterr().err.splitlines()[-1]

@@ -13,6 +13,7 @@ with importing(__name__):
     from asymflow.errors import InputError
     from asymflow.files import replacing
     from toy import paper
+    from toy.common import in_one_line
     from toy.emoji64 import load
     from toy.paper import page
     from toy.paper.criterion import spectrum
@@ -32,11 +33,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser("toy.paper", description=paper.__doc__, formatter_class=form, allow_abbrev=False)
     p.add_argument("what", choices=[*EXPERIMENTS, "predict", "all", "page"])
     p.add_argument("--out", type=Path, help=f"folder of the runs and their JSON files (default: {OUT}, or {OUT}-quick)")
-    p.add_argument("--docs", type=Path, help="folder that the page, paper.md, is written to (default: --out)")
+    p.add_argument("--docs", type=Path, help="folder that the page, paper.md, goes to (default: --out)")
     p.add_argument("--only", metavar="A,B", help="runs by their names, such as rank-8-seed-0, for a process of its own")
     p.add_argument("--data", type=Path, metavar="TAR", help="emoji64.tar, for emoji")
     p.add_argument("--quick", action="store_true", help="a minute: a look at whether it runs, no results")
     args = p.parse_args(argv)
+    takes = {"data": ("emoji", "predict", "all"), "docs": ("page", "all"), "only": (*PLANS, "finetuning")}
+    for option, which in takes.items():
+        if getattr(args, option) and args.what not in which:
+            raise InputError(f"--{option} does not go with {args.what}, but with {', '.join(which)}")
     args.out = (args.out or Path(f"{OUT}-quick" if args.quick else OUT)).resolve()
     return args
 
@@ -76,33 +81,26 @@ def make_page(out: Path, docs: Path) -> None:
     print("\n".join([f"wrote {docs / 'paper.md'}", *(f"no results yet for {name}" for name in missing)]))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def run(args: argparse.Namespace) -> None:
     doing = [args.what]
     if args.what == "all":
         doing = ["predict", *EXPERIMENTS, *(["page"] if not args.quick else [])]
-    try:
-        if args.only and args.what not in EXPERIMENTS:
-            raise InputError(f"--only goes with one experiment, not with {args.what}")
-        if not args.data and {"emoji", "predict"} & set(doing):
-            raise InputError(f"{args.what} needs --data emoji64.tar: docs/emoji64.md says how to make it")
-        with importing(__name__):
-            for what in doing:  # before the first of them, which may take hours
-                need(*FURTHER.get(what, ()))
-        for what in doing:
-            if what == "page":
-                make_page(args.out, args.docs or args.out)
-            elif what == "predict":
-                predict(args.out, EmojiData(args.data, args.out))
-            else:
-                experiment(what, args)
-    except (InputError, OSError) as e:
-        print(f"toy.paper: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntoy.paper: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    if not args.data and {"emoji", "predict"} & set(doing):
+        raise InputError(f"{args.what} needs --data emoji64.tar: docs/emoji64.md says how to make it")
+    with importing(__name__):
+        for what in doing:  # before the first of them, which may take hours
+            need(*FURTHER.get(what, ()))
+    for what in doing:
+        if what == "page":
+            make_page(args.out, args.docs or args.out)
+        elif what == "predict":
+            predict(args.out, EmojiData(args.data, args.out))
+        else:
+            experiment(what, args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return in_one_line("toy.paper", lambda: run(arguments(argv)))
 
 
 if __name__ == "__main__":
