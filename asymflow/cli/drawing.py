@@ -20,8 +20,8 @@ from asymflow.pictures import GRID_WIDTH, image_grid
 from asymflow.pixels import read_image, tensor_to_pil, to_tensor
 from asymflow.progress import progress_bar
 
-RECORD, IMAGES = "samples.json", "images"  # a file and a folder, in that of --out
-MOST_RECORD = 2**32  # bytes of the former: there may be millions of images, with long prompts
+RECORD, GRID, IMAGES = "samples.json", "grid.png", "images"  # two files and a folder, in that of --out
+MOST_RECORD = 2**32  # bytes of the first: there may be millions of images, with long prompts
 
 GRID_AT_MOST = 64
 
@@ -120,8 +120,10 @@ def open_record(
             )
         if differing:
             raise InputError(f"{args.out} holds images made otherwise ({'; '.join(differing)}): choose another --out")
-    elif taken := [name(i) for i, _ in plan if (args.images / name(i)).exists() or (args.out / name(i)).exists()]:
-        raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
+    else:
+        drawn = [args.out / GRID, *(args.out / name(i) for i, _ in plan), *sorted(args.images.glob("[!.]*"))]
+        if taken := [path.name for path in drawn if path.exists()]:
+            raise InputError(f"{args.out} holds {taken[0]}, but no {RECORD} that says what it is: choose another --out")
     images |= dict(plan)
     place = lambda i: str((args.images / name(i)).relative_to(args.out))
     entries = [{"file": place(i), "index": i, kind: images[i]} for i in sorted(images)]
@@ -147,11 +149,11 @@ def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> bool:
     if whole := all((args.images / name(i)).exists() for i, _ in plan):
         entries = opening.read_json(args.out / RECORD, most=MOST_RECORD)["images"]
         shown = [path for entry in entries if (path := args.out / entry["file"]).exists()]
-        with files.replacing(args.out / "grid.png") as beside:
+        with files.replacing(args.out / GRID) as beside:
             images = torch.stack([read_png(path) for path in shown[:GRID_AT_MOST]])
             image_grid(images, width=GRID_WIDTH).save(beside)
         drawn = "1 image is" if len(plan) == 1 else f"{len(plan)} images are"
-        print(f"{drawn} in {args.images}, grid.png and {RECORD} in {args.out}")
+        print(f"{drawn} in {args.images}, {GRID} and {RECORD} in {args.out}")
     return whole
 
 

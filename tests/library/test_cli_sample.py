@@ -205,12 +205,20 @@ def test_another_model_is_refused_though_its_path_is_the_same(model, tmp_path, c
     assert "model_sha256" in capsys.readouterr().err
 
 
-def test_images_of_unknown_origin_are_not_taken_for_its_own(model, tmp_path, capsys):
+@pytest.mark.parametrize("mine", [NAMES[2], "images/photo.jpg", "grid.png", "000002.png"])
+def test_what_is_of_unknown_origin_is_neither_replaced_nor_taken_for_its_own(model, tmp_path, capsys, mine):
     (tmp_path / "images").mkdir()
-    (tmp_path / NAMES[2]).write_bytes(b"mine")
+    (tmp_path / mine).write_bytes(b"mine")
     assert run(model, tmp_path) == 2
-    assert f"holds {Path(NAMES[2]).name}, but no samples.json" in capsys.readouterr().err
-    assert files_in(tmp_path) == [NAMES[2]]
+    assert f"holds {Path(mine).name}, but no samples.json" in capsys.readouterr().err
+    assert files_in(tmp_path) == [mine]
+    assert (tmp_path / mine).read_bytes() == b"mine"
+
+
+def test_other_files_in_its_folder_are_left_alone(model, tmp_path):
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    assert run(model, tmp_path, num=1) == 0
+    assert files_in(tmp_path) == ["grid.png", NAMES[0], "notes.txt", "samples.json"]
 
 
 @pytest.mark.parametrize(
@@ -366,18 +374,8 @@ def test_the_grid_shows_the_first_images_of_the_folder(model, tmp_path):
 @pytest.mark.slow
 def test_torchrun_starts_it_as_the_help_says(model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    command += [
-        "asymflow",
-        "sample",
-        "--model",
-        str(model),
-        "--num",
-        "3",
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command += ["asymflow", "sample", "--model", str(model), "--out", str(tmp_path / "out"), "--num", "3"]
+    command += ["--steps", "2"]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     assert files_in(tmp_path / "out") == ["grid.png", *NAMES[:3], "samples.json"]
 
