@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from asymflow import files, opening
+from asymflow.cli.averages import profile_of, rebuild
 from asymflow.cli.common import new_folder, replacing_folder
 from asymflow.cli.models import about, choose
 from asymflow.cli.plot import draw, read_run
@@ -22,8 +23,8 @@ examples:
   asymflow card --run runs/h16 --result evals/h16 --name my/asymflow-h16 --license apache-2.0 --out card
   asymflow export --run runs/h16 --out models/h16 && cp card/* models/h16
 
-OUT has README.md, config.yaml, curves.png and samples.png. Paths of this machine are not in it. Read it before you
-publish it: what the data is, and who may use the model for what, only you can say."""
+OUT has README.md and config.yaml, and as far as the run has any, curves.png and samples.png. Paths of this machine are
+not in it. Read it before you publish it: what the data is, and who may use the model for what, only you can say."""
 METRICS = {"frechet_distance": "fid", "kid": "kid", "inception_score": "inception_score"}
 TASK = "unconditional-image-generation"  # the Hub has no name for images of classes
 
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> None:
     config, subspace, state = about(choice.run, choice.folder)
     if config.finetune:
         raise InputError(f"{args.folder} finetunes a FLUX.2, and cards are of models from scratch")
-    results = [read_result(path, args.folder) for path in args.result]
+    results = [read_result(path, args.folder, state["step"]) for path in args.result]
     name = args.name or args.folder.resolve().name
     curves = read_run(args.folder, name)
+    for remark in curves.remarks:
+        print(remark, file=sys.stderr)
     with replacing_folder(args.out) as folder:
         if curves.steps:
             draw([curves]).savefig(folder / "curves.png", format="png")
@@ -59,19 +62,36 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {', '.join(str(args.out / file) for file in sorted(p.name for p in args.out.iterdir()))}")
 
 
-def read_result(path: Path, run_folder: Path) -> dict:
-    """A result of asymflow evaluate. InputError if it is of a checkpoint that the run does not have."""
+def read_result(path: Path, run_folder: Path, step: int) -> dict:
+    """A result of asymflow evaluate. InputError if it is of a checkpoint or of snapshots that the run does not have.
+
+    step: of the model of the card. Another one is said.
+    """
     from asymflow.evaluation import result
     from asymflow.training.run import checkpoint, folder
 
     found = result.read(path)
-    if checksum := found["scored"].get("checkpoint_sha256"):
+    scored = found["scored"]
+    if checksum := scored.get("checkpoint_sha256"):
         manifests = (run_folder / folder.CHECKPOINTS).glob(f"*/{checkpoint.MANIFEST}")
         if checksum not in map(files.sha256, manifests):
             raise InputError(f"{path} is of a checkpoint that is not, or no longer, in {run_folder}")
-    elif "snapshots_sha256" not in found["scored"]:
+    elif checksum := scored.get("snapshots_sha256"):
+        if checksum != snapshots_sha256(run_folder, scored):
+            raise InputError(f"{path} is of snapshots that are not, or no longer, in {run_folder}")
+    else:
         print(f"{path} is of {found['of']}: that this was made of {run_folder} cannot be checked", file=sys.stderr)
+    if scored.get("step", step) != step:
+        print(f"{path} is of step {scored['step']}, but the card is of step {step}", file=sys.stderr)
     return found
+
+
+def snapshots_sha256(run_folder: Path, scored: dict) -> object:
+    """The checksum of the snapshots that the run puts the same average together from; None if it cannot."""
+    try:
+        return rebuild(run_folder, profile_of(scored["average"]), scored["step"]).identity()["snapshots_sha256"]
+    except (InputError, KeyError, TypeError, AttributeError):  # no snapshots, or no average of that name
+        return None
 
 
 def published(path: Path) -> str:
@@ -126,20 +146,27 @@ def table(result: dict) -> str:
     """A result for people, with what is needed to repeat it."""
     from asymflow.evaluation.result import shown, title
 
-    extractor, of = result["extractor"]["name"], result["scored"]
+    extractor = result["extractor"]["name"]
     rows = []
     for key, found in result["measures"].items():
         value = shown(key, found["value"], found["uncertainty"])
         rows.append(f"| {title(key, extractor)} | {value} | {'; '.join(found['remarks'])} |")
-    asked = [f"{key} {of[key]}" for key in ("average", "guidance", "interval") if key in of]
-    words = f"Protocol {result['protocol']['name']}: {count(result['images'], 'image')}, {', '.join(asked)}."
-    protocol = {key: value for key, value in result["protocol"].items() if key != "weights"}
+    words = f"Protocol {result['protocol']['name']}: {', '.join([count(result['images'], 'image'), *drawn(result)])}."
+    protocol = {key: value for key, value in result["protocol"].items() if key not in ("weights", "clip")}
     reference = result["reference"] | {"name": Path(result["reference"].get("name") or "none").name}
     protocol["reference"] = reference["name"]  # paths of this machine are nobody's business
-    whole = {"protocol": protocol, "reference": reference} | {k: result[k] for k in ("scored", "extractor", "versions")}
+    others = ("scored", "extractor", "clip", "versions")
+    whole = {"protocol": protocol, "reference": reference} | {key: result[key] for key in others if key in result}
     whole = json.dumps(whole, ensure_ascii=False)
     details = f"<details><summary>All that these numbers depend on</summary>\n\n```json\n{whole}\n```\n\n</details>"
     return "\n".join([words, "", "| measure | value | remarks |", "|---|---|---|", *rows, "", details])
+
+
+def drawn(result: dict) -> list[str]:
+    """How the images were drawn, such as ["step 1000", "average 0.9999", "guidance 2.3"]."""
+    of = result["scored"]
+    keys = ("step", "average", "guidance", "interval", *(["orthogonal"] if of.get("orthogonal") else []))
+    return [f"{key} {of[key]}" for key in keys if key in of]
 
 
 def metrics_of(results: list[dict], data: str):
@@ -147,7 +174,8 @@ def metrics_of(results: list[dict], data: str):
     from asymflow.evaluation.result import title
 
     for result in results:
-        extractor, protocol = result["extractor"]["name"], result["protocol"]["name"]
+        extractor = result["extractor"]["name"]
+        settings = ", ".join([f"protocol {result['protocol']['name']}", *drawn(result)])
         for key, found in result["measures"].items():
             if found["value"] is None:
                 continue
@@ -158,7 +186,7 @@ def metrics_of(results: list[dict], data: str):
                 dataset_name=data,
                 metric_type=plain or slug(title(key, extractor)),
                 metric_value=found["value"],
-                metric_name=f"{title(key, extractor)} (protocol {protocol})",
+                metric_name=f"{title(key, extractor)} ({settings})",
             )
 
 

@@ -309,15 +309,23 @@ def test_a_run_that_cannot_be_used_is_one_line(run, tmp_path, capsys, command):
 
 
 # ---- The card --------------------------------------------------------------------------------------------------------
+def evaluated(run, out, *options):
+    """The result.json of a few images."""
+    weights = out.with_suffix(".safetensors")
+    Classifier(16, width=8).save(weights)
+    words = ["--num", "12", "--steps", "1", "--extractor", "classifier", "--weights", str(weights), *options]
+    assert main(["evaluate", "--model", str(run), "--device", "cpu", *words, "--out", str(out)]) == 0
+    return out / "result.json"
+
+
 def test_a_card_has_what_a_reader_needs_and_nothing_of_this_machine(run, tmp_path, capsys):
-    Classifier(16, width=8).save(tmp_path / "c.safetensors")
-    words = ["--num", "12", "--steps", "1", "--extractor", "classifier", "--weights", str(tmp_path / "c.safetensors")]
-    assert main(["evaluate", "--model", str(run), "--device", "cpu", *words, "--out", str(tmp_path / "scored")]) == 0
+    result = json.loads(evaluated(run, tmp_path / "scored").read_text())
+    result["protocol"]["clip"] = str(tmp_path / "clip")
+    (tmp_path / "scored" / "result.json").write_text(json.dumps(result))
     card = ["card", "--run", str(run), "--license", "apache-2.0", "--name", "me/mine", "--data-name", "My Shapes"]
     assert main([*card, "--result", str(tmp_path / "scored"), "--out", str(tmp_path / "card")]) == 0
     written = sorted(path.name for path in (tmp_path / "card").iterdir())
     assert written == ["README.md", "config.yaml", "curves.png", "samples.png"]
-    result = json.loads((tmp_path / "scored" / "result.json").read_text())
     loaded = ModelCard.load(tmp_path / "card" / "README.md")
     found = {one.metric_type: one.metric_value for one in loaded.data.eval_results}
     assert found["fd-classifier"] == result["measures"]["frechet_distance"]["value"]
@@ -332,4 +340,34 @@ def test_a_card_has_what_a_reader_needs_and_nothing_of_this_machine(run, tmp_pat
     capsys.readouterr()
     assert main([*card, "--result", str(tmp_path / "scored"), "--out", str(tmp_path / "other")]) == 2
     assert "is of a checkpoint that is not, or no longer, in" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_card_says_of_which_step_a_result_is_and_what_could_not_be_read(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write("damaged\n")
+    (copy / "samples/00000012.png").write_bytes(b"damaged")
+    result = evaluated(run, tmp_path / "scored", "--step", "6", "--orthogonal", "0.5")
+    capsys.readouterr()
+    assert main(["card", "--run", str(copy), "--result", str(result), "--out", str(tmp_path / "card")]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 13 lines cannot be read" in said
+    assert "its samples are not drawn" in said
+    assert f"{result} is of step 6, but the card is of step 12" in said
+    settings = "step 6, average 0.5, guidance 2.3, interval [0.0, 0.88], orthogonal 0.5"
+    assert settings in (tmp_path / "card" / "README.md").read_text().partition("## Results")[2]
+    assert all(settings in one.metric_name for one in ModelCard.load(tmp_path / "card/README.md").data.eval_results)
+
+
+def test_a_result_of_snapshots_that_the_run_does_not_have_is_refused(run, tmp_path, capsys):
+    result = evaluated(run, tmp_path / "scored", "--ema", "0.07")
+    card = ["card", "--run", str(run), "--result", str(result)]
+    assert main([*card, "--out", str(tmp_path / "card")]) == 0
+    whole = json.loads(result.read_text())
+    for change in ({"step": 10}, {"average": "rel-x"}, {"step": "12"}, {"snapshots_sha256": "0" * 64}):
+        result.write_text(json.dumps(whole | {"scored": whole["scored"] | change}))
+        capsys.readouterr()
+        assert main([*card, "--out", str(tmp_path / "other")]) == 2
+        assert capsys.readouterr().err.endswith(f"is of snapshots that are not, or no longer, in {run}\n")
     assert not (tmp_path / "other").exists()
