@@ -31,7 +31,7 @@ examples:
 
 Drawn are the terms of the loss, the gradient norm, the learning rate and the images a second of each step: the steps
 themselves in light colours, and the mean of the steps around each, a 25th of those of the run, in a strong one.
-Then evaluations, and the newest grid of samples of each run."""
+Then evaluations, with the settings in which they differ, and the newest grid of samples of each run."""
 
 # The names of asymflow.training.run.folder, whose import needs more than the extra [library] installs.
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "evaluations.jsonl", "samples"
@@ -98,9 +98,9 @@ class Run:
 
 @dataclass
 class Points:
-    """Evaluations with the same settings. settings: what differs from other evaluations of the run, in words."""
+    """Evaluations with the same settings, such as {"sample.guidance": 2.3}."""
 
-    settings: str
+    settings: dict[str, object]
     steps: list[int]
     values: list[float]
 
@@ -162,13 +162,11 @@ def read_evaluations(folder: Path, run: Run) -> None:
         flat({key: value for key, value in entry.items() if isinstance(value, dict) and key != UNCERTAINTY})
         for entry in entries
     ]
-    same = [key for key in {k: 0 for s in settings for k in s} if len({repr(s.get(key)) for s in settings}) > 1]
     keys = {key: 0 for entry in entries for key in entry if key != "step" and not isinstance(entry[key], dict)}
     for key in keys:
         kinds: dict[str, Points] = {}
         for entry, own in zip(entries, settings, strict=True):
-            words = ", ".join(f"{k.rpartition('.')[2]} {own.get(k)}" for k in same)
-            points = kinds.setdefault(words, Points(words, [], []))
+            points = kinds.setdefault(repr(sorted(own.items())), Points(own, [], []))
             if not math.isnan(value := number(entry.get(key))):
                 points.steps.append(entry["step"])
                 points.values.append(value)
@@ -179,11 +177,11 @@ def read_evaluations(folder: Path, run: Run) -> None:
 
 
 def flat(values: dict, above: str = "") -> dict[str, object]:
-    """Nested settings as {a.b.c: value}."""
+    """Nested settings as {a.b.c: value}, without those that are null, which earlier versions may not have."""
     found = {}
     for key, value in values.items():
         found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def read_samples(folder: Path, run: Run) -> None:
@@ -272,18 +270,27 @@ def draw_curves(axis: Axes, runs: list[Run], key: str) -> None:
 
 
 def draw_points(axis: Axes, runs: list[Run], key: str) -> None:
-    positive = True
+    positive, differing, kinds = True, differing_settings(runs), []
     for i, one in enumerate(runs):
-        for n, points in enumerate(one.evaluations.get(key, [])):
+        for points in one.evaluations.get(key, []):
             order = np.argsort(points.steps, kind="stable")
             values = np.array(points.values)[order]
             positive &= values.min() > 0
-            look = dict(color=color(i), linestyle=style(i), marker=MARKERS[n % len(MARKERS)])
-            axis.plot(np.array(points.steps)[order], values, markersize=4, linewidth=1.2, **look, label=points.settings)
+            label = ", ".join(f"{name.rpartition('.')[2]} {points.settings.get(name)}" for name in differing)
+            kinds += [label] if label not in kinds else []
+            look = dict(color=color(i), linestyle=style(i), marker=MARKERS[kinds.index(label) % len(MARKERS)])
+            axis.plot(np.array(points.steps)[order], values, markersize=4, linewidth=1.2, **look, label=label)
     if any(line.get_label()[:1] not in ("", "_") for line in axis.lines):
         axis.legend(fontsize=7, frameon=False)
     if positive:
         logarithmic(axis)
+
+
+def differing_settings(runs: list[Run]) -> list[str]:
+    """The settings in which evaluations differ, of one run or of several: such numbers cannot be compared."""
+    found = [points.settings for one in runs for kinds in one.evaluations.values() for points in kinds]
+    names = dict.fromkeys(name for settings in found for name in settings)
+    return [name for name in names if len({repr(settings.get(name)) for settings in found}) > 1]
 
 
 def smoothed(values: np.ndarray, reach: int) -> np.ndarray:

@@ -129,6 +129,31 @@ def test_evaluations_are_apart_by_the_settings_that_differ(tmp_path):
     assert drawn == {"guidance 1.0": ([10, 20], [9, 4]), "guidance 2.5": ([20], [3])}
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([None, 1.0, 2.5])), min_size=1, max_size=8))
+def test_settings_in_which_runs_differ_are_in_the_legend(tmp_path_factory, evaluated):
+    """Points have the same label and mark exactly if they have the same settings, of whichever run they are."""
+    folder, runs = tmp_path_factory.mktemp("runs"), []
+    for name in range(3):
+        lines = [
+            json.dumps({"step": i, "kid": i + 1.0, "sample": {"steps": 5, "guidance": guidance}})
+            for i, (of, guidance) in enumerate(evaluated)
+            if of == name
+        ]
+        one = make_run(folder / str(name), [line(1)])
+        (one / "evaluations.jsonl").write_text("".join(entry + "\n" for entry in lines))
+        runs.append(read_run(one, str(name)))
+    panel = next(axis for axis in draw(runs).axes if axis.get_title() == "kid")
+    differ, marks = len({guidance for _, guidance in evaluated}) > 1, {}
+    for of in panel.lines:
+        for step in of.get_xdata():
+            guidance = evaluated[step][1]
+            assert not differ or of.get_label() == f"guidance {guidance}"
+            marks.setdefault(guidance, set()).add(of.get_marker())
+    assert all(len(same) == 1 for same in marks.values())
+    assert len(set.union(*marks.values())) == len(marks)
+    assert (panel.get_legend() is not None) == differ
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
 def test_the_picture_is_as_wide_as_a_phone_and_is_not_overwritten(tmp_path, run, refused):
     one = make_run(tmp_path / "one", [line(1)])
