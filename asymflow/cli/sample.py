@@ -128,7 +128,8 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
     if (args.model is None) == (args.base is None):
         raise InputError("give one of --model, for images of classes, and --base, for images of prompts")
     given, other = ("--model", "--base") if args.base is None else ("--base", "--model")
-    if strange := [option for name, option in own[other].items() if getattr(args, name) not in (None, False)]:
+    values = {option: getattr(args, name) for name, option in own[other].items()}
+    if strange := [option for option, value in values.items() if value is not None and value is not False]:
         raise InputError(f"{', '.join(strange)}: for {other} only, but {given} is given")
     for name, value in DEFAULTS[given].items():
         if getattr(args, name) is None:

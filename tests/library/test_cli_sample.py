@@ -250,6 +250,7 @@ def test_a_damaged_record_is_refused(model, tmp_path, capsys, content):
         (dict(guidance="nan"), "--guidance must be finite"),
         (dict(shift="inf"), "--shift must be finite"),
         (dict(seed=2**64), "--seed must be at least 0 and below 2^62"),
+        ({"width": 0, "max-length": 0}, "--width, --max-length: for --base only, but --model is given"),
         (dict(first=2**64), "--first must be at least 0 and below 2^62"),
     ],
 )

@@ -96,6 +96,7 @@ def test_processes_share_the_work(base, adapter, tmp_path, monkeypatch):
     [
         (PROMPT, {"base": None}, "give one of --model, for images of classes, and --base"),
         (PROMPT, {"model": "m"}, "give one of --model, for images of classes, and --base"),
+        (PROMPT, {"step": 0}, "--step: for --model only, but --base is given"),
         (PROMPT, {"classes": "all"}, "--classes: for --model only, but --base is given"),
         ((*PROMPT, "--clamp"), {}, "--clamp: for --model only"),
         (PROMPT, {"base": None, "model": "m"}, "--adapter, --prompt, --width, --height, --max-length: for --base only"),
