@@ -203,10 +203,8 @@ class ToyData:
 
     def lift(self, position: Tensor) -> Tensor:
         """Points of the plane (n, 2) to points of the data space (n, dim)."""
-        detail = (
-            self.amplitude * (position @ self.frequency + self.phase).cos() @ self.outside.mT if self.amplitude else 0
-        )
-        return position @ self.frame.mT + detail
+        plane, angle = position @ self.frame.mT, position @ self.frequency + self.phase
+        return plane + self.amplitude * angle.cos() @ self.outside.mT if self.amplitude else plane
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self.lift(self.position(n, generator))
@@ -253,6 +251,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, low in lowest.items():
         if not low <= (value := getattr(args, name)) <= highest.get(name, 1e18):
             p.error(f"--{name} must be at least {low}, and at most {highest.get(name, 1e18):g}, but it is {value}")
+    if args.rank != p.get_default("rank") and args.prediction not in ("asym", "all"):
+        p.error(f"--rank {args.rank} is of asym, but --prediction is {args.prediction}: leave --rank out")
     return args
 
 

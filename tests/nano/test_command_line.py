@@ -172,6 +172,11 @@ def test_detail_in_two_dimensions_is_refused(refused):
     assert "--detail" in refused("--dim", "2", "--detail", "0.3")
 
 
+@pytest.mark.parametrize("prediction", ["x0", "u", "eps"])
+def test_a_rank_of_what_has_no_basis_is_refused(refused, prediction):
+    assert f"--rank 3 is of asym, but --prediction is {prediction}" in refused("--rank=3", f"--prediction={prediction}")
+
+
 @pytest.mark.parametrize("below", [".", "folder", "a/b"])
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(refused, tmp_path, below):
     """A path at or below a regular file: that stops even root."""
