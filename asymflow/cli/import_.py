@@ -42,7 +42,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, or FILE.safetensors")
     p.add_argument("--weights", choices=SETS, help="which ones, if the file has several (default: ema1)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written")
-    p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a model that has no published size")
+    block = "before which the tokens of the class join (default: that of the published size)"
+    p.add_argument("--in-context-start", type=at_least(0), metavar="BLOCK", help=block)
     p.set_defaults(run=run)
 
 

@@ -82,7 +82,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "weights, or float32",
     )
     p.add_argument("--rank", type=at_least(0), metavar="R", help=f"with a name: of the subspace (default: {RANK})")
-    p.add_argument("--in-context-start", type=at_least(0), metavar="N", help="of a published file of unusual size")
+    block = "of a published file: before which the tokens of the class join (default: that of the published size)"
+    p.add_argument("--in-context-start", type=at_least(0), metavar="BLOCK", help=block)
     p.add_argument("--classes", action="store_true", help="only list the classes, a number and a name on each line")
     p.add_argument("--json", action="store_true", help="print one JSON object, with all numbers in full")
     info_flux2.add_options(p)
