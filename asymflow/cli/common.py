@@ -98,6 +98,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def own_device(name: str) -> "torch.device":
+    """As `usable_device`, but "cuda" is for each of several processes a GPU of its own, which torchrun gave it."""
+    _, world = this_process()
+    return usable_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and world > 1 else name)
+
+
 def this_process() -> tuple[int, int]:
     """(index of this process, number of processes), as torchrun sets them in the environment."""
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")

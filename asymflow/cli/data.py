@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from asymflow.cli.common import at_least, default_device
-from asymflow.cli.subspace import own_device, processes
+from asymflow.cli.common import at_least, default_device, own_device
+from asymflow.cli.subspace import processes
 from asymflow.data.described import described
 from asymflow.data.encode import CUT, LOSSLESS, encode
 from asymflow.data.folder import ImageFolder

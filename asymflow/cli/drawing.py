@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asymflow import files, opening
-from asymflow.cli.common import this_process, usable_device
+from asymflow.cli.common import this_process
 from asymflow.entries import Entry, UnreadableError
 from asymflow.errors import InputError, out_of_memory
 from asymflow.pictures import GRID_WIDTH, image_grid
@@ -24,14 +23,6 @@ RECORD, GRID, IMAGES = "samples.json", "grid.png", "images"  # two files and a f
 MOST_RECORD = 2**32  # bytes of the first: there may be millions of images, with long prompts
 
 GRID_AT_MOST = 64
-
-
-def own_device(args: argparse.Namespace) -> torch.device:
-    """The device of --device. If it is "cuda", each of several processes gets a GPU of its own."""
-    _, world = this_process()
-    if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return usable_device(args.device)
 
 
 def draw_missing(

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from asymflow import files, packages
 from asymflow.cli import evaluate_report, evaluate_search
-from asymflow.cli.common import at_least, default_device, interval, this_process
-from asymflow.cli.drawing import own_device
+from asymflow.cli.common import at_least, default_device, interval, own_device, this_process
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, identity, load_model, refuse_choice
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     changes["measures"] = args.measures and [word.strip() for word in args.measures.split(",")]
     protocol = load_protocol(args.protocol, changes)
     check(args, protocol)
-    device = own_device(args)
+    device = own_device(args.device)
     found = evaluate(Scored(args, protocol, device), args.out, device, args.batch, args.save_npz)
     if found:
         say(found, args.out)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from asymflow import files, opening, packages
-from asymflow.cli.common import at_least, default_device, this_process
+from asymflow.cli.common import at_least, default_device, own_device, this_process
 from asymflow.errors import InputError
 from asymflow.text import count
 
@@ -99,7 +99,6 @@ def add_command(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     packages.need("pydantic", "yaml", "torch_fidelity")
-    from asymflow.cli.drawing import own_device
     from asymflow.cli.evaluate_store import UNIT, Store
     from asymflow.evaluation.measures import CAPTIONS
     from asymflow.evaluation.protocol import load_protocol
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
             f"{', '.join(protocol.measures)}"
         )
     axes = Axes(averages(args.model, args.step, args.ema), args.guidance, args.interval)
-    store = Store(args, protocol, axes, own_device(args))
+    store = Store(args, protocol, axes, own_device(args.device))
     first = len(dict.fromkeys(map(axes.same, coarse(axes.sizes))))
     start = max(min(-(-args.start // UNIT), args.budget // (2 * first * UNIT)), 1) * UNIT
     if this_process()[0] == 0:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from asymflow import packages
-from asymflow.cli.common import default_device, image_size, interval
-from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record, own_device
+from asymflow.cli.common import default_device, image_size, interval, own_device
+from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record
 from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, identity, load_model
 from asymflow.cli.prompts import KINDS, SCORERS
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
@@ -145,7 +145,7 @@ def run(own: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
 
 def run_classes(args: argparse.Namespace) -> None:
     check(args)
-    device = own_device(args)
+    device = own_device(args.device)
     args.precision = args.precision or usual_precision(device)
     found = find_model(args.model, args.step, args.ema)
     flow = load_model(found, device, args.backbone)

@@ -16,8 +16,8 @@ from asymflow import files, opening
 from asymflow.backbones.flux2.adapter import adapter_patch_size, find
 from asymflow.backbones.flux2.pipeline import SIZE, AsymFlux2KleinPipeline, check_base_folder
 from asymflow.cli import prompts as prompt_files
-from asymflow.cli.common import this_process
-from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, name, open_record, own_device
+from asymflow.cli.common import own_device, this_process
+from asymflow.cli.drawing import check_numbers, draw_missing, enough_memory, name, open_record
 from asymflow.cli.prompts import SCORERS, Prompt, arrange, check_fit
 from asymflow.color import oklab_to_rgb
 from asymflow.data.encoders import prompt_tokens
@@ -36,7 +36,7 @@ def run_prompts(args: argparse.Namespace) -> None:
     check(args, asked)
     prompts = [prompt.text for prompt in asked]
     loras = [lora(text) for text in args.lora or ()]
-    images = [read_image(path) for path in args.image or ()]
+    images = [read_upright(path) for path in args.image or ()]
     pipeline = load(args, loras)
     for prompt in dict.fromkeys(prompts):
         if (tokens := prompt_tokens(pipeline, prompt)) > args.max_length and this_process()[0] == 0:
@@ -93,7 +93,7 @@ def check(args: argparse.Namespace, prompts: list[Prompt]) -> None:
             raise InputError(f"--{option.replace('_', '-')} must be at least 1, but it is {getattr(args, option)}")
     sigma_grid(args.steps, 1.0 if args.shift is None else args.shift)  # the last four raise InputError themselves
     guided(None, {}, {}, args.guidance, orthogonal=args.orthogonal)
-    if args.offload and own_device(args).type == "cpu":
+    if args.offload and own_device(args.device).type == "cpu":
         raise InputError("--offload moves the parts of the model to a GPU in turn: it is of no use with --device cpu")
     check_base_folder(args.base)
     patch_size = adapter_patch_size(args.adapter)
@@ -108,7 +108,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompt_files.read_prompts(args.prompts)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_upright(path: Path) -> Image.Image:
     return decoded(Entry(str(opening.existing_file(path))), lambda image: to_rgb(upright(image)))
 
 
@@ -128,7 +128,7 @@ def lora(text: str) -> tuple[Path, float]:
 
 
 def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2KleinPipeline:
-    device = own_device(args)
+    device = own_device(args.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of diffusers prefer the name `dtype`
         dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[args.precision]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.backbones.jit.published import load_published
-from asymflow.cli.common import at_least, default_device, new_file, this_process, usable_device
+from asymflow.cli.common import at_least, default_device, new_file, own_device, this_process
 from asymflow.cli.models import is_run
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
@@ -252,10 +252,10 @@ def to_tokens(sample: tuple[Tensor, ...], args: argparse.Namespace, device: torc
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """A context with (index of this process, number of processes, its device). Several of them form a process group."""
     _, count = this_process()
-    if count == 1:
-        yield 0, 1, usable_device(device)
-        return
     usable = own_device(device)
+    if count == 1:
+        yield 0, 1, usable
+        return
     if usable.type == "cuda":
         torch.cuda.set_device(usable)
     try:
@@ -268,11 +268,6 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     finally:
         time.sleep(0.1)  # else torch 2.6 may hang: gloo's threads need the GIL to release the last tensors
         dist.destroy_process_group()
-
-
-def own_device(name: str) -> torch.device:
-    """The device of that name. "cuda" is the GPU that torchrun gave this process."""
-    return usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 def added_up(tally: dict, count: int) -> dict:

@@ -15,7 +15,7 @@ from asymflow import files
 from asymflow.backbones.flux2.adapter import lora_modules
 from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline
 from asymflow.cli import main, sample_text
-from asymflow.cli.sample_text import read_image
+from asymflow.cli.sample_text import read_upright
 from asymflow.sampling import image_noise
 from toy.tiny_flux2 import TEXT_LENGTH, make_base
 
@@ -154,7 +154,7 @@ def test_photographs_enter_upright_and_on_white(base, adapter, tmp_path, capsys)
     assert run(base, adapter, tmp_path / "out", *PROMPT, image=tmp_path / "phone.jpg", width=None, height=None) == 0
     assert Image.open(tmp_path / "out" / "images/000000.png").size == (64, 96)
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_upright(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("RGB", (10, 10)).save(tmp_path / "tiny.png")
     options = [*PROMPT, "--image", str(tmp_path / "phone.jpg"), "--image", str(tmp_path / "tiny.png")]
     assert run(base, adapter, tmp_path / "none", *options) == 2  # also the second one, and before anything is written

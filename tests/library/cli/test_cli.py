@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from asymflow import AsymFlow, Subspace
 from asymflow.cli import MODULES, import_, main
+from asymflow.cli.common import own_device
 from asymflow.model import CONFIG, WEIGHTS
 
 
@@ -48,6 +49,17 @@ def test_version(capsys):
         rf"asymflow (\S+|\(not installed\)), torch {re.escape(torch.__version__)}, Python 3\.\S+\n",
         capsys.readouterr().out,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "device"),
+    [("cuda", 1, "cuda"), ("cuda", 4, "cuda:1"), ("cuda:2", 4, "cuda:2"), ("cpu", 4, "cpu")],
+)
+def test_cuda_is_a_gpu_of_its_own_for_each_of_several_processes(monkeypatch, name, world, device):
+    for variable, value in {"WORLD_SIZE": world, "RANK": world - 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr("asymflow.cli.common.usable_device", torch.device)  # there may be no GPU
+    assert own_device(name) == torch.device(device)
 
 
 @pytest.mark.parametrize(
