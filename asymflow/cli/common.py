@@ -54,6 +54,18 @@ def new_file(path: Path) -> Path:
     return path
 
 
+def begun_folder(path: Path, begun: str, *written: str) -> Path:
+    """Return `path`, a folder that a command goes on with if it has `begun`.
+
+    InputError if it is a file, or has something of the names in `written` without that: it would be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {path} is a file, where a folder is expected")
+    if not (path / begun).exists() and (taken := [name for name in written if (path / name).exists()]):
+        raise InputError(f"--out {path} has {taken[0]}, but no {begun} that says what it is of: choose another --out")
+    return path
+
+
 def new_folder(path: Path) -> Path:
     """Return `path`, or raise InputError unless it does not exist or is an empty folder."""
     if path.resolve() == Path.cwd():

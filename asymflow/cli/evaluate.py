@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asymflow import files, packages
 from asymflow.cli import evaluate_report, evaluate_search
-from asymflow.cli.common import at_least, default_device, interval, own_device, this_process
+from asymflow.cli.common import at_least, begun_folder, default_device, interval, new_file, own_device, this_process
 from asymflow.cli.models import MODEL, Choice, add_choice, find_model, identity, load_model, refuse_choice
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
@@ -108,10 +108,11 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace, protocol) -> None:
     """Raise errors about options before anything is read."""
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file, where a folder is expected")
+    begun_folder(args.out, FEATURES, RESULT, GRID)
     if args.save_npz and args.save_npz.suffix != ".npz":
         raise InputError(f"--save-npz {args.save_npz} must end with .npz")
+    if args.save_npz and not (args.out / FEATURES).exists():
+        new_file(args.save_npz)
     if args.images:
         refuse_choice(args.images, args.step, args.ema)
         if drawing := [name for name in (*DRAWING, *GUIDANCE) if getattr(args, name) is not None]:

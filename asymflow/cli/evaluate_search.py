@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from asymflow import files, opening, packages
-from asymflow.cli.common import at_least, default_device, own_device, this_process
+from asymflow.cli.common import at_least, begun_folder, default_device, own_device, this_process
 from asymflow.errors import InputError
 from asymflow.text import count
 
@@ -104,8 +104,7 @@ def run(args: argparse.Namespace) -> None:
     from asymflow.evaluation.protocol import load_protocol
     from asymflow.evaluation.search import coarse, search
 
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file, where a folder is expected")
+    begun_folder(args.out, STATE, RESULT, TABLE, PICTURE)
     changes = {name: getattr(args, name) for name in ("reference", "extractor", "weights", "steps")}
     protocol = load_protocol(args.protocol, changes)
     if protocol.extractor == "oracle" or not protocol.reference:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_evaluate import pictures
 
+from asymflow.cli import main
 from asymflow.errors import InputError
 from asymflow.evaluation.images import Folder
 from asymflow.evaluation.reference import Opened
@@ -45,3 +46,27 @@ def test_a_folder_that_is_still_being_written_is_noticed(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "new.png")
     with pytest.raises(ValueError, match="still being written: it had 10 images, and has 11 now"):
         folder.read(5, 10)
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("evaluate --images one", ("result.json", "grid.png")),
+        ("evaluate --images one --save-npz out/mine.npz", ("mine.npz",)),
+        ("evaluate search --model model --ema 0.9 --guidance 1,2", ("search.json", "search.csv", "search.png")),
+    ],
+)
+def test_what_another_has_put_there_is_not_overwritten(tmp_path, monkeypatch, capsys, command, names):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "one", 3)
+    for name in names:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).write_text("mine")
+        words = [*command.split(), "--reference", "one", "--extractor", "classifier", "--weights", "x", "--out", "out"]
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert name in error
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        shutil.rmtree(tmp_path / "out")
