@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """InputError if the options do not fit together."""
     from asymflow.training.config.derived import network
+    from asymflow.training.config.reading import read_override
     from asymflow.training.config.sections import Model
 
     try:
@@ -106,10 +107,11 @@ def check(args: argparse.Namespace) -> None:
             f"--rank must be below {dim}, all numbers of a patch of --model {args.model}, but it is {args.rank}: with "
             f"{dim} it would be u-prediction, which is compared anyway"
         )
-    for key in (word.partition("=")[0].strip() for word in args.set):
+    for path in (path for word in args.set for path in read_override(word).origins):  # also those within a section
+        key = ".".join(map(str, path))
         if key in DECIDED:
             raise InputError(f"--set {key}: use {DECIDED[key]}")
-        if key in FIXED or key.startswith("finetune."):
+        if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED):
             raise InputError(f"--set {key}: compare decides that itself; train with train_ddp.py to choose it")
 
 
