@@ -43,7 +43,16 @@ DECIDED = {  # keys that the options decide, and so --set does not
     "train.seed": "--seed",
     "data.path": "--data",
 }
-FIXED = ("subspace.file", "model.backbone", "model.num_classes", "data.kind", "data.size", "data.options", "finetune")
+FIXED = (
+    "subspace.file",
+    "model.backbone",
+    "model.num_classes",
+    "data.kind",
+    "data.size",
+    "data.options",
+    "loss.objective",  # the held-out loss is that of class_conditional
+    "finetune",
+)
 CHILD = """import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too; its parent then asks it to save
 from asymflow.training.start import main
@@ -78,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
     configs = {name: load_config(BASE, words) for name, words in overrides.items()}
     if configs["x0"].sample.every is None:
         raise InputError("--set sample.every=null: the figure shows what a training draws at its end: leave it out")
+    if configs["x0"].evaluate.every:
+        check_measures(configs["x0"])
     begin(args, folder)
     left_out = prepare(args, folder)
     for number, name in enumerate(ranks, 1):
@@ -113,6 +124,18 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--set {key}: use {DECIDED[key]}")
         if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED):
             raise InputError(f"--set {key}: compare decides that itself; train with train_ddp.py to choose it")
+
+
+def check_measures(config) -> None:
+    """InputError if what the trainings measure is not what the figure shows."""
+    from asymflow.training.evaluate import protocol_of
+
+    measures = protocol_of(config).measures
+    if "frechet_distance" not in measures:
+        raise InputError(
+            f"--set evaluate: {', '.join(measures)} would be measured, but the figure shows frechet_distance: add it "
+            "to evaluate.measures, or leave out evaluate.every"
+        )
 
 
 def open_folder(data: Path, size: int):

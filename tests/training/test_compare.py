@@ -103,6 +103,8 @@ def test_all_images_are_used_once(tmp_path, classes):
         (["--set", "data.options.crop=8"], "data.options.crop: compare decides"),
         (["--set", "train.stepz=4"], "train.steps"),
         (["--set", "sample.every=null"], "sample.every"),
+        (["--set", "loss.objective=mine:Loss"], "loss.objective: compare decides"),
+        (["--set", "evaluate={every: 1000, measures: [kid]}"], "the figure shows frechet_distance"),
         (["--data", "photos/cat/missing"], "photos/cat/missing"),
         (["--data", "empty"], "empty"),
         (["--data", "one"], "one image"),
