@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from tqdm import tqdm
 from asymflow import files, opening
 from asymflow.cli.common import default_device
 from asymflow.cli.models import choose, model_of_run
+from asymflow.cli.plot import read_journal
 from asymflow.data.shards import TarShards
 from asymflow.pictures import image_grid
 from asymflow.text import count
 from asymflow.training.config.reading import Config
-from asymflow.training.evaluate import protocol_of
+from asymflow.training.evaluate import protocol_of, settings_of
 from asymflow.training.loader import Batches
 from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.run import folder as run
@@ -68,7 +70,11 @@ def report(out: Path, configs: dict[str, Config], left_out: list[str]) -> None:
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 def entries(path: Path) -> list[dict]:
-    return [entry for line in path.read_bytes().splitlines() if (entry := run.entry_of(line))]
+    """The objects in a file of JSON lines. What cannot be read is said."""
+    found, unreadable = read_journal(opening.existing_file(path))
+    for remark in unreadable:
+        print(remark, file=sys.stderr)
+    return found
 
 
 def mean_of_last(metrics: list[dict]) -> float | None:
@@ -93,9 +99,15 @@ def held_out_loss(folder: Path, config: Config, unseen: TarShards) -> float | No
 
 
 def frechet(folder: Path, config: Config) -> float | None:
-    """Of the last step, if it was measured (evaluate.every)."""
-    found = [entry for entry in entries(folder / run.EVALUATIONS) if entry["step"] == config.train.steps]
-    return found[-1].get("frechet_distance") if found else None
+    """Of the last step, if it was measured (evaluate.every) with the settings of `config`, in whatever precision."""
+    asked = settings_of(config, protocol_of(config))
+    found = [
+        entry.get("frechet_distance")
+        for entry in entries(folder / run.EVALUATIONS)
+        if entry["step"] == config.train.steps
+        and all(values.items() <= entry.get(name, {}).items() for name, values in asked.items())
+    ]
+    return found[-1] if found else None
 
 
 # ---- Words -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,17 @@ def protocol_of(config: Config) -> Protocol:
     return with_fitting_measures(made)
 
 
+def settings_of(config: Config, protocol: Protocol) -> dict[str, dict]:
+    """What a measurement depends on besides the weights and the device, as evaluations.jsonl has it."""
+    c, p = config, protocol
+    sample = {"steps": p.steps, "method": p.method}
+    sample |= c.sample.model_dump(include={"guidance", "interval"}, mode="json")
+    found = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sample}
+    if c.evaluate.protocol:  # its file may change
+        found["protocol"] = p.model_dump(exclude={"name", "about", "weights"}, mode="json")
+    return found
+
+
 class Evaluation:
     """Samples of a model held against images. Each rank draws, and reads, its share of them; rank 0 measures."""
 
@@ -90,13 +101,8 @@ class Evaluation:
 
     def settings(self) -> dict[str, dict]:
         """What a measurement depends on besides the weights, as evaluations.jsonl has it."""
-        c, p = self.config, self.protocol
-        sample = {"steps": p.steps, "method": p.method}
-        sample |= c.sample.model_dump(include={"guidance", "interval"}, mode="json")
-        sample["precision"] = "bf16 weights" if bf16_weights(c) else self.precision
-        found = {"evaluate": c.evaluate.model_dump(exclude={"every", "batch_size"}, mode="json"), "sample": sample}
-        if c.evaluate.protocol:  # its file may change
-            found["protocol"] = p.model_dump(exclude={"name", "about", "weights"}, mode="json")
+        found = settings_of(self.config, self.protocol)
+        found["sample"]["precision"] = "bf16 weights" if bf16_weights(self.config) else self.precision
         return found
 
     @property

@@ -19,10 +19,12 @@ from processes import ROOT, TINY, wait_for
 
 from asymflow.cli import main, make_parser
 from asymflow.cli.compare import BASE, RECORD, begin, hold_out, open_folder, prepare, settings
-from asymflow.cli.compare_report import FEATURES, real_images, remarks, smooth
+from asymflow.cli.compare_report import FEATURES, frechet, real_images, remarks, smooth
 from asymflow.data.shards import TarShards
 from asymflow.errors import InputError
 from asymflow.training.config.reading import load_config
+from asymflow.training.evaluate import protocol_of, settings_of
+from asymflow.training.run.folder import EVALUATIONS
 
 
 def write_images(folder, names):
@@ -160,6 +162,20 @@ def test_a_distance_of_fewer_images_or_samples_than_features_says_nothing(images
     fewest = images if distance is None else min(images, num)
     assert ("nothing" in told) == (fewest < FEATURES[extractor])
     assert ("not measured" in told) == (distance is None)
+
+
+def test_the_distance_is_that_of_the_settings_asked_for(tmp_path, capsys):
+    """Somebody may have evaluated the finished run again, with train_ddp.py and other settings."""
+    config = load_config(BASE, ["evaluate.num=100"])
+    others = ["sample.guidance=3"], ["sample.steps=9"], ["evaluate.num=50"]
+    asked, *others = (settings_of(c, protocol_of(c)) for c in (config, *(load_config(BASE, more) for more in others)))
+    measured = [{"step": config.train.steps, "frechet_distance": i, **each} for i, each in enumerate([asked, *others])]
+    measured += [{"step": 1, "frechet_distance": 9, **asked}, {"step": config.train.steps, "frechet_distance": 9}]
+    path = tmp_path / EVALUATIONS
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in measured) + '{"step": tr\n')
+    assert frechet(tmp_path, config) == 0
+    assert capsys.readouterr().err == f"{path}: 1 of 7 lines cannot be read, and are left out\n"
+    assert frechet(tmp_path, load_config(BASE, ["evaluate.num=101"])) is None
 
 
 def test_the_images_beside_the_samples_are_of_the_same_classes(photos, tmp_path):
