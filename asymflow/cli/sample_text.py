@@ -136,7 +136,7 @@ def load(args: argparse.Namespace, loras: list[tuple[Path, float]]) -> AsymFlux2
         pipeline = AsymFlux2KleinPipeline.from_pretrained(args.base, adapter=args.adapter, torch_dtype=dtype)
     for number, (path, _) in enumerate(loras):
         try:
-            opening.read_tensors(path)
+            opening.read_tensors(path)  # one line if it is damaged; diffusers reads it with its metadata
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
         except (ValueError, TypeError, RuntimeError, KeyError) as e:
             raise InputError(f"--lora {path} does not fit the model: {' '.join(str(e).split())}") from None
@@ -156,7 +156,7 @@ def settings(
     loras: list[tuple[Path, float]],
     size: tuple[int, int],
 ) -> dict:
-    """Everything that an image depends on besides its index. The base model is identified by its fingerprint."""
+    """What an image depends on besides its index. Of the base only its projections are known, by their fingerprint."""
     return {
         "base_fingerprint": pipeline.base_fingerprint,
         "adapter_sha256": files.sha256(find(args.adapter)),
