@@ -87,14 +87,23 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
 
     def load_lora_weights(self, *args, adapter_name: str | None = None, hotswap: bool = False, **options) -> None:
-        """Load a LoRA, as diffusers does. Raises InputError if it has nothing for a layer of this transformer."""
+        """Load a LoRA, as diffusers does. Raises InputError unless all of it is for layers of this transformer."""
         before = self.get_list_adapters().get("transformer", [])
         try:
             super().load_lora_weights(*args, adapter_name=adapter_name, hotswap=hotswap, **options)
-        except ValueError as e:
+        except (ValueError, RuntimeError) as e:  # the latter for the latent model's first or last layer
             raise InputError(f"the LoRA cannot be loaded: {' '.join(str(e).split())[:300]}") from None
         if not hotswap and len(self.get_list_adapters().get("transformer", [])) == len(before):
             raise InputError("the LoRA cannot be loaded: it has nothing for a layer of this transformer")
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], *args, **options) -> None:
+        others = [key for key in state_dict if not key.startswith(f"{cls.transformer_name}.")]
+        if 0 < len(others) < len(state_dict):  # of none for the transformer, `load_lora_weights` says so
+            raise InputError(
+                f"{len(others)} of its tensors are not for the transformer, such as {others[0]}: take one without them"
+            )
+        super().load_lora_into_transformer(state_dict, *args, **options)
 
     def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
         """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline.
@@ -154,7 +163,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         generator: one, or one for each image. latents: the noise itself, (n, 3, height, width).
         output_type: "pil"; "np", (n, height, width, 3) in [0, 1]; "pt", (n, 3, height, width) in [0, 1]; or "latent",
             normalized Oklab (n, 3, height, width) in float32, not clamped.
-        attention_kwargs: see diffusers. A "scale" applies to all LoRA layers, also to those of the adapter.
+        attention_kwargs: see diffusers. A "scale" multiplies the weights of further LoRAs; the adapter has none.
         callback_on_step_end: called as callback(pipeline, step, timestep, tensors). `tensors` are those of latents,
             prompt_embeds and negative_prompt_embeds that are named; the ones that it returns replace them.
         orthogonal_guidance: see `guided`. clamp_denoised: clamp the denoised image to the colours that a screen can

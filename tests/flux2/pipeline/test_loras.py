@@ -147,6 +147,43 @@ def test_as_a_part_of_the_transformer_it_has_the_bits_of_a_lora(base, adapter, i
         assert torch.equal(velocity(pipeline, inputs), as_lora(inputs[0], 0.5, encoder_hidden_states=inputs[1]))
 
 
+@pytest.mark.parametrize("other", ["text_encoder.model.layers.0.self_attn.q_proj", "unet.mid"])
+def test_a_lora_that_is_also_for_something_else_is_refused_and_changes_nothing(base, adapter, styles, inputs, other):
+    pipeline = load(base, adapter)
+    before = velocity(pipeline, inputs)
+    (file,) = (styles / "a").glob("*.safetensors")
+    more = {f"{other}.lora_A.weight": torch.ones(2, 8), f"{other}.lora_B.weight": torch.ones(8, 2)}
+    with pytest.raises(InputError, match=rf"2 of its tensors are not for the transformer, such as {other}"):
+        pipeline.load_lora_weights(load_file(file) | more, adapter_name="a")
+    assert pipeline.get_list_adapters() == {}
+    assert torch.equal(velocity(pipeline, inputs), before)
+
+
+@pytest.mark.parametrize("layer", ["x_embedder", "proj_out"])
+def test_a_lora_for_a_projection_of_the_latent_model_is_one_line(base, adapter, inputs, layer):
+    pipeline = load(base, adapter)
+    before, latent = velocity(pipeline, inputs), make_base(PROMPTS).transformer.get_submodule(layer)
+    shapes = {"A": (2, latent.in_features), "B": (latent.out_features, 2)}
+    style = {f"transformer.{layer}.lora_{x}.weight": torch.ones(shape) for x, shape in shapes.items()}
+    with pytest.raises(InputError, match="the LoRA cannot be loaded: .*size mismatch") as error:
+        pipeline.load_lora_weights(style)
+    assert "\n" not in str(error.value)
+    assert torch.equal(velocity(pipeline, inputs), before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scale_is_of_the_further_loras_and_never_of_the_adapter(base, adapter, styles, by_hand, inputs, scale):
+    pipeline = load(base, adapter)
+    scaled = lambda: pipeline.flow(
+        inputs[0], 0.5, encoder_hidden_states=inputs[1], joint_attention_kwargs={"scale": scale}
+    )
+    with torch.no_grad():
+        assert torch.equal(scaled(), velocity(pipeline, inputs))
+        pipeline.load_lora_weights(styles / "b", adapter_name="b")
+        found, expected = scaled(), by_hand.velocity({"b": scale}, inputs)
+    assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
+
+
 def test_components_make_the_same_pipeline_and_those_of_a_latent_model_none(base, adapter, noise):
     pipeline = load(base, adapter)
     images = draw(pipeline, noise)
