@@ -21,13 +21,14 @@ GAVE_NOTHING = (HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineMo
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")  # never downloaded, since they can carry code
 
 
-def locate(path: str | Path, *names: str, what: str, perhaps: Sequence[str] = ()) -> Path:
+def locate(path: str | Path, *names: str, what: str, perhaps: Sequence[str] = (), **hub_options) -> Path:
     """`path`, if it exists; else download it from the Hub, and return where it is.
 
     path: on the Hub either `ORG/NAME`, of which the files `names` are downloaded and their folder is returned, or a
         safetensors file `ORG/NAME/FILE`.
     perhaps: files that are downloaded as well, if they are there.
     what: what it should be, for the error message, such as "an adapter".
+    hub_options: of `hf_hub_download`, such as token.
     Raises InputError if it is neither here nor on the Hub.
 
     A name of `PACKAGED` is the model that comes with this package, unless there is such a path.
@@ -40,11 +41,11 @@ def locate(path: str | Path, *names: str, what: str, perhaps: Sequence[str] = ()
         raise InputError(f"{path} does not exist")
     try:
         if is_file:
-            return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:])))
-        *_, last = [Path(hf_hub_download(path.as_posix(), name)) for name in names]
+            return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:]), **hub_options))
+        *_, last = [Path(hf_hub_download(path.as_posix(), name, **hub_options)) for name in names]
         for name in perhaps:
             with suppress(EntryNotFoundError):
-                hf_hub_download(path.as_posix(), name)
+                hf_hub_download(path.as_posix(), name, **hub_options)
         return last.parent
     except GAVE_NOTHING as e:
         reason = " ".join(str(e).split()) or type(e).__name__

@@ -254,12 +254,12 @@ def is_lora(name: str) -> bool:
     return name.endswith((LORA_A, LORA_B))
 
 
-def find(path: str | Path) -> Path:
-    """The weights file of an adapter that is on this disk, or downloaded from the Hub."""
+def find(path: str | Path, **hub_options) -> Path:
+    """The weights file of an adapter that is on this disk, or downloaded from the Hub with these options."""
     path = Path(path)
     if path.suffix in hub.PICKLES:
         raise InputError(f"{path} is a pickle, which can carry code, and is not read: ask for safetensors")
-    path = hub.locate(path, WEIGHTS, what="an adapter")
+    path = hub.locate(path, WEIGHTS, what="an adapter", **hub_options)
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
             raise InputError(f"{path} is not the folder of an adapter: it has no {WEIGHTS}")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from asymflow import opening, templates
 from asymflow.backbones.flux2 import Flux2
-from asymflow.backbones.flux2.adapter import fingerprint, load_adapter
+from asymflow.backbones.flux2.adapter import find, fingerprint, load_adapter
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -39,6 +39,7 @@ from asymflow.pixels import to_rgb, upright
 from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
 
 SIZE = 1024  # pixels along each side, by default
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")  # of the base and of the adapter
 NUDGE = 2e-6  # how much a scheduler may change a noise level, see `set_levels`
 
 
@@ -58,15 +59,19 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
     ) -> "AsymFlux2KleinPipeline":
         """The pipeline of a base model and an adapter, each a folder here or a repository of the Hugging Face Hub.
 
-        options: those of `diffusers.DiffusionPipeline.from_pretrained`, such as torch_dtype.
-        Raises InputError if the base is not a FLUX.2 klein base model in diffusers' layout, or as `load_adapter`.
+        options: those of `diffusers.DiffusionPipeline.from_pretrained`, such as torch_dtype. A revision is of the base.
+        Raises InputError if a vae is given, if the base is not a FLUX.2 klein base model in diffusers' layout, or as
+        `load_adapter`.
         """
         if adapter is None:
             raise InputError(
                 "give from_pretrained an adapter=..., a folder or a repository such as Lakonik/AsymFLUX.2-klein-9B: "
                 "the base alone is a model of latents, see diffusers.Flux2KleinPipeline"
             )
+        if options.get("vae") is not None:
+            raise InputError("vae is given, but a model of pixels has no autoencoder: leave it out")
         check_base_folder(Path(base))
+        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
         options = {"scheduler": flow_unipc(), "use_safetensors": True, **options, "vae": None}
         local = Path(base).is_dir()
         try:
@@ -81,7 +86,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         if pipeline.tokenizer is not None:
             templates.check_tokenizer(pipeline.tokenizer, base)
         pipeline.base_fingerprint = fingerprint(pipeline.transformer)
-        return pipeline.use(load_adapter(pipeline.transformer, adapter))
+        return pipeline.use(load_adapter(pipeline.transformer, find(adapter, **hub_options)))
 
     def save_pretrained(self, *args, **options):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")

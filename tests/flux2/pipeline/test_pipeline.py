@@ -238,6 +238,14 @@ def test_the_autoencoder_is_not_needed(base, adapter, tmp_path):
     assert load(tmp_path / "base", adapter).vae is None
 
 
+def test_what_is_said_of_the_hub_is_said_of_the_adapter_too(base, adapter, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("asymflow.hub.hf_hub_download", lambda *a, **options: asked.append(options) or adapter / a[1])
+    options = {"token": "mine", "cache_dir": tmp_path, "local_files_only": True}
+    load(base, "nobody/adapter", revision="v2", vae=None, **options)
+    assert asked == [options]  # the revision is of the base
+
+
 def copied(base, folder):
     shutil.copytree(base, folder)
     return folder
@@ -271,6 +279,7 @@ def test_what_does_not_fit_is_one_line(base, adapter, pipeline, noise, tmp_path)
     (tmp_path / "half" / "model_index.json").write_text((base / "model_index.json").read_text())
     for folder, options, message in [
         (base, {}, "give from_pretrained an adapter"),
+        (base, {"adapter": adapter, "vae": torch.nn.Identity()}, "vae is given"),
         (tmp_path / "none", {"adapter": adapter}, "there is no folder"),
         (tmp_path, {"adapter": adapter}, "no model_index.json"),
         (tmp_path / "other", {"adapter": adapter}, "is not a FLUX.2 klein base model"),
