@@ -25,7 +25,7 @@ from asymflow.subspace import Subspace
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = "asymflow 1"
 OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
-HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys()
+HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename"}
 SPECTRUM = "subspace.spectrum"
 SIGMA_MIN_TRAINING = 1e-6
 MODEL_CARD = """---
@@ -204,7 +204,8 @@ class AsymFlow(
         """A model in eval mode, from a folder that `save_pretrained` wrote or a repository of the Hugging Face Hub.
 
         backbone: its class, or a module to load the weights into. Required if the class is not in this library.
-        dtype: of the backbone's weights; by default as in the file. hub_options: revision, token, cache_dir, ...
+        dtype: of the backbone's weights; by default as in the file.
+        hub_options: revision, token, cache_dir, ... of a repository. Of a folder here only subfolder counts.
         Nothing is ever unpickled, and no code is loaded. Raises InputError if a file is missing or damaged, or a tensor
         is missing, unexpected or misshaped.
         """
@@ -217,7 +218,8 @@ class AsymFlow(
                 name = str(pretrained_model_name_or_path)
                 paths = [Path(hf_hub_download(name, file, **hub_options)) for file in (CONFIG, WEIGHTS)]
             else:
-                paths = [folder / CONFIG, folder / WEIGHTS]
+                own = folder / (hub_options.get("subfolder") or "")
+                paths = [own / CONFIG, own / WEIGHTS]
         except GAVE_NOTHING as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise InputError(f"{folder} is neither a folder here nor a model that the Hub gave: {reason}") from None

@@ -164,6 +164,20 @@ def test_a_backbone_without_weights_or_configuration_can_be_saved(tmp_path):
     assert_same(AsymFlow.from_pretrained(tmp_path, backbone=Oracle()), flow)
 
 
+def test_a_folder_within_a_folder_is_what_is_read(tmp_path):
+    for rank, folder in ((3, tmp_path), (5, tmp_path / "other")):
+        jit_flow(rank=rank).save_pretrained(folder)
+    ranks = [AsymFlow.from_pretrained(tmp_path, subfolder=name).subspace.rank for name in (None, "", "other")]
+    assert ranks == [3, 3, 5]
+    refused(tmp_path, "none/config.json", subfolder="none")
+
+
+@pytest.mark.parametrize("option", ["repo_id", "filename", "colour"])
+def test_what_is_no_option_is_named(tmp_path, option):
+    with pytest.raises(TypeError, match=f"from_pretrained has no options {option}"):
+        AsymFlow.from_pretrained(tmp_path, **{option: "a"})
+
+
 def test_tied_weights_of_ones_own_backbone_stay_tied(tmp_path):
     def tied():
         backbone = nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12)})
