@@ -165,7 +165,7 @@ def test_a_lora_for_a_projection_of_the_latent_model_is_one_line(base, adapter, 
     before, latent = velocity(pipeline, inputs), make_base(PROMPTS).transformer.get_submodule(layer)
     shapes = {"A": (2, latent.in_features), "B": (latent.out_features, 2)}
     style = {f"transformer.{layer}.lora_{x}.weight": torch.ones(shape) for x, shape in shapes.items()}
-    with pytest.raises(InputError, match="the LoRA cannot be loaded: .*size mismatch") as error:
+    with pytest.raises(InputError, match=r"the LoRA cannot be loaded: .*size mismatch") as error:
         pipeline.load_lora_weights(style)
     assert "\n" not in str(error.value)
     assert torch.equal(velocity(pipeline, inputs), before)
