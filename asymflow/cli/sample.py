@@ -17,7 +17,7 @@ from torch import Tensor
 from asymflow import packages
 from asymflow.cli.common import default_device, image_size, interval, own_device
 from asymflow.cli.drawing import RECORD, check_numbers, draw_missing, open_record
-from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, identity, load_model
+from asymflow.cli.models import CLASSES, MODEL, Choice, add_choice, class_names, find_model, identity, load_model
 from asymflow.cli.prompts import KINDS, SCORERS
 from asymflow.color import clamp_to_gamut, oklab_to_rgb
 from asymflow.errors import InputError
@@ -154,7 +154,11 @@ def run_classes(args: argparse.Namespace) -> None:
     if flow.channels != 3 or not flow.backbone.num_classes:
         has = f"{count(flow.channels, 'channel')} and {count(flow.backbone.num_classes, 'class')}"
         raise InputError(f"{args.model} has {has}: images are drawn of models with 3 channels and at least one class")
-    names = class_names(found.run if isinstance(found, Choice) else found)
+    folder = found.run if isinstance(found, Choice) else found
+    names = class_names(folder)
+    if len(names) > flow.backbone.num_classes:  # fewer have names if data.fewer_classes allowed it
+        has = f"names {count(len(names), 'class')}, but the model has {flow.backbone.num_classes}"
+        raise InputError(f"{folder / CLASSES} is of another model: it {has}: remove it to do without names")
     classes = class_list(args.classes, flow.backbone.num_classes, names)
     height, width = args.size = args.size or tuple(n * flow.patch_size for n in flow.backbone.grid)
     token_grid(torch.empty(1, flow.channels, height, width, device="meta"), flow.patch_size)  # checks the size

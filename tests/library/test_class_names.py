@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymflow import InputError
-from asymflow.cli import info_classes
+from asymflow import AsymFlow, InputError, Subspace
+from asymflow.backbones.jit import JiT
+from asymflow.cli import info_classes, main
 from asymflow.cli.models import class_names
 from asymflow.cli.sample import class_list
 
@@ -66,6 +67,19 @@ def test_the_names_lie_beside_the_model(tmp_path):
         (tmp_path / "classes.json").write_text(damaged)
         with pytest.raises(InputError, match=r"classes\.json must be a list of names in JSON"):
             class_names(tmp_path)
+
+
+def test_names_of_more_classes_than_the_model_has_are_refused(tmp_path, capsys):
+    """The last of two would be "no class". Fewer names are those of a training with data.fewer_classes."""
+    jit = JiT.from_name("tiny/4", image_size=8, num_classes=2, depth=1)
+    AsymFlow(jit, Subspace.empty(jit.dim)).save_pretrained(tmp_path / "model")
+    options = ["--steps", "1", "--num", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    for names, chosen in ((["a", "b", "extra"], "extra"), (["a"], "a")):
+        (tmp_path / "model/classes.json").write_text(json.dumps(names))
+        drawn = main(["sample", "--model", str(tmp_path / "model"), "--classes", chosen, *options])
+        assert drawn == (2 if chosen == "extra" else 0)
+        assert ("names 3 classes, but the model has 2: remove it" in capsys.readouterr().err) == (chosen == "extra")
+        assert (tmp_path / "out").exists() == (chosen == "a")
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=20)))
