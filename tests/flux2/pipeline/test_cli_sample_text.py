@@ -146,6 +146,10 @@ def test_a_lora_that_does_not_fit_is_one_line(base, adapter, tmp_path, capsys):
         in capsys.readouterr().err.strip().splitlines()[-1]
     )
 
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    assert run(base, adapter, tmp_path / "out", *PROMPT, lora=tmp_path / "cut.safetensors") == 2
+    assert "do that again (SafetensorError" in capsys.readouterr().err.strip().splitlines()[-1]
+
 
 def test_photographs_enter_upright_and_on_white(base, adapter, tmp_path, capsys):
     exif = Image.Exif()
