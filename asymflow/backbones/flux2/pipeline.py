@@ -92,7 +92,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
 
     def load_lora_weights(self, *args, adapter_name: str | None = None, hotswap: bool = False, **options) -> None:
-        """Load a LoRA, as diffusers does. Raises InputError unless all of it is for layers of this transformer."""
+        """Load a LoRA, as diffusers does. InputError if it fits no layer of the transformer, or is for more than it."""
         before = self.get_list_adapters().get("transformer", [])
         try:
             super().load_lora_weights(*args, adapter_name=adapter_name, hotswap=hotswap, **options)
