@@ -43,6 +43,7 @@ with importing(__name__):
     from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
     from asymflow.backbones.flux2.adapter import load_adapter
     from asymflow.cli import main as asymflow
+    from asymflow.cli.common import default_device
     from asymflow.color import oklab_to_rgb
     from asymflow.data.encoded import EncodedShards
     from asymflow.data.encoders import decode_latents, encode_image, encode_prompts
@@ -89,16 +90,13 @@ def experiment(args) -> tuple[Figure, dict]:
     sizes = QUICK if args.quick else FULL
     common = prepared(args.out, args.seed, args.steps, sizes)
     variance = variance_ratio(args.out, common, sizes["draws"])
-    train(
-        {args.out / name: {**common, "finetune.base": base_of(args.out, name), **TRAININGS[name]} for name in TRAININGS}
-    )
+    train({args.out / k: {**common, "finetune.base": base_of(args.out, k), **TRAININGS[k]} for k in TRAININGS})
     drawn, captions = drawings(args.out, args.seed, sizes["asked"], MODELS)
     results = {name: {**score(images, captions), **detail(images)} for name, images in drawn.items()}
     print_table(results)
     print(f"\nvariance of the gradient at the start, plain / reduced: {variance['ratio']:.2f}")
-    scale = Subspace.load(args.out / "subspace.safetensors").scale
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # of the trainings
-    return figure(drawn, results), {"device": device, "scale": scale, "gradient_variance": variance, "models": results}
+    found = {"device": default_device(), "scale": Subspace.load(args.out / "subspace.safetensors").scale}
+    return figure(drawn, results), found | {"gradient_variance": variance, "models": results}
 
 
 def prepared(out: Path, seed: int, steps: int, sizes: dict) -> dict:
