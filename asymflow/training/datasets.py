@@ -56,7 +56,10 @@ def check_classes(dataset, config: Config) -> None:
 
 def said(dataset, config: Config) -> list[str]:
     """What there is to say of a data set at the start of a training."""
-    return described(dataset) if config.model else []
+    c = config.data
+    unused = c.size is not None and not accepted(find(c.kind, data.TABLE, "data.kind"), {"count": c.size})
+    lines = [f"data.size {c.size:,} is not used: {c.kind} takes all images"] if unused else []
+    return lines + (described(dataset) if config.model else [])
 
 
 def check_arguments(kind: Callable, c: Data) -> None:
