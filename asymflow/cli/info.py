@@ -361,10 +361,10 @@ def aligned(lines: dict[str, str]) -> str:
 # ---- What can be configured ------------------------------------------------------------------------------------------
 def configuration(as_json: bool = False) -> str:
     """All keys of a training's configuration, as a YAML file of the defaults, or as a JSON schema for editors."""
-    from asymflow.training.config.sections import Sections, known_keys  # needs pydantic
+    from asymflow.training.config.sections import Sections, file_schema, known_keys  # needs pydantic
 
     if as_json:
-        return json.dumps(Sections.model_json_schema(), indent=2)
+        return json.dumps(file_schema(), indent=2)
     lines = []
     for key, field in known_keys(Sections).items():
         *above, name = key.split(".")

@@ -62,7 +62,11 @@ class Described(NamedTuple):
 
 Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # a path: shells do not replace ~ in --set data.path=~/x
 # The arguments of a class or function of one's own. null, over those of a base: none.
-OwnOptions = Annotated[dict[Text, JsonValue], BeforeValidator(lambda options: {} if options is None else options)]
+Arguments = dict[Text, JsonValue]
+OwnOptions = Annotated[
+    Arguments,
+    BeforeValidator(lambda options: {} if options is None else options, json_schema_input_type=Arguments | None),
+]
 
 
 class Model(Section):
@@ -293,3 +297,12 @@ def known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInf
             if hasattr(kind, "model_fields"):
                 keys |= known_keys(kind, f"{key}.")
     return keys
+
+
+def file_schema() -> dict:
+    """The JSON schema of a configuration file, for editors: a base, or --set, may give any key that it leaves out."""
+    schema = Sections.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    schema["properties"]["base"] = {"type": "string", "description": "name or path of the file that this one is over"}
+    return schema

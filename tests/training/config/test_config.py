@@ -7,9 +7,11 @@ import re
 import shlex
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from config_words import CONFIGS, NEEDED, TINY, complaint, load
+from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ValidationError
 
 from asymflow.averages import power_of
@@ -19,11 +21,12 @@ from asymflow.sampling import METHODS
 from asymflow.training.config.derived import batch_sizes, bf16_weights, network
 from asymflow.training.config.differences import differences
 from asymflow.training.config.reading import Config, dump, load_config, shipped
-from asymflow.training.config.sections import SampleSection, known_keys
+from asymflow.training.config.sections import SampleSection, file_schema, known_keys
 from asymflow.training.run.folder import differences_of_state
 from asymflow.training.start import parse
 from asymflow.yaml12 import parse as parse_yaml
 
+TOYS = Path(__file__).resolve().parents[3] / "toy"
 IMAGENET = ("imagenet", "imagenet256_b16", "imagenet256_l16", "imagenet256_h16", "imagenet256_h16_repa")
 FINETUNING = ("asymflux2_klein_9b", "asymflux2_klein_4b", "asymflux2_tiny")
 FROM_SCRATCH = [name for name in shipped() if name not in FINETUNING]
@@ -201,7 +204,22 @@ def test_info_lists_all_keys_with_their_defaults_as_a_file_would_have_them(capsy
             assert value == json.loads(json.dumps(field.default)), key
     assert "  steps:                            # whole number, at least 1; needed; optimizer steps in all" in text
     assert main(["info", "config", "--json"]) == 0
-    assert {*json.loads(capsys.readouterr().out)["properties"]} == {*Config.model_fields}
+    assert {*json.loads(capsys.readouterr().out)["properties"]} == {"base", *Config.model_fields}
+
+
+@pytest.mark.parametrize("path", sorted([*CONFIGS.glob("*.yaml"), *TOYS.rglob("*.yaml")]), ids=lambda path: path.stem)
+def test_the_schema_for_editors_takes_the_files_here(path):
+    validator = Draft202012Validator(file_schema())
+    values, _ = parse_yaml(path.read_text(), str)
+    assert not [fault.message for fault in validator.iter_errors(values)]
+
+
+def test_the_schema_for_editors_sees_wrong_keys_and_values():
+    validator = Draft202012Validator(file_schema())
+    for values in ({}, {"model": {"options": None}}, {"base": "imagenet", "train": {"steps": 1}}):
+        assert validator.is_valid(values), values
+    for values in ({"trian": {}}, {"train": {"step": 1}}, {"train": {"steps": "many"}}, {"base": 1}):
+        assert not validator.is_valid(values), values
 
 
 def test_the_sampling_methods_are_those_of_the_sampler():
