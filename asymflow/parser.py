@@ -6,13 +6,19 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with defaults in its help, and errors of one line that say where to find the help."""
+    """An ArgumentParser with defaults in its help, and errors of one line that say where to find the help.
+
+    An option with one value is refused if it comes twice: the first would be lost without a word.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        for name in (None, "store"):
+            self.register("action", name, StoreOnce)
 
     def parse_known_args(self, args=None, namespace=None):
         """With ~ for the home folder in every path: shells do not replace it in `--out=~/runs`."""
+        self.given = set()
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
             if isinstance(value, Path):
@@ -24,6 +30,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class StoreOnce(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in parser.given:
+            raise argparse.ArgumentError(self, "it is given twice, but can have one value: leave out one of them")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

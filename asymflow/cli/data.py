@@ -72,7 +72,8 @@ def add_command(commands) -> None:
 
     p = actions.add_parser("encode", help="make shards of images, latents and prompt embeddings", description=ENCODE)
     p.add_argument("--base", type=Path, required=True, metavar="DIR", help="folder of the base model")
-    p.add_argument("--data", type=os.path.expanduser, nargs="+", required=True, metavar="PATH", help=CAPTIONED)
+    paths = dict(type=os.path.expanduser, nargs="+", action="extend")
+    p.add_argument("--data", **paths, required=True, metavar="PATH", help=CAPTIONED)
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write the shards to")
     p.add_argument("--size", type=at_least(1), default=1024, metavar="N", help="side of the square images, in pixels")
     p.add_argument("--max-aspect", type=number(1), default=2.0, metavar="X", help="of buckets: longer / shorter side")

@@ -89,7 +89,9 @@ def add_command(commands) -> None:
 def add_data(parser: argparse.ArgumentParser, what: str, group=None) -> None:
     """Add --data and --out. group: of options of which one is required, to which --data is added."""
     required = {} if group else {"required": True}
-    (group or parser).add_argument("--data", type=Path, nargs="+", metavar="PATH", help=what, **required)
+    (group or parser).add_argument(
+        "--data", type=Path, nargs="+", action="extend", metavar="PATH", help=what, **required
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
 
 

@@ -215,23 +215,11 @@ def small_blocks(monkeypatch):
 
 
 def words(made, out, *more):
-    model = ["--model", made / "model", "--reference", made / "other", "--device", "cpu"]
-    extractor = ["--extractor", "classifier", "--weights", made / "classifier.safetensors"]
-    size = [
-        "--steps",
-        4,
-        "--guidance",
-        "1:2:0.5",
-        "--interval",
-        "0,0.4:1:0.6",
-        "--start",
-        64,
-        "--final",
-        40,
-        "--repeats",
-        2,
-    ]
-    return ["evaluate", "search", *map(str, [*model, *extractor, *size, "--out", out, *more])]
+    options = {"--model": made / "model", "--reference": made / "other", "--device": "cpu", "--out": out}
+    options |= {"--extractor": "classifier", "--weights": made / "classifier.safetensors"}
+    options |= {"--steps": 4, "--guidance": "1:2:0.5", "--interval": "0,0.4:1:0.6"}
+    options |= {"--start": 64, "--final": 40, "--repeats": 2, **dict(zip(more[::2], more[1::2], strict=True))}
+    return ["evaluate", "search", *map(str, itertools.chain.from_iterable(options.items()))]
 
 
 def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):

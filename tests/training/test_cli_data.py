@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import tarfile
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def run(capsys):
 
     def run(*argv):
         try:
-            code = main(["data", "pack", *map(str, argv)])
+            options = dict(zip(argv[::2], argv[1::2], strict=True))  # a test may replace some of `arguments`
+            code = main(["data", "pack", *map(str, chain.from_iterable(options.items()))])
         except SystemExit as end:
             code = end.code
         text = capsys.readouterr()

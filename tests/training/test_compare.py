@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,8 @@ def test_a_mistake_is_one_line_before_anything_is_made(photos, tmp_path, monkeyp
     write_images(Path("split"), ["train/cat/a.png", "val/cat/a.png"])
     write_images(Path("taken"), ["a.txt"])
     before = sorted(tmp_path.rglob("*"))
-    assert main(["compare", "--data", "photos", "--out", "out", *words]) == 2
+    options = {"--data": "photos", "--out": "out"} | dict([words])
+    assert main(["compare", *chain.from_iterable(options.items())]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("asymflow compare: error: ")
     assert named in line

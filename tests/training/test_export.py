@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,8 @@ def test_a_poor_match_is_remarked_on_with_what_is_matched_exactly(run, tmp_path,
 )
 def test_mistakes_are_answered_in_one_line_and_leave_nothing(run, tmp_path, capsys, words, message):
     command, *rest = words
-    assert main([command, "--run", str(run), "--out", str(tmp_path / "model"), *rest]) == 2
+    given = {"--run": str(run), "--out": str(tmp_path / "model")} | dict(zip(rest[::2], rest[1::2], strict=True))
+    assert main([command, *chain.from_iterable(given.items())]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -16,6 +16,7 @@ from asymflow import AsymFlow, Subspace
 from asymflow.cli import MODULES, import_, main
 from asymflow.cli.common import own_device
 from asymflow.model import CONFIG, WEIGHTS
+from asymflow.training.start import parse
 
 
 # ---- The frame -------------------------------------------------------------------------------------------------------
@@ -81,6 +82,18 @@ def test_cuda_is_a_gpu_of_its_own_for_each_of_several_processes(monkeypatch, nam
 )
 def test_mistakes_are_answered_in_one_line(refused, argv, message):
     assert message in refused(*argv)
+
+
+def test_an_option_of_one_value_is_refused_twice_and_others_add_up(refused, capsys):
+    for argv in (
+        ["info", "JiT-B/16", "--batch", "8", "--batch=8"],
+        ["subspace", "show", "x", "--out", "a", "--out", "b"],
+    ):
+        assert "it is given twice, but can have one value: leave out one of them" in refused(*argv)
+    assert parse(["--set", "train.steps=1", "--set", "train.seed=2"]).set == ["train.steps=1", "train.seed=2"]
+    with pytest.raises(SystemExit):
+        parse(["--out", "a", "--out", "b"])
+    assert "argument --out: it is given twice" in capsys.readouterr().err
 
 
 def test_errors_of_the_system_are_answered_in_one_line(refused, monkeypatch):

@@ -8,6 +8,12 @@ PCA = ["subspace", "pca", "--patch-size=4", "--image-size=8", "--device=cpu"]
 PROCRUSTES = ["subspace", "procrustes", "--patch-size=4", "--device=cpu"]
 
 
+def replaced(argv, *options):
+    """The words of a command with these, such as --rank=3, instead of its own of the same names."""
+    names = [option.partition("=")[0] for option in options]
+    return [*(word for word in argv if word.partition("=")[0] not in names), *options]
+
+
 def write_images(folder, n=40, size=8, seed=0):
     """Images whose 4 x 4 patches lie in three directions, but for the rounding to 8 bits."""
     g = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from planted_images import PCA, PROCRUSTES, write_images
+from planted_images import PCA, PROCRUSTES, replaced, write_images
 
 from asymflow import Subspace, patchify
 from asymflow.color import rgb_to_oklab
@@ -92,6 +92,16 @@ def test_twice_the_same_bits_from_a_folder_or_a_tar_file_in_any_threads(run, ima
 
 
 @pytest.mark.usefixtures("quick")
+def test_folders_may_come_together_or_one_at_a_time(run, images, tmp_path):
+    other = write_images(tmp_path / "other", seed=1)
+    for name, data in (("a", ["--data", images, other]), ("b", ["--data", images, "--data", other])):
+        assert run(*PCA, *data, "--out", tmp_path / f"{name}.safetensors", "--rank=3")[0] == 0
+    a, b = (Subspace.load(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.fitted_on == b.fitted_on == "80 of 80 images of images, other, 8 x 8 pixels, seed 0"
+    assert torch.equal(a.basis, b.basis)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_seed_chooses_the_images_and_the_batch_changes_nothing_but_rounding(run, images, tmp_path):
     def spectrum(name, *options):
         assert run(*PCA, "--data", images, "--out", tmp_path / f"{name}.safetensors", "--images=10", *options)[0] == 0
@@ -166,9 +176,9 @@ def test_procrustes_works_in_oklab_unless_told_otherwise(run, tmp_path):
 def test_latents_that_do_not_fit_each_other_or_the_image_are_refused_by_name(refused, tmp_path):
     write_pairs(tmp_path / "d", n=5)
     np.save(tmp_path / "d" / "4.latent.npy", np.zeros((2, 2, 3), np.float32))
-    argv = [*PROCRUSTES, "--out", tmp_path / "s.safetensors", "--data", tmp_path / "d"]
-    assert "4.latent.npy has latent tokens of dimension 3" in refused(*argv)
-    assert ".png has" in refused(*argv, "--patch-size=2")
+    files = ["--out", tmp_path / "s.safetensors", "--data", tmp_path / "d"]
+    assert "4.latent.npy has latent tokens of dimension 3" in refused(*PROCRUSTES, *files)
+    assert ".png has" in refused(*replaced(PROCRUSTES, "--patch-size=2"), *files)
 
 
 # ---- Damaged images --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from planted_images import PCA, PROCRUSTES, write_images
+from planted_images import PCA, PROCRUSTES, replaced, write_images
 
 from asymflow import Subspace
 from asymflow.cli import subspace as command
@@ -52,7 +52,8 @@ def nothing_is_read(monkeypatch):
 def test_what_makes_no_sense_is_refused_before_anything_is_read(refused, tmp_path, options, word):
     (tmp_path / "FILE").write_text("precious")
     options = [re.sub("OUT|FILE", lambda m: str(tmp_path / m[0]), option) for option in options]
-    assert word in refused(*PCA, "--data", tmp_path, "--out", tmp_path / "s.safetensors", *options)
+    argv = replaced([*PCA, f"--data={tmp_path}", f"--out={tmp_path}/s.safetensors"], *options)
+    assert word in refused(*argv)
 
 
 @pytest.mark.parametrize("existing", ["s.safetensors", "s.png"])
