@@ -103,7 +103,8 @@ def add_options(parser: argparse.ArgumentParser, token_order: str, color: str, p
     option("--patch-size", type=at_least(1), default=patch_size, metavar="N", help=side)
     option("--images", type=at_least(1), default=10_000, metavar="N", help="how many to fit to, chosen at random")
     option("--token-order", choices=TOKEN_ORDERS, default=token_order, help=order)
-    option("--color", choices=("rgb", "oklab"), default=color, help="colour space in which the model is to work")
+    space = "colour space in which the model is to work: train_ddp.py trains from scratch in rgb, finetunes in oklab"
+    option("--color", choices=("rgb", "oklab"), default=color, help=space)
     option("--seed", type=at_least(0), default=0, metavar="N", help="another number chooses other images")
     option("--batch", type=at_least(1), default=64, metavar="N", help="images in memory at a time")
     option("--device", default=default_device(), help="where to compute, such as cpu, cuda or cuda:1")

@@ -295,6 +295,11 @@ def load_subspace(path: Path, config: Config) -> Subspace:
         )
     if subspace.token_order not in (None, "channel_last"):
         raise InputError(f"{path} is for {subspace.token_order} tokens, but those of a JiT are channel_last")
+    if subspace.color_space not in (None, "rgb") and not is_own(config.objective):
+        raise InputError(
+            f"{path} is for tokens in {subspace.color_space}, but a training from scratch is in rgb: fit another by "
+            "asymflow subspace pca --color rgb"
+        )
     wanted = {"full": subspace.dim, "auto": subspace.rank}.get(config.subspace.rank, config.subspace.rank)
     if subspace.rank != wanted:
         raise InputError(

@@ -21,7 +21,7 @@ from asymflow.subspace import Subspace
 from asymflow.training import start
 from asymflow.training.config.reading import load_config
 from asymflow.training.run.ranks import AgreedError, all_or_raise, gather, rank0_broadcast, rank0_only, resolve_rank
-from asymflow.training.start import make_flow
+from asymflow.training.start import load_subspace, make_flow
 
 NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
@@ -295,6 +295,20 @@ def test_a_subspace_that_the_configuration_does_not_speak_of(tmp_path):
     one_line(begin("forty", f"subspace={{rank: auto, file: {file}}}"), "that far")
     (tmp_path / "forty" / "subspace.safetensors").unlink()
     one_line(begin("third", "subspace.rank=40", whole, checkpoint=whole), "forty/subspace.safetensors is missing")
+
+
+@pytest.mark.parametrize("color", [None, "rgb", "oklab"])
+def test_a_training_from_scratch_takes_no_subspace_of_another_colour_space(tmp_path, color):
+    """Its images are RGB, and what samples them would take them for Oklab. An objective of one's own may convert."""
+    file = tmp_path / "subspace.safetensors"
+    Subspace.random(48, 8, patch_size=4, color_space=color).save(file)
+    usual, own = (load_config("shapes_tiny", ["subspace.rank=8", *more]) for more in ([], ["loss.objective=my:Own"]))
+    assert load_subspace(file, own).color_space == color
+    if color != "oklab":
+        assert load_subspace(file, usual).color_space == color
+    else:
+        with pytest.raises(InputError, match=r"subspace\.safetensors is for tokens in oklab, .* --color rgb$"):
+            load_subspace(file, usual)
 
 
 def test_the_full_rank_is_the_same_model_in_every_basis():
