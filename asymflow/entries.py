@@ -111,18 +111,20 @@ def find_images(paths: Iterable[str | Path], passed: PassedOver | None = None) -
 def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
     """(image, latents) of every sample that has both: `KEY.png` (or jpg, ...) and `KEY.latent.npy`; KEY has no dot.
 
-    Found and ordered as by `find_images`. Prints one line if there are images without latents. Raises InputError if
-    there is no pair, or a sample has two images.
+    Found and ordered as by `find_images`. Prints a line if there are images without latents, and one if there are
+    latents without an image. Raises InputError if there is no pair, or a sample has two images.
     """
-    paths, pairs, alone, passed = list(paths), [], [], PassedOver()
+    paths, pairs, alone, orphans, passed = list(paths), [], [], [], PassedOver()
     for key, files in samples(find_entries(paths, passed)).items():
         images = [files[kind] for kind in IMAGES if kind in files]
         if LATENTS in files and len(images) > 1:
             raise InputError(f"{key} has more than one image: {images[0]} and {images[1]}")
         if LATENTS in files and images:
             pairs.append((images[0], files[LATENTS]))
-        else:
-            alone += [entry for entry in files.values() if entry.is_image or entry.is_other_image]
+        elif found := [entry for entry in files.values() if entry.is_image or entry.is_other_image]:
+            alone += found
+        elif LATENTS in files:
+            orphans.append(files[LATENTS])
     if not pairs:
         needs = f"each image, such as KEY.png, needs its latents beside it, KEY.{LATENTS}, with the same KEY up to the"
         why = f"{listing(paths)} has no images with latents: {needs} first dot"
@@ -131,6 +133,9 @@ def find_pairs(paths: Iterable[str | Path]) -> list[tuple[Entry, Entry]]:
     if alone:
         what = some(alone, "image")
         print(f"passed over, without latents beside (or of a kind that is not read): {what}", file=sys.stderr)
+    if orphans:
+        what = some(orphans, "latent file")
+        print(f"passed over, without an image beside: {what}", file=sys.stderr)
     return pairs
 
 
