@@ -23,6 +23,7 @@ from asymflow.patches import CHANNEL_LAST, check_patch_size, check_token_order, 
 from asymflow.subspace import Subspace
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CLASSES = "classes.json"  # the names of the classes, by number; written by the commands, not by `save_pretrained`
 FORMAT = "asymflow 1"
 OPTIONS, RECORD = ("patch_size", "token_order", "sigma_min", "noise_scale"), ("color_space", "fitted_on")
 HUB_OPTIONS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename"}
@@ -163,6 +164,7 @@ class AsymFlow(
         """Write `config.json`, `model.safetensors` (the subspace is in it) and a model card to a folder.
 
         options: see `huggingface_hub.ModelHubMixin.save_pretrained`. If it fails, files of an earlier model stay.
+        An earlier card and names of classes stay in any case; a warning says so if there was another model.
         """
         folder = Path(save_directory).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,9 +172,15 @@ class AsymFlow(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as temporary:
             beside = Path(temporary) / folder.name
             url = super().save_pretrained(beside, **options)
+            kept = [name for name in (CARD, CLASSES) if (folder / name).is_file() and (folder / WEIGHTS).exists()]
+            if CARD in kept and (folder / CARD).read_bytes() == (beside / CARD).read_bytes():
+                kept.remove(CARD)
             for name in (WEIGHTS, CONFIG, CARD):
                 if name != CARD or not (folder / CARD).exists():  # keep an old card: somebody may have edited it
                     (beside / name).replace(folder / name)
+        if kept:
+            named = " and ".join(str(folder / name) for name in kept)
+            warnings.warn(f"{named}: kept from an earlier model: change or remove what is not of this", stacklevel=2)
         return url
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -15,7 +15,7 @@ from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import this_process
 from asymflow.errors import InputError
 from asymflow.extensions import find, is_own
-from asymflow.model import CONFIG, WEIGHTS, AsymFlow
+from asymflow.model import CLASSES, CONFIG, WEIGHTS, AsymFlow
 from asymflow.progress import progress_bar
 
 MODEL = (
@@ -62,9 +62,6 @@ class Choice:
 
         checksum = files.sha256(self.folder / MANIFEST)
         return {"checkpoint_sha256": checksum, "step": self.step, "average": self.average}
-
-
-CLASSES = "classes.json"  # in the folder of a run, or of a model that was exported from it
 
 
 def class_names(folder: Path) -> list[str]:

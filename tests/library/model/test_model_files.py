@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,18 @@ def test_a_reader_never_sees_a_folder_without_a_model(folder, monkeypatch):
     jit_flow().save_pretrained(folder)
 
 
-def test_a_model_card_that_somebody_wrote_is_kept(folder):
+def test_a_model_card_and_names_of_classes_are_kept_and_said_if_they_may_be_of_another_model(folder):
     (folder / "README.md").write_text("mine")
-    jit_flow().save_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"README\.md: kept from an earlier model: change or remove"):
+        jit_flow(rank=7).save_pretrained(folder)
     assert (folder / "README.md").read_text() == "mine"
+    (folder / "classes.json").write_text("[]")
+    with pytest.warns(UserWarning, match=r"README\.md and .*classes\.json: kept from an earlier model"):
+        jit_flow().save_pretrained(folder)
+    assert (folder / "classes.json").read_text() == "[]"
+    (folder / "model.safetensors").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jit_flow().save_pretrained(folder)  # there was no model
+        for _ in range(2):
+            jit_flow().save_pretrained(folder / "new")  # over one's own card
