@@ -12,20 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asymflow import backbones, cost, hub, opening
 from asymflow.backbones.jit import SIZES, JiT, published
-from asymflow.cli import info_classes, info_flux2, info_memory
+from asymflow.cli import info_classes, info_flux2, info_memory, info_options
 from asymflow.cli.common import at_least, image_size
 from asymflow.cli.info_memory import few
-from asymflow.cli.models import (
-    MODEL,
-    Choice,
-    add_choice,
-    class_names,
-    find_model,
-    is_run,
-    model_of_run,
-    own_backbone,
-    refuse_choice,
-)
+from asymflow.cli.models import MODEL, Choice, add_choice, class_names, find_model, model_of_run, own_backbone
 from asymflow.cli.models import about as about_run
 from asymflow.conditions import forward_parameters
 from asymflow.errors import InputError
@@ -92,14 +82,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.model == "config" and not Path(args.model).exists():
+        info_options.check(args, "config")
         print(configuration(args.json))
         return
-    if args.classes:
-        print(info_classes.every(args.model))
-        return
     klein = info_flux2.recognized(args.model)
-    if not is_run(Path(args.model)):
-        refuse_choice(args.model, args.step, args.ema)
+    if args.classes and not klein and not is_name(args.model):
+        info_options.check(args, "--classes")
+        print(info_classes.every(args.model, args.json))
+        return
     found = info_flux2.describe(args) if klein else describe(args)
     text = info_flux2.as_text if klein else as_text
     print(json.dumps(found, indent=2) if args.json else text(found))
@@ -107,26 +97,26 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
-    if wrong := [option for name, option in info_flux2.OPTIONS.items() if getattr(args, name)]:
-        raise InputError(f"{wrong[0]} goes with a FLUX.2, but {args.model} is none")
-    args.batch, args.precision = args.batch or BATCH, args.precision or PRECISION
     path = place = Path(args.model)
-    named = args.model.startswith("JiT-") and not path.exists()
-    if args.rank is not None and not named:
-        raise InputError(f"--rank goes with a name such as JiT-H/16, but {path} has a rank of its own")
-    if named:
+    if is_name(args.model):
         kind, model = "a model that could be trained", from_name(args.model, RANK if args.rank is None else args.rank)
     else:
-        if known := adapter(path):
-            return {"model": args.model} | known
-        place = find_model(path, args.step, args.ema)
-        if isinstance(place, Choice) and (known := finetuning(place)):
+        known = adapter(path)
+        if not known:
+            place = find_model(path, args.step, args.ema)
+            known = finetuning(place) if isinstance(place, Choice) else None
+        if known:
+            info_options.check(args, known["kind"])
             return {"model": args.model} | known
         kind, model = from_run(place, args) if isinstance(place, Choice) else from_place(place, args)
+    info_options.check(args, kind)
+    args.batch, args.precision = args.batch or BATCH, args.precision or PRECISION
     found = {"model": args.model, "kind": kind}
     if isinstance(model, Subspace):
         return found | {"rank": model.rank, "dim": model.dim, "scale": model.scale}
     if isinstance(model, dict):  # the backbone is not in this library
+        if args.image_size:
+            raise InputError("--image-size needs --backbone: else the operations of this backbone are not counted")
         return found | model | {"training_memory": memory_of_weights(args, **model["parameters"])}
     if not args.image_size and not hasattr(model.backbone, "grid"):
         raise InputError(f"give --image-size: {type(model.backbone).__name__} has no grid to tell that of its images")
@@ -144,6 +134,10 @@ def describe(args: argparse.Namespace) -> dict:
 
 
 # ---- Finding the model -----------------------------------------------------------------------------------------------
+def is_name(model: str) -> bool:
+    return model.startswith("JiT-") and not Path(model).exists()
+
+
 def from_name(name: str, rank: int) -> AsymFlow:
     with torch.device("meta"):
         jit = JiT.from_name(name.removeprefix("JiT-"))

@@ -1,19 +1,23 @@
 """The classes of a model in `asymflow info`, by number and name."""
 
+import json
 import shlex
 import textwrap
 from pathlib import Path
 
-from asymflow.cli.models import CLASSES, class_names
+from asymflow.cli.models import CLASSES, class_names, find_model, is_run
 from asymflow.errors import InputError
 
 MOST = 32  # of more, only the first ones are shown
 
 
-def every(model: str) -> str:
-    """All classes of a model, each on a line. InputError if their names are not known."""
-    if not (names := class_names(Path(model))):
+def every(model: str, as_json: bool = False) -> str:
+    """All classes of a model, each on a line, or a list in JSON. InputError if their names are not known."""
+    path = Path(model)
+    if not (names := class_names(path if is_run(path) else find_model(path, None, None))):
         raise InputError(f"the names of the classes of {model} are not known: there is no {CLASSES} in it")
+    if as_json:
+        return json.dumps(names, indent=2)
     return "\n".join(f"{i} {name}" for i, name in enumerate(printable(names)))
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from asymflow import cost, opening
-from asymflow.cli import info_memory
+from asymflow.cli import info_memory, info_options
 from asymflow.cli.common import at_least
 from asymflow.cli.info_memory import many
 from asymflow.errors import InputError
@@ -14,8 +14,7 @@ SIZE = (1024, 1024)
 STEPS = 38  # of UniPC, each with two passes: with and without the prompt
 STAGES = (1, 2, 3)  # DeepSpeed cannot add up gradients of bfloat16 weights in float32 at stage 0
 PEAK, SHARE = 989e12, 0.4  # FLOPs a second of an H100 in bfloat16, and the share of them that a training may reach
-OPTIONS = {"lora_rank": "--lora-rank", "full": "--full", "offload": "--offload", "text_length": "--text-length"}
-OTHERS = {"rank": "--rank", "in_context_start": "--in-context-start", "precision": "--precision"}
+KIND = "a FLUX.2 klein, to become a pixel model"
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -47,10 +46,9 @@ def config_file(folder: Path) -> Path | None:
 
 def describe(args: argparse.Namespace) -> dict:
     """All there is to say. Memory is in bytes, operations in FLOPs for one image."""
+    info_options.check(args, KIND)
     from asymflow.training.objectives import klein  # here, because diffusers and peft take seconds
 
-    if wrong := [option for name, option in OTHERS.items() if getattr(args, name) is not None]:
-        raise InputError(f"{wrong[0]} does not go with a FLUX.2: its rank is that of its latents, its dtype bfloat16")
     if args.full and args.lora_rank:
         raise InputError("--lora-rank does not go with --full, which trains all weights and has no adapters")
     size, batch, length = args.image_size or SIZE, args.batch or 1, args.text_length or klein.TEXT_LENGTH
@@ -68,7 +66,7 @@ def describe(args: argparse.Namespace) -> dict:
     )
     return {
         "model": args.model,
-        "kind": "a FLUX.2 klein, to become a pixel model",
+        "kind": KIND,
         "config": dict(latent.config),
         "image": (klein.CHANNELS, *size),
         "text_length": length,

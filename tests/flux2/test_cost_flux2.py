@@ -299,13 +299,15 @@ def test_mistakes_are_answered_in_one_line(capsys, base):
     Flux2Transformer2DModel.from_config({**TINY, "guidance_embeds": True}).save_pretrained(guided)
     for argv, message in [
         (["FLUX.2-klein-7B"], "FLUX.2-klein-9B, FLUX.2-klein-4B"),
-        ([base, "--precision", "float32"], "--precision"),
-        ([base, "--rank", "3"], "--rank"),
+        ([base, "--precision", "float32"], "--precision does not go with a FLUX.2 klein"),
+        ([base, "--rank", "3"], "--rank does not go with a FLUX.2 klein"),
+        ([base, "--classes"], "--classes does not go with a FLUX.2 klein"),
+        ([base, "--backbone", "a:B"], "--backbone does not go with a FLUX.2 klein"),
         ([base, "--full", "--lora-rank", "3"], "--lora-rank"),
         ([base, "--image-size", "100"], "multiples of 16"),
         ([guided], "distilled"),
-        (["JiT-tiny/16", "--full"], "--full goes with a FLUX.2"),
-        (["JiT-tiny/16", "--offload", "weights"], "--offload goes with a FLUX.2"),
+        (["JiT-tiny/16", "--full"], "--full does not go with a model that could be trained"),
+        (["JiT-tiny/16", "--offload", "weights"], "--offload does not go with a model"),
     ]:
         assert main(["info", *map(str, argv)]) == 2
         error = capsys.readouterr().err

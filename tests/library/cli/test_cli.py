@@ -85,11 +85,8 @@ def test_mistakes_are_answered_in_one_line(refused, argv, message):
 
 
 def test_an_option_of_one_value_is_refused_twice_and_others_add_up(refused, capsys):
-    for argv in (
-        ["info", "JiT-B/16", "--batch", "8", "--batch=8"],
-        ["subspace", "show", "x", "--out", "a", "--out", "b"],
-    ):
-        assert "it is given twice, but can have one value: leave out one of them" in refused(*argv)
+    for argv in ("info JiT-B/16 --batch 8 --batch=8", "subspace show x --out a --out b"):
+        assert "it is given twice, but can have one value: leave out one of them" in refused(*argv.split())
     assert parse(["--set", "train.steps=1", "--set", "train.seed=2"]).set == ["train.steps=1", "train.seed=2"]
     with pytest.raises(SystemExit):
         parse(["--out", "a", "--out", "b"])
@@ -130,6 +127,9 @@ def test_a_repository_of_the_hub_is_the_folder_that_is_here(run, hub):
     (hub / name / "classes.json").write_text('["cat", "dog", "golden retriever"]')
     remote, here = info(run, name), info(run, hub / name)
     assert remote["classes"] == here["classes"] == ["cat", "dog", "golden retriever"]
+    for model in (name, hub / name):
+        assert run("info", model, "--classes") == "0 cat\n1 dog\n2 golden retriever\n"
+    assert info(run, name, "--classes") == ["cat", "dog", "golden retriever"]
     assert (remote.pop("model"), here.pop("model")) == (name, str(hub / name))
     assert remote == here
     for out, source in (("a", name), ("b", hub / name)):

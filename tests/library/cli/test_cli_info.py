@@ -180,6 +180,38 @@ def test_a_pickle_with_several_sets_of_weights(run, tmp_path, monkeypatch):
     assert found["config"]["tokens"]["rank"] == 0
 
 
+OPTIONS = {"--image-size": 32, "--batch": 3, "--gpus": 4, "--precision": "float32", "--rank": 0, "--lora-rank": 1}
+OPTIONS |= {"--in-context-start": 0, "--step": 0, "--ema": "none", "--backbone": "no.such:B", "--text-length": 9}
+
+
+def test_an_option_changes_what_is_said_or_is_refused(tmp_path, monkeypatch, capsys):
+    in_training = lambda model, image, args: (0, {name: getattr(args, name) for name in ("batch", "gpus", "precision")})
+    monkeypatch.setattr("asymflow.cli.info.training_step", in_training)  # which takes seconds, as do these
+    monkeypatch.setattr("asymflow.cost.forward_flops", lambda model, image: sum(image))
+    monkeypatch.setattr("asymflow.cli.info.sampling", lambda forward: forward)
+    flow().save_pretrained(tmp_path / "model")
+    AsymFlow(Elsewhere(), Subspace.random(48, 5), patch_size=4).save_pretrained(tmp_path / "elsewhere")
+    Subspace.random(48, 5).save(tmp_path / "subspace.safetensors")
+    file = publish(flow(), tmp_path / "published.safetensors")
+    models = [["JiT-tiny/16"], ["config"], ["shapes", "--classes"], [file, "--in-context-start", 1]]
+    models += [[tmp_path / name] for name in ("model", "elsewhere", "subspace.safetensors")]
+
+    def said(*argv):
+        try:
+            code = main(["info", *map(str, argv), "--json"])
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().out
+
+    for model in models:
+        plain = said(*model)
+        assert plain[0] == 0
+        assert json.loads(plain[1])
+        for option in [*OPTIONS.items(), ("--full",), ("--offload", "weights"), ("--classes",)]:
+            if option[0] not in model:
+                assert said(*model, *option) != plain, (model, option)
+
+
 def test_subspace_files_are_recognized(run, tmp_path):
     Subspace.random(48, 5, scale=2.0).save(tmp_path / "ours.safetensors")
     torch.save({"proj_mat_p4": torch.eye(48, 5), "scale_p4": torch.tensor(2.0)}, tmp_path / "theirs.pt")
@@ -189,12 +221,13 @@ def test_subspace_files_are_recognized(run, tmp_path):
         assert info(run, file)["scale"] == 2
 
 
-def test_a_backbone_from_elsewhere(run, tmp_path):
-    class Elsewhere(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.config = torch.nn.Linear(48, 48), {"layers": 1}
+class Elsewhere(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.config = torch.nn.Linear(48, 48), {"layers": 1}
 
+
+def test_a_backbone_from_elsewhere(run, tmp_path):
     AsymFlow(Elsewhere(), Subspace.random(48, 5), patch_size=4).save_pretrained(tmp_path / "model")
     text = run("info", tmp_path / "model")
     assert "Elsewhere" in text
@@ -270,7 +303,7 @@ def test_what_cannot_be_described(refused, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "not a layout" in refused("info", tmp_path / "other.safetensors")
     file = publish(flow(), tmp_path / "model.safetensors")
-    assert "--rank goes with a name" in refused("info", file, "--rank", 3)
+    assert "--rank does not go with a published" in refused("info", file, "--rank", 3, "--in-context-start", 1)
     assert "in_context_start" in refused("info", file)
     tensors = load_file(file)
     del tensors["final_layer.linear.bias"]
