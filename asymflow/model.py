@@ -284,7 +284,8 @@ def make_backbone(name: str, config: dict, own: Callable[..., nn.Module] | None 
         sizes = f", with {config!r}," if config else ""
         raise InputError(
             f"the model has a backbone of the class {name}, which this library does not have: make one yourself{sizes} "
-            f"and pass it, or its class, as from_pretrained(..., backbone=); to a command, as --backbone module:{name}"
+            "and pass it, or its class, as from_pretrained(..., backbone=); to a command with that option, as "
+            f"--backbone package.module:{name}"
         )
     if isinstance(own, type) and own.__name__ != name:
         raise InputError(f"the model has a backbone of the class {name}, but {own.__name__} was given for it")

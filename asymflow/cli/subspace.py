@@ -19,7 +19,7 @@ from torch import Tensor
 from asymflow import files, opening
 from asymflow.backbones.jit.published import load_published
 from asymflow.cli.common import at_least, default_device, new_file, own_device, this_process
-from asymflow.cli.models import is_run
+from asymflow.cli.models import MODEL, add_backbone, find_model, is_run, own_backbone
 from asymflow.color import rgb_to_oklab
 from asymflow.data.encoded import EncodedShards
 from asymflow.entries import UnreadableError, choose, find_images, find_pairs
@@ -80,9 +80,10 @@ def add_command(commands) -> None:
 
     show = actions.add_parser("show", help="print what is in a file, and draw it", description=SHOW)
     show.add_argument(
-        "file", type=Path, metavar="FILE", help="a .safetensors file, .pt of the reference, a model, or a run"
+        "file", type=Path, metavar="FILE", help=f"a .safetensors file, .pt of the reference, or a model: {MODEL}"
     )
     show.add_argument("--out", type=Path, metavar="PNG", help="also draw the directions and their energy to this file")
+    add_backbone(show)
     show.set_defaults(run=run_show)
 
 
@@ -309,8 +310,10 @@ def new_outputs(out: Path) -> tuple[Path, Path]:
 
 def run_show(args: argparse.Namespace) -> None:
     if args.out is not None:
+        if args.out.suffix.lower() != ".png":
+            raise InputError(f"--out {args.out} must end in .png")
         new_file(args.out)
-    subspace = load(args.file)
+    subspace = load(args.file, args.backbone)
     if args.out is not None:
         draw_subspace(subspace, args.out)
     gram = subspace.basis.double().mT @ subspace.basis.double()
@@ -320,12 +323,19 @@ def run_show(args: argparse.Namespace) -> None:
         print(f"wrote {args.out}")
 
 
-def load(path: Path) -> Subspace:
-    """The subspace in a run, in a model (folder or published file), or in a file of this library or the reference."""
-    if is_run(path):
+def load(path: Path, backbone: str | None) -> Subspace:
+    """The subspace in a run, in a model (folder or published file), or in a file of this library or the reference.
+
+    backbone: the option --backbone.
+    """
+    run = is_run(path)
+    path = path if run else find_model(path, None, None)
+    if path.is_dir() and not run:
+        return AsymFlow.from_pretrained(path, backbone=own_backbone(backbone)).subspace
+    if backbone:
+        raise InputError(f"--backbone is for the folder of a model, but {path} is none: leave it out")
+    if run:
         return Subspace.load(path / "subspace.safetensors")
-    if path.is_dir():
-        return AsymFlow.from_pretrained(path).subspace
     if path.suffix == ".safetensors" and "basis" in opening.read_tensors(path)[0]:
         return Subspace.load(path)
     published = load_published(path)

@@ -1,5 +1,6 @@
 """`asymflow subspace`: what it refuses, what it shows, and how it ends."""
 
+import importlib
 import re
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from planted_images import PCA, PROCRUSTES, replaced, write_images
 
-from asymflow import Subspace
+from asymflow import AsymFlow, Subspace
 from asymflow.cli import subspace as command
 
 
@@ -169,12 +170,38 @@ def test_show_reads_the_files_of_the_reference(run, tmp_path):
     assert Image.open(tmp_path / "s.png").width > 300
 
 
+def test_show_finds_a_model_as_other_commands_do(run, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text, err = run("subspace", "show", "shapes")
+    assert code == 0
+    assert "8 of 48" in text
+    assert err == f"shapes is the model that comes with asymflow: there is no {tmp_path / 'shapes'}"
+    assert "nobody/nothing is neither a model here nor one that the Hub gave" in refused(
+        "subspace", "show", "nobody/nothing"
+    )
+
+
+def test_show_runs_code_of_a_backbone_from_elsewhere_only_if_it_is_told(run, refused, tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text("import torch\nclass Net(torch.nn.Linear): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    net = importlib.import_module("mynet").Net(12, 12)
+    net.config = {"in_features": 12, "out_features": 12}
+    AsymFlow(net, Subspace.random(12, 5), patch_size=2).save_pretrained(tmp_path / "model")
+    assert "--backbone package.module:Net" in refused("subspace", "show", tmp_path / "model")
+    assert "5 of 12" in run("subspace", "show", tmp_path / "model", "--backbone", "mynet:Net")[1]
+    Subspace.random(12, 3).save(tmp_path / "s.safetensors")
+    line = refused("subspace", "show", tmp_path / "s.safetensors", "--backbone", "mynet:Net")
+    assert "--backbone is for the folder of a model" in line
+
+
 def test_show_refuses_what_it_cannot_show_and_never_overwrites(refused, tmp_path):
     Subspace.random(12, 3, patch_size=2).save(tmp_path / "s.safetensors")
     (tmp_path / "s.png").write_text("precious")
     (tmp_path / "text.safetensors").write_text("text")
     (tmp_path / "text.pt").write_text("text")
     assert "exists already" in refused("subspace", "show", tmp_path / "s.safetensors", "--out", tmp_path / "s.png")
+    for name in ("s.jpg", "s"):
+        assert "must end in .png" in refused("subspace", "show", tmp_path / "s.safetensors", "--out", tmp_path / name)
     for name in ("text.safetensors", "text.pt", "gone.safetensors", "gone.pt"):
         assert name in refused("subspace", "show", tmp_path / name)
 
