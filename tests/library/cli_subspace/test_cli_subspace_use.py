@@ -176,9 +176,7 @@ def test_show_finds_a_model_as_other_commands_do(run, refused, tmp_path, monkeyp
     assert code == 0
     assert "8 of 48" in text
     assert err == f"shapes is the model that comes with asymflow: there is no {tmp_path / 'shapes'}"
-    assert "nobody/nothing is neither a model here nor one that the Hub gave" in refused(
-        "subspace", "show", "nobody/nothing"
-    )
+    assert "neither a model here nor one that the Hub gave" in refused("subspace", "show", "nobody/nothing")
 
 
 def test_show_runs_code_of_a_backbone_from_elsewhere_only_if_it_is_told(run, refused, tmp_path, monkeypatch):
