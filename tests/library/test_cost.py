@@ -36,23 +36,23 @@ def test_a_shared_parameter_counts_once_and_a_frozen_one_is_not_trainable():
     assert cost.parameters(model) == (9 + 3 + 3 + 6, 9 + 3 + 3)  # the running averages are buffers
 
 
+# ---- Operations ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "millions", "giga_multiply_adds"),
+    ("name", "giga_multiply_adds"),
     [
-        ("B/16", 131, 25),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("L/16", 459, 88), ("H/16", 953, 182))),
+        ("B/16", 25),
+        pytest.param("L/16", 88, marks=pytest.mark.slow),
+        pytest.param("H/16", 182, marks=pytest.mark.slow),
     ],
 )
-def test_published_figures_of_jit(name, millions, giga_multiply_adds):
+def test_published_figures_of_jit(name, giga_multiply_adds):
     """arXiv 2511.13720, which counts a multiply-add as one. The table gives whole numbers."""
     with torch.device("meta"):
         jit = JiT.from_name(name)
     model = AsymFlow(jit, Subspace.empty(768))
-    assert round(cost.parameters(model)[0] / 1e6) == millions
     assert round(cost.forward_flops(model, (3, 256, 256)) / 2e9) == giga_multiply_adds
 
 
-# ---- Operations ------------------------------------------------------------------------------------------------------
 def products_of_blocks(jit, tokens):
     """Multiply-adds of all blocks: linear layers on every token, the modulation once, scores and sums of attention."""
     width, total = jit.config["width"], 0

@@ -133,7 +133,6 @@ def test_signs_are_canonical(seed):
     x = normal(50, 7, seed=seed)
     basis = fit_pca([x], 7).basis
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
-    assert torch.equal(fit_pca([-x], 7).basis, basis)
     assert torch.equal(canonical_signs(basis * normal(7, seed=seed).sign()), basis)
     assert canonical_signs(basis[:, :0]).shape == (7, 0)
 

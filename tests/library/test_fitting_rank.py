@@ -59,18 +59,6 @@ def test_the_threshold_is_the_integral_that_it_claims():
     assert auto_rank(torch.tensor([1e9]), sigma=torch.ones(3)) == 0  # at pure noise, the data is never divided
 
 
-def test_the_threshold_is_also_that_of_the_best_possible_output():
-    """Gaussian data of variance v, on one axis: the powers of E[u | x], E[x0 | x] / sigma differ as do those of u, x0.
-
-    With s = (1 - sigma)^2 v + n^2 sigma^2 they are (n^2 sigma - (1 - sigma) v)^2 / s, ((1 - sigma) v / sigma)^2 / s.
-    """
-    sigma, v, n = (torch.rand(1000, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
-    sigma, v, n = 0.05 + 0.95 * sigma, 4 * v, 0.1 + 2 * n
-    s = (1 - sigma) ** 2 * v + n**2 * sigma**2
-    best = ((1 - sigma) * v / sigma) ** 2 / s - (n**2 * sigma - (1 - sigma) * v) ** 2 / s
-    assert torch.allclose(best, v / sigma**2 - (n**2 + v), rtol=1e-9, atol=1e-9)
-
-
 def test_the_rank_for_the_gaussian_toy_is_that_of_its_strong_directions():
     """toy/closed_form.py trains with uniform noise levels; ranks 4 and 5 are the best there (docs/toys.md)."""
     from toy.closed_form import Gaussian  # here, because the processes below import this file and need no matplotlib

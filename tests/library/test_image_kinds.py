@@ -207,7 +207,10 @@ def test_of_an_extreme_shape_the_middle_alone_is_enlarged(monkeypatch, shape):
     assert square.getpixel((32, 32)) == (0, 0, 255)
 
 
-@pytest.mark.parametrize("shape", [(160, 10), (33, 57), (256, 256), (10, 155)])
+@pytest.mark.parametrize("shape", [
+    *[(160, 10), (33, 57), (256, 256), (10, 155)],
+    *[(31, 31), (47, 32), (32, 33), (150, 67), (20, 9), (64, 63)],  # what halving, scaling and the middle round
+])  # fmt: skip
 def test_other_shapes_are_cropped_as_by_adm_to_the_bit(shape):
     """As the code of guided-diffusion does it."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), np.uint8))

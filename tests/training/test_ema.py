@@ -107,14 +107,6 @@ def test_a_young_average_is_a_power_function_and_an_old_one_of_constant_decay(de
         assert share == 1 - decay
 
 
-@given(DECAYS)
-def test_a_long_training_ends_as_with_a_constant_decay_from_the_start(decay):
-    """What is left of the young average after 60 times 1 / (1 - b) steps is below the rounding of float32."""
-    length = 1 / (1 - decay)
-    young_until, end = math.ceil(power_of(EARLY_SIGMA_REL) * length), math.ceil(60 * length)
-    assert (end - young_until) * math.log(max(decay, 1e-300)) < math.log(2**-24)
-
-
 @given(st.floats(0.01, 0.999), st.integers(1, 30), st.integers(0, 30))
 def test_an_average_that_was_begun_with_the_initial_weights_loses_them(decay, before, after):
     """As of a checkpoint of an earlier version: what is left of the share falls at least as fast as it did."""

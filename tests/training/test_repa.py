@@ -324,11 +324,6 @@ def test_a_wrong_folder_ends_the_training_before_it_begins(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shipped_configuration_needs_only_the_folder():
-    c = load_config("imagenet256_h16_repa", ["loss.repa.model=DIR", "data.path=x"])
-    assert (c.loss.repa.model, c.loss.repa.weight, c.loss.repa.after, c.loss.repa.hidden) == ("DIR", 0.5, 8, 2048)
-
-
 def test_the_features_of_the_frechet_distance_are_a_plain_recomputation(tmp_path):
     model = save_dinov2(tmp_path / "dino")
     images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

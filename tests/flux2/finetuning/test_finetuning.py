@@ -12,8 +12,8 @@ from finetuning_runs import settings
 from processes import Launched, metrics, slow_unless, tensors, train
 from safetensors.torch import load_file, save_file
 
-from asymflow import InputError, Subspace
-from asymflow.backbones.flux2.adapter import FULL, load_adapter
+from asymflow import InputError, Subspace, opening
+from asymflow.backbones.flux2.adapter import FULL, WEIGHTS, load_adapter
 from asymflow.cli import main as asymflow
 from asymflow.data.encoded import EncodedShards
 from asymflow.training.config.reading import load_config
@@ -318,6 +318,7 @@ def test_a_run_that_was_moved_is_exported_with_its_base(made, runs, tmp_path, ca
     assert "/elsewhere is not a folder of FLUX.2 klein" in capsys.readouterr().err
     assert not asymflow([*command, "--base", f"{made}/base"])
     assert (tmp_path / "adapter" / "config.json").is_file()
+    assert opening.read_tensors(tmp_path / "adapter" / WEIGHTS)[1]["base"] == "base"  # without its place
 
 
 def test_an_adapter_needs_its_own_base(made, runs, tmp_path):

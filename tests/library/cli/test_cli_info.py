@@ -3,7 +3,6 @@
 import json
 import resource
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from cli_models import PATCH, SIDE, flow, info, publish
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
-import asymflow
 from asymflow import AsymFlow, Subspace, cost
 from asymflow.backbones.jit import JiT, published
-from asymflow.cli import export, info_memory, main
+from asymflow.cli import info_memory, main
 from asymflow.cli.info import as_text
 from asymflow.cli.models import is_run
 from asymflow.fitting import fit_pca
@@ -280,19 +278,6 @@ def test_an_adapter_says_what_it_is_here_and_on_the_hub(run, refused, hub):
         assert info(run, place)["lora_rank"] == 4
     save_file({"x": torch.zeros(1)}, file)
     assert "proj_buffer" in refused("info", name)
-
-
-def test_an_exported_adapter_names_its_base_without_its_place(tmp_path, monkeypatch):
-    named = []
-    writer = SimpleNamespace(write_adapter=lambda *_, base_name: named.append(base_name))
-    monkeypatch.setitem(vars(asymflow), "adapters", writer)
-    monkeypatch.setitem(sys.modules, "asymflow.backbones.flux2.adapter", writer)
-    finetuning = SimpleNamespace(published=lambda weights: weights, transformer_config=lambda base: {})
-    monkeypatch.setitem(sys.modules, "asymflow.training.objectives.finetuning", finetuning)
-    config = SimpleNamespace(finetune=SimpleNamespace(base=str(tmp_path / "FLUX.2-klein")))
-    for base in (None, tmp_path / "elsewhere/other-base"):
-        export.save_adapter(SimpleNamespace(base=base), tmp_path, {}, config, None, "")
-    assert named == ["FLUX.2-klein", "other-base"]
 
 
 def test_what_cannot_be_described(refused, tmp_path):

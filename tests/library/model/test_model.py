@@ -172,15 +172,6 @@ def test_only_a_backbone_that_names_the_grid_gets_it():
     assert backbone.conditions == {}
 
 
-@pytest.mark.slow
-def test_a_compiled_backbone_gets_the_grid_too():
-    """8 x 32 pixels are 2 x 8 tokens, as many as the 4 x 4 that the JiT was made for: wrong positions, no error."""
-    flow, x = jit_flow(), torch.randn(2, 3, 8, 32)
-    expected = flow(x, 0.5, labels=torch.tensor([1, 2]))
-    flow = AsymFlow(torch.compile(flow.backbone, backend="eager"), flow.subspace).eval()
-    torch.testing.assert_close(flow(x, 0.5, labels=torch.tensor([1, 2])), expected)
-
-
 def test_gradients_reach_the_backbone_and_the_image_only():
     flow, (x, sigma, labels) = jit_flow(), jit_inputs()
     assert list(flow.subspace.parameters()) == []
