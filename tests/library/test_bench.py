@@ -113,24 +113,26 @@ def test_on_a_cpu_what_would_take_hours_is_not_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        ["--tiny", "--only", "limits,reovery", "--out", "out"],
-        ["--tiny", "--out", "file"],
-        ["--tiny", "--out", "out", "--data", "nothing.tar"],
-        ["--tiny", "--out", "out", "--image-size", "0.5"],
-        ["--tiny", "--out", "out", "--only", "wrapper", "--data", "file"],
-        ["--tiny", "--out", "out", "--only", "emoji64", "--no-lpips"],
-        ["--tiny", "--out", "out", "--device", "tpu9"],
+        (["--out", "out", "--only", "limits,reovery"], "--only reovery: in the name of no check"),
+        (["--out", "file"], "File exists: 'file'"),
+        (["--out", "out", "--data", "nothing.tar"], "nothing.tar does not exist"),
+        (["--out", "out", "--image-size", "0.5"], "argument --image-size: it must be pixels"),
+        (["--out", "out", "--only", "wrapper", "--data", "file"], "--data is for the check emoji64"),
+        (["--out", "out", "--only", "emoji64", "--no-lpips"], "--no-lpips is for the check finetuning FLUX.2"),
+        (["--out", "out", "--device", "tpu9"], "argument --device: invalid choice: 'tpu9'"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, words):
+def test_a_mistake_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
     with pytest.raises(SystemExit) as end:
         bench.main(words if "--device" in words else ["--device", "cpu", *words])
     assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -276,25 +276,30 @@ def test_nothing_is_larger_than_the_vectors_and_the_basis(matmul_precision, rank
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("x0 of another dimension", lambda x, a: asymmetric_velocity(x[..., :3], x, a)),
-        ("eps of another dimension", lambda x, a: asymmetric_velocity(x, x[..., :3], a)),
-        ("a number", lambda x, a: asymmetric_velocity(torch.tensor(1.0), x, a)),
-        ("prediction of another dimension", lambda x, a: recover_velocity(x[..., :3], x, 0.5, a)),
-        ("input of another dimension", lambda x, a: recover_velocity(x, x[..., :3], 0.5, a)),
-        ("too many axes of sigma", lambda x, a: recover_velocity(x, x, torch.ones(2, 3, 1, 1), a)),
-        pytest.param(
-            "not as many noise levels as vectors",
-            lambda x, a: recover_velocity(x, x, torch.ones(3), a),
-        ),
-        pytest.param(
-            "more noise levels than vectors",
-            lambda x, a: recover_velocity(x[:1], x[:1], torch.ones(3), a),
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused_in_one_line(name, call):
-    with pytest.raises(InputError, match=r"\A[^\n]+\Z"):
+MISTAKES = {
+    "x0 of another dimension": (lambda x, a: asymmetric_velocity(x[..., :3], x, a), "these are (2, 3, 3)"),
+    "eps of another dimension": (lambda x, a: asymmetric_velocity(x, x[..., :3], a), "these are (2, 3, 3)"),
+    "a number": (lambda x, a: asymmetric_velocity(torch.tensor(1.0), x, a), "vectors of dimension 4, but these are ()"),
+    "prediction of another dimension": (lambda x, a: recover_velocity(x[..., :3], x, 0.5, a), "these are (2, 3, 3)"),
+    "input of another dimension": (lambda x, a: recover_velocity(x, x[..., :3], 0.5, a), "these are (2, 3, 3)"),
+    "too many axes of sigma": (
+        lambda x, a: recover_velocity(x, x, torch.ones(2, 3, 1, 1), a),
+        "(2, 3, 1, 1) does not go with the leading axes of vectors (2, 3, 4)",
+    ),
+    "not as many noise levels as vectors": (
+        lambda x, a: recover_velocity(x, x, torch.ones(3), a),
+        "(3,) does not go with the leading axes of vectors (2, 3, 4)",
+    ),
+    "more noise levels than vectors": (
+        lambda x, a: recover_velocity(x[:1], x[:1], torch.ones(3), a),
+        "(3,) does not go with the leading axes of vectors (1, 3, 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_does_not_fit_is_refused_in_one_line_that_names_it(name):
+    call, named = MISTAKES[name]
+    with pytest.raises(InputError, match=r"\A[^\n]+\Z") as error:
         call(torch.ones(2, 3, 4), Subspace.random(4, 2))
+    assert named in str(error.value)

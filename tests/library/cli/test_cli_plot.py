@@ -180,7 +180,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", ["no run", "twice", "nothing", "not png"])
-def test_mistakes_are_answered_in_one_line(tmp_path, refused, case):
+def test_mistakes_are_answered_in_one_line(tmp_path, refused, capsys, case):
     run = make_run(tmp_path / "run", [line(1)] if case != "nothing" else [])
     argv, message = {
         "no run": ([tmp_path / "run/samples"], "no run of train_ddp.py"),
@@ -191,6 +191,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path, refused, case):
     out = tmp_path / ("picture.pdf" if case == "not png" else "picture.png")
     if case == "nothing":
         assert main(["plot", str(run), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]  # after the remark that the run has no step
     else:
         assert message in refused("plot", *argv, "--out", out)
     assert not out.exists()
