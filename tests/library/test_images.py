@@ -68,9 +68,7 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path):
     (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "data" / "up").symlink_to(tmp_path)
     (tmp_path / "real" / "self").symlink_to(tmp_path / "real")
-    found = names(find_images([tmp_path / "data"]), tmp_path)
-    assert found[:2] == ["data/2.png", "data/link/1.png"]
-    assert len(found) < 10
+    assert names(find_images([tmp_path / "data"]), tmp_path) == ["data/2.png", "data/link/1.png"]
 
 
 def test_a_tar_file_has_the_images_that_the_folder_has(tmp_path):
@@ -129,6 +127,7 @@ def test_however_often_an_image_is_given_it_is_read_once(tmp_path_factory, ways)
 @pytest.mark.parametrize("name", ["a.zip", "x/A.TAR.GZ", "a.tgz", "x/a.tar.zst", "a.7z"])
 def test_archives_that_are_not_opened_are_said(tmp_path, capsys, name):
     write_files(tmp_path, {"x/1.png": b"", "a.tar.json": b"", "zip": b""})
+    find_images([tmp_path])
     assert capsys.readouterr().err == ""
     write_files(tmp_path, {name: b"PK"})
     for find in (lambda: find_images([tmp_path]), lambda: find_captioned([tmp_path], 8)):

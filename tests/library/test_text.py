@@ -1,6 +1,5 @@
 """Text through every door: UTF-8 or what a byte order mark says, the same everywhere; anything else is named."""
 
-import contextlib
 import io
 import json
 import tarfile
@@ -44,9 +43,11 @@ def test_a_text_comes_back_from_every_encoding_with_a_mark(text):
 
 @given(st.binary())
 def test_what_is_decoded_has_all_its_bytes(content):
-    with contextlib.suppress(ValueError):
+    try:
         text = decode(content)
-        assert content in (mark + text.encode(encoding) for mark, encoding in [*MARKS.items(), (b"", "utf-8")])
+    except ValueError:
+        return
+    assert content in (mark + text.encode(encoding) for mark, encoding in [*MARKS.items(), (b"", "utf-8")])
 
 
 def test_a_number_of_things():

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from asymflow.errors import InputError
 from asymflow.training.config.reading import load_config
+from asymflow.training.datasets import make_dataset
 from toy.paper import experiments, page
 from toy.paper.damage import DAMAGES
-from toy.paper.data import KEPT, EmojiData, ShapesData, code_point, of_classes
+from toy.paper.data import HELD_OUT, KEPT, EmojiData, ShapesData, code_point, of_classes
 from toy.paper.experiments import PLANS, RATES, SEEDS, best_rate
 from toy.paper.finetuning import MODELS, VARIANCE
 from toy.paper.runs import EMBEDDED, HERE
@@ -100,8 +101,9 @@ def test_without_a_search_no_rate_is_taken_for_the_best(tmp_path, capsys):
 def test_held_out_shapes_are_in_no_training():
     config = load_config(HERE / "shapes64.yaml")
     images, labels = ShapesData().held_out(3)
-    seen = torch.stack([ShapesData().judged_by(50)[i].image for i in range(50)])
-    assert config.data.size <= 10**7
+    data = make_dataset(config)
+    seen = torch.stack([data[i].image for i in range(50)])
+    assert config.data.size <= HELD_OUT
     assert images.shape == (3, 3, 64, 64)
     assert labels.shape == (3,)
     assert not any(torch.equal(a, b) for a in images for b in seen)

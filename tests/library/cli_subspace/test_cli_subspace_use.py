@@ -209,8 +209,8 @@ def test_show_refuses_what_it_cannot_show_and_never_overwrites(refused, tmp_path
 def test_every_option_is_explained(run, action):
     code, text, _ = run("subspace", action, "--help")
     assert code == 0
-    for option, explanation in re.findall(r"^  (--\S+)[^\n]*?(?:\s{2,})(\S.*)$", text, re.MULTILINE):
-        assert len(explanation) > 5, option
+    explained = re.findall(r"^  (--\S+)[^\n]*?(?: {2,}|\n {10,})\S.{5,}$", text, re.MULTILINE)
+    assert explained == re.findall(r"^  (--\S+)", text, re.MULTILINE) != []
     assert "asymflow subspace pca --data" in run("subspace", "--help")[1]
 
 

@@ -1,5 +1,6 @@
 """Configurations as files: YAML, files based on others, --set, writing, and a thousand broken files."""
 
+import errno
 import math
 import re
 from pathlib import Path
@@ -142,15 +143,15 @@ def test_names_that_nothing_has(name, tmp_path, monkeypatch):
     assert ("did you mean shapes_tiny?" in message) == name.startswith("shapes")
 
 
-def test_a_file_that_may_not_be_read(write):
-    path = Path(write(TINY))
-    path.chmod(0)
-    try:
-        path.read_bytes()
-    except PermissionError:
-        assert "my.yaml cannot be read: Permission denied" in complaint("my.yaml")
-    finally:
-        path.chmod(0o644)
+def test_a_file_that_may_not_be_read(write, monkeypatch):
+    """Root may read all files, so no mode will do."""
+
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    name = write(TINY)
+    monkeypatch.setattr(Path, "open", denied)
+    assert "my.yaml cannot be read: Permission denied" in complaint(name)
 
 
 # ---- --set -----------------------------------------------------------------------------------------------------------
