@@ -10,6 +10,8 @@ The loss of one step, as train_ddp.py computes it, for images x0 (B, C, H, W) in
 import torch
 from torch import Tensor
 
+from asymflow.errors import InputError
+from asymflow.numerics import at_least_float32
 from asymflow.sampling import time_shift
 
 SIGMA_FLOOR = 0.05
@@ -43,6 +45,13 @@ def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor,
 
     velocity, x0, eps: (B, ...); sigma: (B,). The error of an x0-prediction is divided by sigma in its velocity, and
     would dominate the loss near sigma = 0. Below `floor` the weight cancels this division (arXiv 2605.12964).
+    Raises InputError unless there is one sigma for each image.
     """
-    error = (velocity - (eps - x0)).flatten(1).square().mean(1)
+    if sigma.shape != x0.shape[:1]:
+        raise InputError(
+            f"sigma must be one noise level for each of the {len(x0)} images, but its shape is {tuple(sigma.shape)}"
+        )
+    dtype = at_least_float32(velocity, x0, eps)
+    error = (velocity.to(dtype) - (eps.to(dtype) - x0.to(dtype))).flatten(1).square().mean(1)
+    sigma = sigma.to(at_least_float32(sigma))
     return error * (sigma / sigma.clamp(min=floor)).square()
