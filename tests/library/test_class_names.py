@@ -71,7 +71,7 @@ def test_the_names_lie_beside_the_model(tmp_path):
 
 def test_names_of_more_classes_than_the_model_has_are_refused(tmp_path, capsys):
     """The last of two would be "no class". Fewer names are those of a training with data.fewer_classes."""
-    jit = JiT.from_name("tiny/4", image_size=8, num_classes=2, depth=1)
+    jit = JiT.from_name("tiny/4", image_size=8, num_classes=2, depth=1, in_context_start=0)
     AsymFlow(jit, Subspace.empty(jit.dim)).save_pretrained(tmp_path / "model")
     options = ["--steps", "1", "--num", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
     for names, chosen in ((["a", "b", "extra"], "extra"), (["a"], "a")):

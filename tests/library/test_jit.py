@@ -83,10 +83,11 @@ def jit_by_hand(weights, heads, in_context_start, tokens, tau, label, grid):
 def test_the_network_is_the_one_written_by_hand(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     heads, depth = draw(1, 3), draw(1, 4)
-    start, grid = draw(0, depth), (draw(1, 4), draw(1, 4))
+    start, grid = draw(0, depth - 1), (draw(1, 4), draw(1, 4))
     sizes = dict(width=heads * 4 * draw(1, 3), depth=depth, heads=heads, bottleneck=draw(1, 5), in_context_start=start)
     sizes |= dict(channels=draw(1, 3), patch_size=draw(1, 3), num_classes=draw(1, 3), in_context_tokens=draw(0, 3))
-    sizes |= dict(mlp_ratio=data.draw(st.sampled_from([1.0, 2.5, 4.0])), dropout=0.5, attention_dropout=0.5)
+    sizes |= dict(mlp_ratio=data.draw(st.sampled_from([1.0, 2.5, 4.0])))
+    sizes |= dict(dropout=0.5, attention_dropout=0.5) if depth == 4 else {}
     jit = random_jit(draw(0, 999), **sizes, image_size=sizes["patch_size"]).eval()
     tokens, tau, labels = random_inputs(jit, batch=draw(1, 2), grid=grid)
     weights = {name: weight.numpy() for name, weight in jit.state_dict().items()}
@@ -247,7 +248,7 @@ def test_every_class_and_no_class_give_another_prediction():
 
 # ---- Tokens of the inside --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize("start", [0, 2, 4])
+@pytest.mark.parametrize("start", [0, 2, 3])
 def test_tokens_of_the_inside_are_those_of_the_image(n, start):
     jit, outputs = random_jit(in_context_start=start), []
     for block in jit.blocks:

@@ -98,7 +98,7 @@ def test_under_autocast_tokens_between_the_blocks_stay_in_float32():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_places_of_a_wide_image_stay_apart_in_bfloat16(autocast):
     """bfloat16 cannot count beyond 256: rotations computed in it would be wrong by whole turns."""
-    jit = random_jit(dtype=torch.float32, depth=1, in_context_start=1)
+    jit = random_jit(dtype=torch.float32, depth=1, in_context_start=0, in_context_tokens=0)
     with torch.no_grad():
         for norm in (jit.blocks[0].attention.q_norm, jit.blocks[0].attention.k_norm):
             norm.weight.fill_(3.0)  # attention that looks at few places
@@ -203,6 +203,12 @@ def test_compiles_to_one_graph_in_training_with_checkpointing():
         *[({"mlp_ratio": bad}, "mlp_ratio") for bad in (0.0, -1.0, math.nan, math.inf)],
         *[({"dropout": bad}, "dropout .* below 1") for bad in (-0.1, 1.0, math.nan)],
         ({"attention_dropout": 1.5}, "attention_dropout .* below 1"),
+        *[
+            ({name: 0.1, "depth": 3}, f"{name} 0.1 .* none of its 3 blocks")
+            for name in ("dropout", "attention_dropout")
+        ],
+        ({"depth": 1}, "in_context_start 1 .* below its depth 1"),
+        ({"in_context_start": 4}, "in_context_start 4 .* below its depth 4"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(options, message):

@@ -34,9 +34,11 @@ class JiT(nn.Module):
 
     patch_size, channels: D = channels * patch_size^2. image_size: in pixels, of square images; `grid` overrides it.
     width, depth, heads: of the transformer. bottleneck: the rank of the patch embedding.
-    in_context_start, in_context_tokens: so many tokens, made from the label, join the sequence before this block.
+    in_context_start, in_context_tokens: so many tokens, made from the label, join the sequence before this block,
+        which is one of 0 to depth - 1.
     mlp_ratio: the SwiGLUs have int(2/3 mlp_ratio width) hidden units.
-    dropout: of the projections; attention_dropout: of the attention. Both only in the middle half of the blocks.
+    dropout: of the projections; attention_dropout: of the attention. Both only in the middle half of the blocks,
+        of which there must be 4 then.
     checkpoint_every: recompute every n-th block in the backward pass to save memory; 1 means all of them, 0 none.
 
     Tokens between the blocks have the dtype of the weights, under autocast too: the residual sums stay in float32.
@@ -362,3 +364,13 @@ def check_sizes(config: dict) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0 <= config[name] < 1:
             raise InputError(f"{name} of a JiT must be a probability below 1, but it is {config[name]}")
+        if config[name] and config["depth"] < 4:
+            raise InputError(
+                f"{name} {config[name]} of a JiT would reach none of its {config['depth']} blocks: it acts in the "
+                "middle half of four or more. Set it to 0"
+            )
+    if config["in_context_start"] >= config["depth"]:
+        raise InputError(
+            f"in_context_start {config['in_context_start']} of a JiT must be below its depth {config['depth']}: no "
+            "block would see the tokens of the class"
+        )

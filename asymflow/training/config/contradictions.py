@@ -122,8 +122,6 @@ def jit_contradictions(c: Sections) -> Iterator[tuple[str, str]]:
             check_sizes(net)
         except InputError as e:
             yield "model.options", f"make no network: {e}"
-    if net["in_context_start"] >= net["depth"]:
-        yield "model.options.in_context_start", f"must be below the depth {net['depth']}: no block would see the class"
     dim = net["channels"] * net["patch_size"] ** 2
     if isinstance(c.subspace.rank, int) and c.subspace.rank > dim:
         yield "subspace.rank", f"must be at most {dim}, all of a patch of {c.model.size}, but it is {c.subspace.rank}"

@@ -51,7 +51,7 @@ def test_the_same_model_as_a_folder_and_as_a_published_file(run, tmp_path):
 def small(tmp_path_factory):
     """A small model in a folder."""
     folder = tmp_path_factory.mktemp("model") / "small"
-    flow(depth=1).save_pretrained(folder)
+    flow(depth=1, in_context_start=0).save_pretrained(folder)
     return folder
 
 
@@ -137,7 +137,7 @@ def test_a_subspace_that_was_fitted_is_as_good_as_any(run, tmp_path):
 def test_weights_are_not_read(run, tmp_path):
     """From a file of 2.6 GB that has a header and, on a disk that knows holes, hardly anything else."""
     with torch.device("meta"):
-        jit = JiT.from_name(f"tiny/{PATCH}", image_size=SIDE, depth=1, num_classes=10**7)
+        jit = JiT.from_name(f"tiny/{PATCH}", image_size=SIDE, depth=1, in_context_start=0, num_classes=10**7)
     model = AsymFlow(jit, Subspace.empty(48))
     (tmp_path / CONFIG).write_text(json.dumps(model.config))
     header, end = {}, 0
@@ -169,7 +169,7 @@ def test_a_pickle_with_several_sets_of_weights(run, tmp_path, monkeypatch):
         "check_jit",
         lambda tensors, *rest, **options: (seen.extend(tensors.values()), check(tensors, *rest, **options)),
     )
-    model = flow(rank=0, depth=1)
+    model = flow(rank=0, depth=1, in_context_start=0)
     found = info(run, publish(model, tmp_path / "jit.pth", subspace=False), "--in-context-start", 0, "--batch", 1)
     assert found["kind"] == "a published JiT"
     assert seen

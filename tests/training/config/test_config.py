@@ -302,8 +302,12 @@ def test_they_are_found_when_the_package_is_imported_from_a_zip_file(tmp_path, m
         ("model: {dropout: 1}\n", "model.dropout must be below 1"),
         ("model: {num_classes: 0}\n", "model.num_classes must be at least 1"),
         ("model: {options: {heads: 3}}\n", "line 2: model.options make no network: width 64 is not a multiple of 4"),
-        ("model: {options: {in_context_start: 4}}\n", "model.options.in_context_start must be below the depth 4"),
-        ("model: {options: {depth: 1}}\n", "model.options.in_context_start must be below the depth 1"),
+        ("model: {options: {in_context_start: 4}}\n", "make no network: in_context_start 4 of a JiT must be below"),
+        ("model: {options: {depth: 1}}\n", "make no network: in_context_start 1 of a JiT must be below its depth 1"),
+        (
+            "model: {dropout: 0.1, options: {depth: 3}}\n",
+            "make no network: dropout 0.1 of a JiT would reach none of its 3",
+        ),
         ("loss: {label_dropout: 1.1}\n", "loss.label_dropout must be at most 1"),
         (
             "loss: {repa: {model: x, after: 5}}\n",
