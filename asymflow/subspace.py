@@ -157,6 +157,12 @@ class Subspace(nn.Module):
                 errors.append(f"{prefix}scale must be one finite number above 0, but it is {found}")
         elif strict:
             missing.append(f"{prefix}scale")
+        basis = state_dict.get(f"{prefix}basis")
+        if isinstance(basis, Tensor) and not basis.is_meta:
+            try:
+                check_basis(basis)
+            except InputError as e:
+                errors.append(f"{prefix}basis: {e}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 

@@ -350,6 +350,17 @@ def test_a_state_dict_with_an_impossible_scale_is_refused_by_name(scale):
     assert subspace.scale == 0.5
 
 
+@pytest.mark.parametrize("wrong", [lambda basis: basis.bfloat16(), lambda basis: 2 * basis, lambda basis: basis / 0])
+def test_a_state_dict_is_refused_whose_basis_the_constructor_would_refuse(wrong):
+    subspace = Subspace.random(48, 8)
+    state = subspace.state_dict() | {"basis": wrong(subspace.basis)}
+    with pytest.raises(InputError) as constructed:
+        Subspace(state["basis"])
+    with pytest.raises(RuntimeError) as loaded:
+        subspace.load_state_dict(state)
+    assert f"basis: {constructed.value}" in str(loaded.value)
+
+
 def test_a_state_dict_of_another_subspace_is_refused_by_name():
     subspace = Subspace.random(6, 2)
     state = subspace.state_dict()
