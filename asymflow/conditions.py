@@ -1,4 +1,4 @@
-"""Which conditions a backbone takes, by name, and checking that labels are classes."""
+"""Finding a backbone inside of wrappers, which conditions it takes, by name, and checking that labels are classes."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,6 +6,17 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from asymflow.errors import InputError
+
+
+def unwrapped(backbone: nn.Module) -> nn.Module:
+    """The backbone inside of torch.compile, DistributedDataParallel or DataParallel, in any order."""
+    while True:
+        if isinstance(backbone, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            backbone = backbone.module
+        elif "_orig_mod" in backbone._modules:  # of torch.compile, whose class takes seconds to import
+            backbone = backbone._orig_mod
+        else:
+            return backbone
 
 
 def forward_parameters(backbone: nn.Module) -> Mapping[str, inspect.Parameter]:

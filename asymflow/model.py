@@ -13,7 +13,7 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from asymflow import backbones, files, opening
-from asymflow.conditions import forward_parameters
+from asymflow.conditions import forward_parameters, unwrapped
 from asymflow.errors import InputError
 from asymflow.extensions import find
 from asymflow.hub import GAVE_NOTHING
@@ -53,7 +53,8 @@ class AsymFlow(
     (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
     backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. What it may have besides
-        is listed in `asymflow.backbones`.
+        is listed in `asymflow.backbones`. What wraps it (torch.compile, DistributedDataParallel)
+        changes neither what is read off it nor what is saved.
     subspace: for tokens of dimension D = channels * patch_size^2.
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,
@@ -73,8 +74,9 @@ class AsymFlow(
         noise_scale: float | None = None,
     ):
         super().__init__()
-        self.patch_size = agreed("patch_size", patch_size, subspace, backbone)
-        self.token_order = agreed("token_order", token_order, subspace, backbone) or CHANNEL_LAST
+        inner = unwrapped(backbone)
+        self.patch_size = agreed("patch_size", patch_size, subspace, inner)
+        self.token_order = agreed("token_order", token_order, subspace, inner) or CHANNEL_LAST
         check_token_order(self.token_order)
         if self.patch_size is None:
             raise InputError("give AsymFlow a patch_size: neither the subspace nor the backbone has one")
@@ -84,7 +86,7 @@ class AsymFlow(
                 f"a subspace of tokens of dimension {subspace.dim} does not fit patches of {self.patch_size} x "
                 f"{self.patch_size} pixels: {subspace.dim} is not a multiple of {self.patch_size**2}"
             )
-        noise_scale = getattr(backbone, "noise_scale", 1.0) if noise_scale is None else noise_scale
+        noise_scale = getattr(inner, "noise_scale", 1.0) if noise_scale is None else noise_scale
         if not (0 <= sigma_min < math.inf and 0 < noise_scale < math.inf):
             raise InputError(
                 f"sigma_min must be at least 0, noise_scale above 0, both finite, but they are {sigma_min} and "
@@ -142,7 +144,7 @@ class AsymFlow(
     @property
     def backbone_dtype(self) -> torch.dtype | None:
         """The attribute `dtype` of the backbone, else the dtype of its weights; None if it has neither."""
-        if isinstance(dtype := getattr(self.backbone, "dtype", None), torch.dtype):
+        if isinstance(dtype := getattr(unwrapped(self.backbone), "dtype", None), torch.dtype):
             return dtype
         for p in self.backbone.parameters():
             if p.is_floating_point():
@@ -152,11 +154,12 @@ class AsymFlow(
     @property
     def config(self) -> dict:
         """The content of `config.json`: everything but the tensors."""
+        inner = unwrapped(self.backbone)
         return {
             "format": FORMAT,
             "flow": {name: getattr(self, name) for name in OPTIONS},
             "tokens": {name: getattr(self.subspace, name) for name in ("dim", "rank", *RECORD)},
-            "network": {"class": type(self.backbone).__name__, "config": dict(getattr(self.backbone, "config", {}))},
+            "network": {"class": type(inner).__name__, "config": dict(getattr(inner, "config", {}))},
         }
 
     # ---- Saving and loading: config.json and model.safetensors, with huggingface_hub's mixin (it adds push_to_hub) ---
@@ -189,15 +192,17 @@ class AsymFlow(
         except (TypeError, ValueError) as e:
             raise InputError(f"the backbone's config cannot be written to {CONFIG}: {e}") from None
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
-        if not hasattr(self.backbone, "config"):
-            name = type(self.backbone).__name__
+        inner = unwrapped(self.backbone)
+        if not hasattr(inner, "config"):
+            name = type(inner).__name__
             warnings.warn(
                 f"{name} has no `config`, a dict of what it was made with: the saved model does not say how to make it "
                 "again for from_pretrained(..., backbone=...)",
                 stacklevel=2,
             )
         spectrum = {} if self.subspace.spectrum is None else {SPECTRUM: self.subspace.spectrum}
-        files.write_tensors(save_directory / WEIGHTS, self.state_dict() | spectrum)
+        others = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+        files.write_tensors(save_directory / WEIGHTS, others | inner.state_dict(prefix="backbone.") | spectrum)
 
     @classmethod
     def from_pretrained(
@@ -248,11 +253,12 @@ def build(
         if not isinstance(backbone, nn.Module):
             with opening.no_larger_than(len(tensors), source):
                 backbone = make_backbone(network["class"], network["config"], backbone)
-        shapes = {f"backbone.{plain(name)}": tuple(t.shape) for name, t in backbone.state_dict().items()}
+        inner = unwrapped(backbone)
+        shapes = {f"backbone.{plain(name)}": tuple(t.shape) for name, t in inner.state_dict().items()}
         shapes |= {"subspace.basis": (tokens["dim"], tokens["rank"]), "subspace.scale": ()}
         shapes |= {SPECTRUM: (tensors[SPECTRUM].numel(),)} if SPECTRUM in tensors else {}  # any length is right
         opening.check_tensors(tensors, shapes, source)
-        own = {f"backbone.{plain(name)}": t.dtype for name, t in backbone.state_dict().items()}
+        own = {f"backbone.{plain(name)}": t.dtype for name, t in inner.state_dict().items()}
         floating = {name for name, dtype in own.items() if dtype.is_floating_point and dtype.itemsize > 1}
         numbers = {name: t for name, t in tensors.items() if name in floating or name.startswith("subspace.")}
         opening.check_numbers(numbers, source, finite=False)
@@ -269,12 +275,12 @@ def build(
         raise e if str(e).startswith(source) else InputError(f"{source}, with the {CONFIG} beside it: {e}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e:
         raise InputError(f"{source}: the {CONFIG} beside it does not describe an asymmetric flow ({e!r})") from None
-    own = backbone.state_dict(keep_vars=True)
+    own = inner.state_dict(keep_vars=True)
     weights = {name: tensors[f"backbone.{plain(name)}"] for name in own}
     for name, weight in own.items():
         if not weight.is_meta:  # the user's own module: change its weights in place, so that tied ones stay tied
             weight.data = weight.data.to(weights[name].dtype)
-    backbone.load_state_dict(weights, assign=any(weight.is_meta for weight in own.values()))
+    inner.load_state_dict(weights, assign=any(weight.is_meta for weight in own.values()))
     return flow
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asymflow.conditions import check_labels
+from asymflow.conditions import check_labels, unwrapped
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.numerics import at_least_float32
@@ -288,7 +288,7 @@ def generate(
         raise InputError("the model is in training mode: call flow.eval() before sampling")
     device = flow.subspace.basis.device
     labels = torch.as_tensor(labels)
-    num_classes, grid = (getattr(flow.backbone, name, None) for name in ("num_classes", "grid"))
+    num_classes, grid = (getattr(unwrapped(flow.backbone), name, None) for name in ("num_classes", "grid"))
     if num_classes is not None:
         check_labels(labels, num_classes)
     null_label = num_classes if null_label is None else null_label

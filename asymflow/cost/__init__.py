@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from asymflow.conditions import conditions_needed
+from asymflow.conditions import conditions_needed, unwrapped
 from asymflow.cost.repeated import NotAlikeError, Repeats, Stretch, totals, watch
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -147,12 +147,13 @@ def forward_flops(
     matter. A backbone with num_classes, as JiT, needs no labels. Raises InputError if the shape does not fit the model,
     or a condition is missing.
     """
-    needed = conditions_needed(flow.backbone)
-    if "labels" in needed and hasattr(flow.backbone, "num_classes"):
+    backbone = unwrapped(flow.backbone)
+    needed = conditions_needed(backbone)
+    if "labels" in needed and hasattr(backbone, "num_classes"):
         conditions = {"labels": torch.empty(1, dtype=torch.long), **conditions}
     if missing := [name for name in needed if name not in conditions]:
         raise InputError(
-            f"{type(flow.backbone).__name__} needs {', '.join(missing)}: give tensors for one image, (1, ...), by name"
+            f"{type(backbone).__name__} needs {', '.join(missing)}: give tensors for one image, (1, ...), by name"
         )
     kinds = {name: (tuple(value.shape), value.dtype) for name, value in conditions.items()}
 

@@ -23,7 +23,10 @@ from model_backbones import (
 )
 from torch import nn
 
-from asymflow import AsymFlow, InputError, Subspace, files
+from asymflow import AsymFlow, InputError, Subspace, files, generate
+from asymflow.backbones.jit import JiT
+from asymflow.conditions import unwrapped
+from asymflow.cost import forward_flops
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 PATCH_3 = Subspace.random(36, 3, patch_size=3)
@@ -103,6 +106,34 @@ def test_the_grid_reaches_a_backbone_through_wrappers():
     for wrapped in (Wrapper(flow.backbone), Wrapper(Wrapper(flow.backbone)), compiled):
         assert torch.equal(AsymFlow(wrapped, flow.subspace, patch_size=4).eval()(x, sigma, labels=labels), expected)
     assert AsymFlow(compiled, flow.subspace).patch_size == 4
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda backbone: torch.compile(backbone, backend="eager"),
+    "both": lambda backbone: torch.compile(nn.DataParallel(backbone), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_backbone_tells_as_much_as_one_without(wrapper):
+    backbone = JiT.from_name("tiny/128", image_size=512, num_classes=3)  # its noise_scale is 2
+    backbone.token_order, subspace = "channel_first", Subspace.random(backbone.dim, 2)
+    flow, wrapped = AsymFlow(backbone, subspace).eval(), AsymFlow(wrapper(backbone), subspace).eval()
+    assert wrapped.config == flow.config
+    assert wrapped.noise_scale == 2
+    assert forward_flops(wrapped, (3, 512, 512)) == forward_flops(flow, (3, 512, 512))
+    images = [generate(model, [1], steps=1, guidance=2.0) for model in (flow, wrapped)]
+    torch.testing.assert_close(*images)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_backbone_is_saved_as_one_without_and_can_be_filled(saved, tmp_path, wrapper):
+    flow = jit_flow()
+    AsymFlow(wrapper(flow.backbone), flow.subspace, flow.patch_size).save_pretrained(tmp_path)
+    assert content(tmp_path) == content(saved)
+    filled = AsymFlow.from_pretrained(saved, backbone=wrapper(JiT(**flow.backbone.config)))
+    assert_same(AsymFlow(unwrapped(filled.backbone), filled.subspace, filled.patch_size).eval(), flow)
 
 
 @pytest.mark.parametrize("given_by", ["argument", "subspace", "backbone"])
