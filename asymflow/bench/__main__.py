@@ -1,8 +1,8 @@
 """Does everything work on this machine, and how fast? `python -m asymflow.bench --out DIR`, in a few minutes on a GPU.
 
 Trainings are run by the real train_ddp.py, on generated images. DIR/bench.json has all figures, DIR/bench.md a table of
-them; both are rewritten after every check. The most important checks come first; those for which there is no time left
-are listed as not run. The exit code is 1 if a check failed.
+them; both are rewritten after every check, but a DIR that has those of an earlier run is refused. The most important
+checks come first; those for which there is no time left are listed as not run. The exit code is 1 if a check failed.
 """
 
 import argparse
@@ -20,11 +20,11 @@ with importing(__name__):
     import torch
 
     from asymflow.bench import kit
-    from asymflow.bench.emoji64 import emoji64
+    from asymflow.bench.emoji64 import RANKS, emoji64
     from asymflow.bench.fast import CHECKS as MEASUREMENTS
     from asymflow.bench.right import CHECKS as COMPARISONS
     from asymflow.bench.trainings import Trainings
-    from asymflow.cli.common import at_least, default_device, image_size, usable_device
+    from asymflow.cli.common import at_least, default_device, image_size, new_file, usable_device
     from asymflow.errors import InputError
     from asymflow.opening import existing_file
     from asymflow.parser import Parser
@@ -32,6 +32,7 @@ with importing(__name__):
 CHECKS = [*COMPARISONS, *MEASUREMENTS, kit.Check("emoji64", emoji64, 60, measures=True, anywhere=True)]
 FINETUNING = ("size", "batch", "image_size", "text_length", "lora_rank", "no_checkpointing", "no_lpips")
 OF_ONE_CHECK = {"data": "emoji64"} | dict.fromkeys(FINETUNING, "finetuning FLUX.2")  # options, and what needs them
+WRITTEN = ("bench.json", "bench.md", "emoji64.png", *(f"rank-{rank}.png" for rank in RANKS))
 VERSIONS = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "lpips", "numpy")
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch.use_deterministic_algorithms requires it
 
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"--{option.replace('_', '-')} is for the check {check}, which --only leaves out")
         if args.data:
             existing_file(args.data)
+        for name in WRITTEN:
+            new_file(args.out / name)
         args.out.mkdir(parents=True, exist_ok=True)
     except (InputError, OSError) as e:
         p.error(str(e))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from asymflow import files
 from asymflow.bench.trainings import FailedError, Trainings
 
 PASSED, MEASURED, FAILED, ERROR, NOT_RUN = "passed", "measured", "FAILED", "error", "not run"
@@ -144,8 +145,10 @@ def matmul_precision(setting: str) -> Iterator[None]:
 def write(folder: Path, about: dict, limits: dict, results: list[Result]) -> None:
     """Write bench.json and bench.md. Called after every check."""
     found = {**about, "limits": limits, "checks": [asdict(result) for result in results]}
-    (folder / "bench.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
-    (folder / "bench.md").write_text(as_markdown(about, results))
+    texts = {"bench.json": json.dumps(found, indent=2, default=str) + "\n", "bench.md": as_markdown(about, results)}
+    for name, text in texts.items():
+        with files.replacing(folder / name) as beside:
+            beside.write_text(text)
 
 
 def as_markdown(about: dict, results: list[Result]) -> str:

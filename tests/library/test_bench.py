@@ -96,12 +96,22 @@ def test_each_check_is_by_itself(monkeypatch, tmp_path):
 def test_what_is_wrong_or_breaks_makes_the_exit_code(monkeypatch, tmp_path):
     fine_ones = [kit.Check("fine", fine, 0), kit.Check("missing", without_package, 0), kit.Check("slow", fine, 10**6)]
     bad_ones = [kit.Check("wrong", wrong, 0), kit.Check("broken measure", broken, 0, measures=True)]
-    assert run(monkeypatch, tmp_path, *fine_ones)[0] == 0
+    assert run(monkeypatch, tmp_path / "fine", *fine_ones)[0] == 0
     for bad in bad_ones:
-        assert run(monkeypatch, tmp_path, *fine_ones, bad)[0] == 1
-    code, found = run(monkeypatch, tmp_path, *fine_ones, *bad_ones, options=["--tiny", "--only", "FINE"])
+        assert run(monkeypatch, tmp_path / bad.name, *fine_ones, bad)[0] == 1
+    code, found = run(monkeypatch, tmp_path / "some", *fine_ones, *bad_ones, options=["--tiny", "--only", "FINE"])
     assert code == 0
     assert found.keys() == {"fine", "limits"}
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.md", "emoji64.png", "rank-8.png", "rank-0.png"])
+def test_what_an_earlier_run_wrote_is_kept(tmp_path, capsys, name):
+    (tmp_path / name).write_text("earlier")
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--tiny", "--device", "cpu", "--only", "limits", "--out", str(tmp_path)])
+    assert end.value.code == 2
+    assert f"{name} exists already" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
 def test_on_a_cpu_what_would_take_hours_is_not_run(monkeypatch, tmp_path):
