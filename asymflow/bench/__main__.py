@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         for option, check in OF_ONE_CHECK.items():
             if getattr(args, option) != p.get_default(option) and check not in {each.name for each in checks}:
                 raise InputError(f"--{option.replace('_', '-')} is for the check {check}, which --only leaves out")
+        if args.tiny and args.size:
+            raise InputError(
+                f"--size {args.size} is of FLUX.2, and --tiny takes a tiny model: leave out one of the two"
+            )
         if args.data:
             existing_file(args.data)
         for name in WRITTEN:

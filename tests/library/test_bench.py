@@ -132,6 +132,7 @@ def test_on_a_cpu_what_would_take_hours_is_not_run(monkeypatch, tmp_path):
         (["--out", "out", "--only", "wrapper", "--data", "file"], "--data is for the check emoji64"),
         (["--out", "out", "--only", "emoji64", "--no-lpips"], "--no-lpips is for the check finetuning FLUX.2"),
         (["--out", "out", "--device", "tpu9"], "argument --device: invalid choice: 'tpu9'"),
+        (["--tiny", "--out", "out", "--size", "4B"], "--size 4B is of FLUX.2, and --tiny takes a tiny model"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, words, message):
