@@ -64,8 +64,6 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(model, Subspace):
         if out.suffix != ".safetensors":
             raise InputError(f"{args.file} is a subspace, which is written to one file: --out must end in .safetensors")
-        if args.dtype != "float32":
-            raise InputError(f"{args.file} is a subspace, which is always written in float32: leave out --dtype")
         model.save(out)
         print(f"a subspace of rank {model.rank} of {model.dim} dimensions, scale {model.scale:.6g}, is in {out}")
         print(f"try: asymflow subspace show {shlex.quote(str(out))}")

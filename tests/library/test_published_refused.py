@@ -74,6 +74,23 @@ def test_an_unknown_size_needs_the_block_where_class_tokens_join(tmp_path):
     assert load_published(path, in_context_start=0).backbone.in_context_start == 0
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"weights": "ema1"},
+        {"dtype": torch.bfloat16},
+        {"in_context_start": 0},
+        {"noise_scale": 2.0},
+        {"sigma_min": 0.05},
+    ],
+)
+def test_a_subspace_takes_no_options_of_a_model(tmp_path, option):
+    path = save({"proj_mat_p2": Subspace.random(12, 3).basis}, tmp_path / "a.pt")
+    assert load_published(path).rank == 3
+    with pytest.raises(InputError, match=f"is a subspace, and no model: it has no {next(iter(option))} to choose"):
+        load_published(path, **option)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_that_are_not_there_cannot_be_chosen(tmp_path, suffix):
     with pytest.raises(InputError, match="has no weights 'ema1' to choose: it has one set, unnamed"):

@@ -40,6 +40,7 @@ PUBLISHED_NAMES = [  # replacements, in this order, that turn the names of our J
     ("y_embedder.", "y_embedder.embedding_table."),
     ("in_context_positions", "in_context_posemb"),
 ]
+SIGMA_MIN = 0.04  # with which the reference samples
 # How far positions may differ from ours. In files of 16 bits they differ by up to 2^-9. In LTH14/JiT's averages they
 # differ by about 1e-4, because it averages them too, and an average of equal numbers drifts in float32. Those of
 # another model differ by about 1.
@@ -53,7 +54,7 @@ def load_published(
     dtype: torch.dtype = torch.float32,
     in_context_start: int | None = None,
     noise_scale: float | None = None,
-    sigma_min: float = 0.04,
+    sigma_min: float = SIGMA_MIN,
 ) -> AsymFlow | Subspace:
     """The model in a published checkpoint, in eval mode, or the subspace in one of the reference's subspace files.
 
@@ -66,16 +67,18 @@ def load_published(
     noise_scale: of the training; by default 1, and above 256 pixels image size / 256, as in JiT.
     sigma_min: see `AsymFlow`. LTH14/JiT samples with 0.05, the reference with 0.04.
 
-    A subspace gets its patch size from the file. If it has a scale, it is for FLUX.2, and of channel-first tokens in
-    Oklab. Otherwise it is from PCA and of channel-last tokens, and its directions are reordered, strongest first. A
-    basis that was rounded to 16 bits is made orthonormal again.
+    A subspace takes none of these options. It gets its patch size from the file. If it has a scale, it is for FLUX.2,
+    and of channel-first tokens in Oklab. Otherwise it is from PCA and of channel-last tokens, and its directions are
+    reordered, strongest first. A basis that was rounded to 16 bits is made orthonormal again.
     Raises InputError if the file is damaged or holds anything else, such as code, which is never run; if a tensor is
     missing, unexpected or misshaped; if position embeddings are not those that JiT computes.
     """
     content = read(path)
     if any(isinstance(name, str) and name.startswith("proj_mat_p") for name in content):
         of_models = dict(weights=weights, in_context_start=in_context_start, noise_scale=noise_scale)
-        if given := [name for name, value in of_models.items() if value is not None]:
+        given = [name for name, value in of_models.items() if value is not None]
+        given += ["dtype"] * (dtype != torch.float32) + ["sigma_min"] * (sigma_min != SIGMA_MIN)
+        if given:
             raise InputError(f"{path} is a subspace, and no model: it has no {given[0]} to choose")
         return reference_subspace(content, path)
     tensors = chosen_weights(content, weights, path)
