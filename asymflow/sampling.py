@@ -144,7 +144,7 @@ def guided(
 
     Returns a function of x (B, ...) and sigma (B,), for `sample` (Ho and Salimans 2022, arXiv 2207.12598).
 
-    flow: called as `flow(x, sigma, **conditions)`.
+    flow: called as `flow(x, sigma, **conditions)`. If it returns a tuple, the velocity is the first of it.
     conditions, unconditional: with the same names. Tensors, also those in lists, have one entry for each image;
         anything else must be equal in both. Both are evaluated in one call, the unconditional one only for images whose
         sigma is within the interval, ends included, and not at all at scale 1. If sigma is on a GPU, it is evaluated
@@ -162,6 +162,10 @@ def guided(
         raise InputError(f"orthogonal must be within [0, 1], but it is {orthogonal}")
     both = {name: stacked(name, value, unconditional[name]) for name, value in conditions.items()}
 
+    def predicted(x: Tensor, sigma: Tensor, conditions: Mapping[str, object]) -> Tensor:
+        output = flow(x, sigma, **conditions)
+        return output[0] if isinstance(output, tuple) else output
+
     def pushed(u: Tensor, u_uncond: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         guidance = u - u_uncond
         if orthogonal:
@@ -170,22 +174,22 @@ def guided(
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         if scale == 1:
-            return flow(x, sigma, **conditions)
+            return predicted(x, sigma, conditions)
         # Rounded like sigma, so that a sigma of 0.88 is within [0, 0.88] in float32 too.
         ends = torch.tensor([low, high], dtype=sigma.dtype).tolist()
         inside = (sigma >= ends[0]) & (sigma <= ends[1])
         if not on_host(inside):
-            u, u_uncond = flow(torch.cat([x, x]), torch.cat([sigma, sigma]), **both).chunk(2)
+            u, u_uncond = predicted(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
             return torch.where(expanded(inside, x), pushed(u, u_uncond, x, sigma), u)
         rows = inside.nonzero().squeeze(1)
         if not len(rows):
-            return flow(x, sigma, **conditions)
+            return predicted(x, sigma, conditions)
         needed = torch.cat([torch.arange(len(x)), len(x) + rows])
         some, levels = entries(x, rows), sigma[rows]
-        u, u_uncond = flow(
+        u, u_uncond = predicted(
             torch.cat([x, some]),
             torch.cat([sigma, levels]),
-            **{name: entries(value, needed) for name, value in both.items()},
+            {name: entries(value, needed) for name, value in both.items()},
         ).split([len(x), len(rows)])
         guided_rows = pushed(entries(u, rows), u_uncond, some, levels)
         dtype = torch.promote_types(u.dtype, guided_rows.dtype)  # the flow may return a narrower dtype than x has
@@ -261,7 +265,7 @@ def generate(
     indices: Iterable[int] | None = None,
     *,
     seed: int = 0,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
     null_label: int | None = None,
     steps: int = 50,
     guidance: float = 1.0,
@@ -277,7 +281,8 @@ def generate(
     Returns float32, on the model's device.
 
     flow: its backbone takes the condition `labels`. indices: with `seed`, they determine the noise of each image; 0 to
-    n - 1 by default. size: height and width; by default those of the training images, if the backbone has a `grid`.
+    n - 1 by default. size: height and width, or one number for both; by default those of the training images, if the
+    backbone has a `grid`.
     null_label: the label that means "no class"; by default the backbone's num_classes, if it has that. The rest is
     explained at `sample` and `guided`. arXiv 2605.12964 uses for ImageNet guidance 2.3 on the interval (0, 0.88) and 50
     Heun steps.
@@ -297,7 +302,8 @@ def generate(
     if size is None and grid is None:
         raise InputError("give size=(height, width): the backbone has no grid to tell that of its images")
     labels = labels.to(device)
-    height, width = size or tuple(n * flow.patch_size for n in grid)
+    size = size or tuple(n * flow.patch_size for n in grid)
+    height, width = (size, size) if isinstance(size, int) else size
     indices = list(range(len(labels)) if indices is None else indices)
     if labels.ndim != 1 or len(indices) != len(labels):
         shape = tuple(labels.shape)

@@ -57,6 +57,19 @@ def test_it_is_sampled_from_when_it_is_told_what_it_does_not_tell():
         generate(flow_of(Telling), [4], **OPTIONS)
 
 
+class Talkative(Telling):
+    """Returns more than the prediction, as the contract allows."""
+
+    def forward(self, tokens, tau, labels):
+        return super().forward(tokens, tau, labels), "more"
+
+
+@pytest.mark.parametrize("guidance", [{"guidance": 1.0}, {"guidance": 2.0}, OPTIONS])
+def test_of_a_tuple_the_first_is_sampled(guidance):
+    drawn = [generate(flow_of(kind), [0, 2], **{"steps": 2} | guidance) for kind in (Telling, Talkative)]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.filterwarnings("error")
 def test_it_is_saved_and_loaded_into_another_of_its_kind(tmp_path):
     image = generate(flow_of(Foreign), [1], size=(SIDE, SIDE), steps=1)

@@ -193,6 +193,7 @@ def test_noise_scale_is_the_size_of_the_noise_at_the_start(flow):
 
 def test_generate_takes_a_size_and_refuses_what_does_not_fit(flow):
     assert generate(flow, [1], size=(8, 24), steps=1).shape == (1, 3, 8, 24)
+    assert torch.equal(generate(flow, [1], size=8, steps=1), generate(flow, [1], size=(8, 8), steps=1))
     with pytest.raises(InputError, match="multiples of 4"):
         generate(flow, [1], size=(9, 24), steps=1)
     with pytest.raises(InputError, match="label 11 is not a class"):
