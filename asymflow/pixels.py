@@ -26,9 +26,15 @@ T, Result = TypeVar("T"), TypeVar("Result")
 # ---- Reading -------------------------------------------------------------------------------------------------------
 
 
-def read_square(entry: Entry, size: int) -> Tensor:
-    """An image, cropped by `adm_crop`, as (3, size, size) float32 in [-1, 1]. UnreadableError if it is damaged."""
-    return to_tensor(adm_crop(read_image(entry), size))
+def read_square(entry: Entry, size: int, enlarged: list[Entry] | None = None) -> Tensor:
+    """An image, cropped by `adm_crop`, as (3, size, size) float32 in [-1, 1]. UnreadableError if it is damaged.
+
+    enlarged: the entry is added to this list if its image is smaller than the crop.
+    """
+    image = read_image(entry)
+    if enlarged is not None and min(image.size) < size:
+        enlarged.append(entry)
+    return to_tensor(adm_crop(image, size))
 
 
 def read_pair(pair: tuple[Entry, Entry], patch_size: int) -> tuple[Tensor, Tensor]:

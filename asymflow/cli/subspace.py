@@ -26,6 +26,7 @@ from asymflow.entries import UnreadableError, choose, find_images, find_pairs
 from asymflow.errors import InputError
 from asymflow.fitting import energy_threshold, fit_pca, fit_procrustes
 from asymflow.model import AsymFlow
+from asymflow.passed_over import some
 from asymflow.patches import CHANNEL_FIRST, CHANNEL_LAST, TOKEN_ORDERS, patchify
 from asymflow.pictures import draw_subspace
 from asymflow.pixels import in_order, read_pair, read_square
@@ -130,8 +131,10 @@ def run_pca(args: argparse.Namespace) -> None:
             f"{args.patch_size} pixels)"
         )
 
+    enlarged = []
+
     def read(entry) -> tuple[Tensor]:
-        return (read_square(entry, args.image_size),)
+        return (read_square(entry, args.image_size, enlarged),)
 
     def solve(batches: Iterable[tuple[Tensor]], **record) -> Subspace:
         return fit_pca((pixels for (pixels,) in batches), args.rank, **record)
@@ -142,7 +145,7 @@ def run_pca(args: argparse.Namespace) -> None:
         more = f"{energy_threshold():.2f}, where the noise has 1"
         return {"rank auto": f"{subspace.rank}, for so many directions have more energy than {more} (see auto_rank)"}
 
-    fit(args, find_images, read, solve, lambda subspace, tally: reason(subspace))
+    fit(args, find_images, read, solve, lambda subspace, tally: reason(subspace), enlarged)
 
 
 def run_procrustes(args: argparse.Namespace) -> None:
@@ -186,12 +189,14 @@ def run_procrustes(args: argparse.Namespace) -> None:
     fit(args, lambda _: range(len(shards)), read_encoded, fit_procrustes, error)
 
 
-def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callable, reason: Callable) -> None:
+def fit(
+    args: argparse.Namespace, find: Callable, read: Callable, solve: Callable, reason: Callable, enlarged: list = ()
+) -> None:
     """Find, choose and read the samples; solve; then, in the first process, write the two files and print a summary.
 
     read: returns a sample as a tuple of tensors, of which the last is the image (3, H, W). solve: gets batches of such
     tuples, as tokens (n, ...), and returns the subspace. reason: returns more facts to print; it gets the subspace and
-    the tally of what was read, in which "cross" is sum z^T x if samples are pairs.
+    the tally of what was read, in which "cross" is sum z^T x if samples are pairs. enlarged: filled by `read`.
     """
     start = time.perf_counter()
     out, picture = new_outputs(args.out)
@@ -200,6 +205,7 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
             found = find(args.data)
         chosen = choose(found, args.images, args.seed)
         share, tally = chosen[index::count], {"images": 0, "tokens": 0, "sizes": set(), "unreadable": [], "cross": 0}
+        tally["enlarged"] = enlarged
 
         def tokens() -> Iterator[tuple[Tensor, ...]]:
             with progress_bar(desc="reading", unit="image", total=len(share), silent=index > 0) as bar:
@@ -225,6 +231,8 @@ def fit(args: argparse.Namespace, find: Callable, read: Callable, solve: Callabl
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         were = "image could not be read and was" if len(bad) == 1 else "images could not be read and were"
         print(f"{len(bad)} {were} left out: {'; '.join(bad[:5])}{more}", file=sys.stderr)
+    if small := sorted(tally["enlarged"]):
+        print(f"smaller than --image-size {args.image_size}, and enlarged: {some(small, 'image')}", file=sys.stderr)
     seconds = f"{time.perf_counter() - start:.1f}"
     print_facts(subspace, {**reason(subspace, tally), "tokens": f"{tally['tokens']:,}", "seconds": seconds})
     print(f"wrote {out} and {picture}; to see this again: asymflow subspace show {shlex.quote(str(out))}")

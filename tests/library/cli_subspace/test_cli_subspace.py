@@ -124,6 +124,14 @@ def test_the_automatic_rank_is_printed_with_its_reason(run, images, tmp_path):
     assert "energy" in line
 
 
+@pytest.mark.usefixtures("quick")
+def test_images_that_are_enlarged_are_counted(run, images, tmp_path):
+    assert run(*PCA, "--data", images, "--out", tmp_path / "a.safetensors")[2] == ""
+    code, _, err = run(*PCA, "--data", images, "--out", tmp_path / "b.safetensors", "--image-size=12", "--images=20")
+    assert code == 0
+    assert "smaller than --image-size 12, and enlarged: 20 images (the first: " in err
+
+
 @pytest.mark.parametrize("rank", [0, 48])
 def test_the_rank_may_be_none_or_all(run, images, tmp_path, rank):
     code, text, _ = run(*PCA, "--data", images, "--out", tmp_path / "s.safetensors", f"--rank={rank}")
