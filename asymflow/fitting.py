@@ -31,13 +31,14 @@ def fit_pca(
     rank: int | Literal["auto"],
     *,
     noise_scale: float = 1.0,
+    sigma: Tensor | None = None,
     group: "dist.ProcessGroup | None" = None,
     **record,
 ) -> Subspace:
     """The subspace of the `rank` directions with the most energy in the data (arXiv 2605.12964).
 
     batches: tensors of tokens (..., D), see `patchify`; any floating point dtype, any device. Read once.
-    rank: r in [0, D], or "auto": chosen by `auto_rank` for noise of standard deviation `noise_scale`.
+    rank: r in [0, D], or "auto": chosen by `auto_rank` for noise of standard deviation `noise_scale` at levels `sigma`.
     group: of processes, under torch.distributed (default: all). record: patch_size, token_order, color_space, fitted_on
         of the `Subspace`.
 
@@ -46,7 +47,7 @@ def fit_pca(
     several are equal to 1e-6). The spectrum is that of the mean of x x^T. The scale is 1.
     Raises InputError if there are no tokens, all are 0, one is not finite, D changes, or rank or record do not fit.
     """
-    threshold = energy_threshold(noise_scale)
+    threshold = energy_threshold(noise_scale, sigma)
     if rank != "auto":
         rank = as_rank(rank)
 
@@ -155,15 +156,20 @@ def energy_threshold(noise_scale: float = 1.0, sigma: Tensor | None = None) -> f
     """The energy above which a direction belongs inside of the subspace. See `auto_rank` for the derivation."""
     if not 0 < noise_scale < float("inf"):
         raise InputError(f"noise_scale must be a positive number, but it is {noise_scale}")
-    if sigma is None:  # the midpoints of 100,000 quantiles, which make the threshold exact to 2e-4
-        n = 100_000
-        sigma = torch.sigmoid(0.8 + 0.8 * torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n))
+    if sigma is None:
+        sigma = torch.sigmoid(0.8 + 0.8 * normal_quantiles())
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     if not (sigma.numel() and ((sigma >= 0) & (sigma <= 1)).all()):
         raise InputError("sigma must be noise levels between 0 and 1, at least one")
     softened = sigma.clamp(min=0.05)
     inside, outside = (sigma / softened).square().mean(), softened.square().reciprocal().mean()
     return (noise_scale**2 * inside / (outside - inside)).item()
+
+
+def normal_quantiles() -> Tensor:
+    """Equally likely standard normal numbers, 100,000 in float64, which make the threshold exact to 2e-4."""
+    n = 100_000
+    return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
 
 
 # ---- One pass over the data ------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ def add_command(commands) -> None:
     add_data(pca, "folders of images (with the folders and .tar files in them), .tar shards, or image files")
     pca.add_argument("--rank", type=rank_or_auto, default=8, help='number of directions, or "auto": as many as pay off')
     pca.add_argument("--image-size", type=at_least(1), default=256, metavar="N", help="side of the crops, in pixels")
+    scale = (
+        "standard deviation of the noise that --rank auto reckons with (default: 1; that of a JiT of 512 pixels is 2)"
+    )
+    pca.add_argument("--noise-scale", type=float, metavar="X", help=scale)
     add_options(pca, CHANNEL_LAST, "rgb", patch_size=16)
     pca.set_defaults(run=run_pca)
 
@@ -130,19 +134,22 @@ def run_pca(args: argparse.Namespace) -> None:
             f"--rank {args.rank} is more than the {dim} dimensions of a token (3 channels x {args.patch_size} x "
             f"{args.patch_size} pixels)"
         )
-
+    if args.noise_scale is not None and args.rank != "auto":
+        raise InputError(f"--noise-scale is for --rank auto, but --rank is {args.rank}: leave out one of the two")
+    noise_scale = 1.0 if args.noise_scale is None else args.noise_scale
+    threshold = energy_threshold(noise_scale)
     enlarged = []
 
     def read(entry) -> tuple[Tensor]:
         return (read_square(entry, args.image_size, enlarged),)
 
     def solve(batches: Iterable[tuple[Tensor]], **record) -> Subspace:
-        return fit_pca((pixels for (pixels,) in batches), args.rank, **record)
+        return fit_pca((pixels for (pixels,) in batches), args.rank, noise_scale=noise_scale, **record)
 
     def reason(subspace: Subspace) -> dict[str, str]:
         if args.rank != "auto":
             return {}
-        more = f"{energy_threshold():.2f}, where the noise has 1"
+        more = f"{threshold:.2f}, where the noise has {noise_scale**2:g}"
         return {"rank auto": f"{subspace.rank}, for so many directions have more energy than {more} (see auto_rank)"}
 
     fit(args, find_images, read, solve, lambda subspace, tally: reason(subspace), enlarged)

@@ -19,7 +19,8 @@ from asymflow.data.encoded import EncodedShards
 from asymflow.data.encoders import folder_digest
 from asymflow.errors import InputError, out_of_memory
 from asymflow.extensions import called, find, is_own
-from asymflow.fitting import fit_pca
+from asymflow.fitting import fit_pca, normal_quantiles
+from asymflow.flow_matching import noise_level
 from asymflow.model import AsymFlow
 from asymflow.parser import Parser
 from asymflow.patches import patchify
@@ -315,7 +316,9 @@ def fit_subspace(config: Config, dataset, device: torch.device) -> Subspace:
     mine = streams.permutation(config.train.seed, 0, len(dataset))[:count][dist.get_rank() :: dist.get_world_size()]
     bar = progress_bar(mine, "fitting the subspace", "image", silent=dist.get_rank() > 0)
     tokens = (patchify(image.to(device), patch) for image in readable(dataset, bar))
-    options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale)
+    c = config.loss
+    sigma = noise_level(normal_quantiles(), c.sigma_mean, c.sigma_std, c.sigma_shift)
+    options = dict(patch_size=patch, token_order="channel_last", noise_scale=config.model.noise_scale, sigma=sigma)
     return fit_pca(tokens, config.subspace.rank, **options)
 
 

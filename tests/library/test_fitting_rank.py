@@ -75,6 +75,9 @@ def test_auto_is_auto_rank():
         fit = fit_pca([x], "auto", noise_scale=noise_scale)
         assert fit.rank == auto_rank(fit.spectrum, noise_scale)
         assert torch.equal(fit.basis, fit_pca([x], fit.rank).basis)
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    fit = fit_pca([x], "auto", sigma=uniform)
+    assert fit.rank == auto_rank(fit.spectrum, sigma=uniform) > auto_rank(fit.spectrum)
     ranks = [fit_pca([x], "auto", noise_scale=noise_scale).rank for noise_scale in (0.01, 1, 2, 100)]
     assert ranks[0] == 10 > ranks[1] > ranks[2] > ranks[3] == 0
 

@@ -15,6 +15,7 @@ from processes import TINY, Launched, metrics, same_bits, slow_unless, tensors, 
 
 from asymflow import cost
 from asymflow.averages import Profile
+from asymflow.fitting import auto_rank
 from asymflow.subspace import Subspace
 from asymflow.training import loop
 from asymflow.training.config.reading import load_config
@@ -23,7 +24,7 @@ from asymflow.training.loader import Batches
 from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.objectives.cost import class_conditional_step, images
 from asymflow.training.run.folder import SUBSPACE
-from asymflow.training.start import make_flow
+from asymflow.training.start import fit_subspace, make_flow
 
 STEPS, BETWEEN = 3, 1
 BF16 = ("deepspeed.bf16.enabled=true", "train.precision=bf16")
@@ -336,3 +337,17 @@ def test_the_mfu_is_of_what_is_needed_and_not_shown_of_what_cannot_be_counted(ca
     assert capsys.readouterr().err.startswith(
         "the MFU is not shown, because the operations of a step cannot be counted"
     )
+
+
+def test_the_automatic_rank_is_that_of_the_noise_levels_of_the_loss(monkeypatch):
+    """Where the levels are low, images are hidden by little noise, and more of their directions pay off."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    fits = []
+    for mean in (0.8, -2.0):
+        given = [f"loss.sigma_mean={mean}", "subspace.rank=auto", "subspace.images=50", "data.size=50"]
+        config = load_config("shapes_tiny", given)
+        fits.append(fit_subspace(config, make_dataset(config), torch.device("cpu")))
+    sigma = torch.sigmoid(-2 + 0.8 * torch.randn(10**5, generator=torch.Generator().manual_seed(0)))
+    assert fits[0].rank == auto_rank(fits[0].spectrum)
+    assert fits[1].rank == auto_rank(fits[1].spectrum, sigma=sigma) > fits[0].rank

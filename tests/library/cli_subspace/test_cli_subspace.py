@@ -122,6 +122,8 @@ def test_the_automatic_rank_is_printed_with_its_reason(run, images, tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith("rank auto")]
     assert str(rank) in line
     assert "energy" in line
+    run(*PCA, "--data", images, "--out", tmp_path / "loud.safetensors", "--rank=auto", "--noise-scale=100")
+    assert Subspace.load(tmp_path / "loud.safetensors").rank == 0
 
 
 @pytest.mark.usefixtures("quick")
