@@ -33,7 +33,9 @@ that `flow(x_sigma, sigma, **conditions)` is called with. It may return a tuple,
                             float32, see `asymflow.precision`
 
 To train your own, name it in the configuration, `model.backbone: mypackage.net:MyNet`, and give the arguments of its
-class in `model.options`; the page docs/backbones.md shows it. It needs a patch_size, and the condition `labels`.
+class in `model.options`; the page docs/backbones.md shows it. It needs a patch_size, and the condition `labels`. If it
+has num_classes, grid or noise_scale, they must be those of the section `model`; but model.noise_scale, if it is given,
+is used instead of its own.
 
 A saved model whose backbone is not in this library is loaded by `AsymFlow.from_pretrained(folder, backbone=MyNet)`:
 code that only a file names is never run.

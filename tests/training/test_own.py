@@ -28,6 +28,7 @@ from asymflow.training.config.reading import load_config
 from asymflow.training.datasets import make_dataset
 from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.objectives.cost import Step, images, needed_flops
+from asymflow.training.start import make_flow
 from asymflow.training.zero.engine import check_optimizer
 
 MODULE = '''
@@ -101,6 +102,12 @@ class Exact(Stripes):
 class Blind(Net):
     def forward(self, tokens, tau):
         return tokens
+
+
+class Stubborn(Net):
+    def __init__(self, width=16, loud=1.0):
+        super().__init__(16, 3, width)
+        self.noise_scale = loud
 
 
 class Halved(ClassConditional):
@@ -240,6 +247,12 @@ def test_no_file_of_a_run_or_a_model_makes_code_run(own, run, tmp_path, capsys, 
         ({"model.options.witdh": 3}, "model.options.witdh is no argument of Net: did you mean width?"),
         ({"model.options.image_size": 3}, "model.options.image_size is what other keys of the configuration say"),
         ({"model.options.width": "wide"}, "model.options: Net refuses them"),
+        (
+            {"model.backbone": "stranger_net:Stubborn", "model.num_classes": 4},
+            "num_classes 3, but training uses 4",
+        ),
+        ({"model.backbone": "stranger_net:Stubborn", "model.image_size": 32}, r"grid \(4, 4\), but .* uses \(8, 8\)"),
+        ({"model.backbone": "stranger_net:Stubborn", "model.options.loud": 3.0}, "noise_scale 3.0, but .* uses 1.0"),
         ({"model.dropout": 0.1}, "model.dropout is given, but stranger_net:Net has no such argument"),
         (
             {"model.backbone": "stranger_net:Lion", "model.options": {}},
@@ -259,6 +272,13 @@ def test_what_does_not_fit_is_one_line(own, importable, change, message):
     with pytest.raises(InputError, match=message) as error:
         _ = make_backbone(config.model), make_dataset(config)
     assert "\n" not in str(error.value)
+
+
+def test_a_noise_scale_that_is_given_comes_before_that_of_the_backbone(own, importable):
+    given = ["model.backbone=stranger_net:Stubborn", "model.options.loud=3.0"]
+    for more in (["model.noise_scale=2.0"], ["model.noise_scale=3.0"]):
+        config = load_config(own / "own.yaml", [*given, *more])
+        assert make_flow(config, Subspace.random(48, 4)).noise_scale == config.model.noise_scale
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def make_backbone(model: Model) -> nn.Module:
     names = forward_parameters(backbone)
     if "labels" not in names and not any(p.kind == p.VAR_KEYWORD for p in names.values()):
         raise InputError(f"{model.backbone} needs an argument labels of its forward: (B,), {model.num_classes} is none")
+    check_agreement(backbone, model)
     if not hasattr(backbone, "config"):
         backbone.config = given | model.options
     if model.checkpoint_every and "checkpoint_every" not in given:
@@ -72,6 +73,21 @@ def make_backbone(model: Model) -> nn.Module:
             block.forward = partial(recomputed, block.forward)
             block.recomputed = True
     return backbone
+
+
+def check_agreement(backbone: nn.Module, model: Model) -> None:
+    """InputError if a backbone says something else of itself than the configuration does, by which it is trained."""
+    grid = (model.image_size // backbone.patch_size,) * 2
+    expected = [("num_classes", model.num_classes, "num_classes"), ("grid", grid, "image_size")]
+    if "noise_scale" not in model.model_fields_set:
+        expected.append(("noise_scale", model.noise_scale, "noise_scale"))
+    for name, ours, key in expected:
+        theirs = getattr(backbone, name, None)
+        if theirs not in (None, ours, list(grid)):
+            raise InputError(
+                f"{model.backbone} has {name} {theirs}, but training uses {ours}: set model.{key} to fit, or change "
+                "the class"
+            )
 
 
 def repeated_blocks(model: nn.Module, key: str) -> list[nn.Module]:
@@ -91,7 +107,11 @@ def recomputed(forward: Callable, *args: object, **options: object) -> object:
 
 def patch_size(model: Model) -> int:
     """Pixels along the side of a token of the network."""
-    return network(model)["patch_size"] if model.backbone == "JiT" else own_patch_size(model.model_dump_json())
+    return (
+        network(model)["patch_size"]
+        if model.backbone == "JiT"
+        else own_patch_size(model.model_dump_json(exclude_unset=True))
+    )
 
 
 @cache
