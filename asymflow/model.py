@@ -53,8 +53,8 @@ class AsymFlow(
     (arXiv 2605.12964). Rank 0 is x0-prediction, rank D u-prediction; nothing else changes.
 
     backbone: any module with `forward(tokens (B, N, D), tau (B,), **conditions) -> (B, N, D)`. What it may have besides
-        is listed in `asymflow.backbones`. What wraps it (torch.compile, DistributedDataParallel)
-        changes neither what is read off it nor what is saved.
+        is listed in `asymflow.backbones`. A wrapper around it (torch.compile, DistributedDataParallel) changes neither
+        what is read off it nor what is saved.
     subspace: for tokens of dimension D = channels * patch_size^2.
     patch_size, token_order: see `patchify`. By default those of the subspace, else of the backbone; else channel_last.
     sigma_min: in eval mode the velocity outside of the subspace is divided by max(sigma, sigma_min); in training mode,

@@ -107,11 +107,9 @@ def recomputed(forward: Callable, *args: object, **options: object) -> object:
 
 def patch_size(model: Model) -> int:
     """Pixels along the side of a token of the network."""
-    return (
-        network(model)["patch_size"]
-        if model.backbone == "JiT"
-        else own_patch_size(model.model_dump_json(exclude_unset=True))
-    )
+    if model.backbone == "JiT":
+        return network(model)["patch_size"]
+    return own_patch_size(model.model_dump_json(exclude_unset=True))
 
 
 @cache
