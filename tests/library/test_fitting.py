@@ -193,7 +193,7 @@ def test_nothing_in_float64_is_larger_than_a_chunk_or_d_times_d(monkeypatch):
     x, z = normal(4000, 16).float(), normal(4000, 3, seed=1).float()
     whole = fit_pca([x], 5), fit_procrustes([(z, x)])
     monkeypatch.setattr(fitting, "CHUNK", 100)
-    monkeypatch.setattr(fitting, "energy_threshold", lambda _: 0.5)  # has its own, of 100,000
+    monkeypatch.setattr(fitting, "energy_threshold", lambda *_: 0.5)  # has its own, of 100,000
     with LargestFloat64() as largest:
         small = fit_pca([x], 5), fit_procrustes([(z, x)])
     assert largest.size == 16 * 16

@@ -89,7 +89,7 @@ def rate(out: Path) -> list[Run]:
 
 def best_rate(losses: Mapping[float, float]) -> float | None:
     """The rate with the lowest of these losses; None if a lower rate, or the next higher one, has not been tried."""
-    best = min(losses, key=losses.__getitem__, default=RATES[-1])
+    best = min(sorted(losses), key=losses.__getitem__, default=RATES[-1])
     return best if losses.keys() >= set(RATES[: RATES.index(best) + 2]) else None
 
 

@@ -129,7 +129,8 @@ def test_the_automatic_rank_is_printed_with_its_reason(run, images, tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_images_that_are_enlarged_are_counted(run, images, tmp_path):
     assert run(*PCA, "--data", images, "--out", tmp_path / "a.safetensors")[2] == ""
-    code, _, err = run(*PCA, "--data", images, "--out", tmp_path / "b.safetensors", "--image-size=12", "--images=20")
+    words = [*replaced(PCA, "--image-size=12"), "--data", images, "--images=20"]
+    code, _, err = run(*words, "--out", tmp_path / "b.safetensors")
     assert code == 0
     assert "smaller than --image-size 12, and enlarged: 20 images (the first: " in err
 
