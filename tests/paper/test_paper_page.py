@@ -180,6 +180,11 @@ def test_runs_at_their_own_rates_are_held_against_each_other_by_the_classifier_o
     claim = "| rank 8 is better than rank 0 (x0-prediction) |"
     row = next(line for line in blocks.rate(kinds).splitlines() if line.startswith(claim))
     assert row.split(" | ")[2] == f"**{distances[0] - distances[1]:+.2f} ± 0.00**"
+    for runs in kinds.values():
+        runs[1]["classifier"] = "of another machine"  # at each seed the two sides compare
+    row = next(line for line in blocks.rate(kinds).splitlines() if line.startswith(claim))
+    assert row.split(" | ")[2] == f"**{distances[0] - distances[1]:+.2f} ± 0.00**"
+    assert "These three are by 2 classifiers" in blocks.rate(kinds)
     own = kinds["rank-8-own-rate"]
     own[0], kept = {**own[0], "classifier": "a third"}, own[0]
     row = next(line for line in blocks.rate(kinds).splitlines() if line.startswith(claim))

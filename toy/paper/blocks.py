@@ -340,13 +340,14 @@ EMOJI |= {"rank-full-emoji": "768", "rank-random-8-emoji": RANDOM}
 
 
 def emoji(kinds: Kinds) -> str:
+    whole = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
+    kinds = by_one_classifier(kinds, [*EMOJI, *whole])
     pairs = {claim: tuple(f"{name}-emoji" for name in pair) for claim, pair in RANK_CLAIMS.items()}
     quality = {name: QUALITY[name] for name in ("held-out loss", "Fréchet distance")}
     loss = {"held-out loss": QUALITY["held-out loss"]}
     drawn = {claim: pair for claim, pair in pairs.items() if all(has_samples(kinds, name) for name in pair)}
     others = {claim: pair for claim, pair in pairs.items() if claim not in drawn}
     parts = [compared(kinds, drawn, quality, None), compared(kinds, others, loss, None)]
-    whole = {f"emoji-{name}": title for name, title in YARDSTICKS.items()}
     return "\n\n".join([*parts, all_measures(kinds, EMOJI | whole), *remarks(kinds, [*EMOJI, *whole])])
 
 

@@ -36,7 +36,7 @@ BLOCKS = {  # how each is made, and of which kinds of runs
     "emoji": (blocks.emoji, ["rank-0-emoji", "rank-8-emoji"]),
     "runs": (runs, []),
 }
-ALONE = {"rate", "switch", "renew"}  # whose runs are held against each other, whatever measured others
+ALONE = {"rate", "switch", "renew", "emoji"}  # whose runs are held against each other, whatever measured others
 SPECTRA = "spectra.json"
 PICTURES = {"paper_samples", "paper_finetuning"}  # figures of what was drawn, and not of numbers
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"  # the words

@@ -53,26 +53,26 @@ def read(folder: Path) -> dict[str, Runs]:
 
 
 def comparable(kinds: Mapping[str, Runs]) -> dict[str, Runs]:
-    """Copies of these kinds, without what another classifier than that of their data's yardsticks has measured.
-
-    The pictures of `finetuning` are others, and so is its classifier.
-    """
+    """Copies of these kinds, without what another classifier than that of their data's yardsticks has measured."""
     copied = copy.deepcopy(dict(kinds))
     for data in ("shapes", "emoji"):
         if yardsticks := kinds.get(f"{data}-whole"):
-            asked = [runs for kind, runs in copied.items() if not kind.startswith("finetuning-")]
-            runs = [run for runs in asked for run in runs.values()]
+            runs = [run for runs in copied.values() for run in runs.values()]
             runs = [run for run in runs if run["run"].get("config", "shapes64") == f"{data}64"]
             leave_out_other_classifiers(runs, yardsticks[0].get("classifier"))
     return copied
 
 
 def by_one_classifier(kinds: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Runs]:
-    """Copies of these kinds, without what another classifier than that of most of their runs has measured."""
+    """Copies of these kinds, without what another classifier than that of most of their runs of a seed has measured.
+
+    Their differences at a seed compare. Means over the seeds do not, if the classifiers of these are different ones.
+    """
     found = {name: copy.deepcopy(kinds[name]) for name in names if name in kinds}
-    runs = [run for runs in found.values() for run in runs.values()]
-    classifiers = Counter(run.get("classifier") for run in runs)
-    leave_out_other_classifiers(runs, max(classifiers, key=classifiers.__getitem__, default=None))
+    for seed in {seed for runs in found.values() for seed in runs}:
+        runs = [runs[seed] for runs in found.values() if seed in runs]
+        classifiers = Counter(run.get("classifier") for run in runs if classified(run))
+        leave_out_other_classifiers(runs, max(classifiers, key=classifiers.__getitem__, default=None))
     return found
 
 
@@ -82,11 +82,16 @@ def leave_out_other_classifiers(runs: Sequence[dict], classifier: str | None) ->
     classifier: as in a result; the first results do not name theirs.
     """
     for run in runs:
-        if run.get("classifier") != classifier:
-            found = [*run.get("on the way", {}).values(), *run["at the end"].values()]
-            for samples in (part for part in found if part.keys() >= CLASSIFIED):
+        if run.get("classifier") != classifier and (found := classified(run)):
+            for samples in found:
                 samples.update(dict.fromkeys(CLASSIFIED))
-                run[LEFT_OUT] = True
+            run[LEFT_OUT] = True
+
+
+def classified(run: dict) -> list[dict]:
+    """All that was measured of samples in the features of a classifier; nothing of `finetuning`, which is otherwise."""
+    found = [*run.get("on the way", {}).values(), *run["at the end"].values()]
+    return [part for part in found if isinstance(part, dict) and part.keys() >= CLASSIFIED]
 
 
 def held_out(run: dict) -> float:
@@ -214,15 +219,15 @@ def losses(kinds: Mapping[str, Runs], titles: Mapping[str, str]) -> str:
 def remarks(kinds: Mapping[str, Runs], names: Sequence[str]) -> list[str]:
     """What a reader of a table of these kinds has to know beside it: a paragraph, or none."""
     runs = [run for name in names for run in kinds.get(name, {}).values()]
-    classifiers = {run.get("classifier") for run in runs if run["at the end"].keys() >= CLASSIFIED}
-    words = []
+    drawn = [run for run in runs if (classified(run) or run["at the end"].keys() >= CLASSIFIED) and LEFT_OUT not in run]
+    classifiers, words = {run.get("classifier") for run in drawn}, []
     if left_out := sum(LEFT_OUT in run for run in runs):
         words.append(
             f"Fréchet distance, precision and recall of {count(left_out, 'run')} are left out: another classifier "
             "measured them ([why](#what-is-measured))."
         )
-    elif len(classifiers) > 1:
-        words.append(f"Fréchet distance, precision and recall are by {len(classifiers)} classifiers.")
+    if len(classifiers) > 1:
+        words.append(f"These three are by {len(classifiers)} classifiers: compare them within a seed only.")
     if len(teachers := {run.get("teacher") for run in runs if run["run"].get("repa")}) > 1:
         words.append(f"They are aligned with {len(teachers)} networks, trained alike on as many machines.")
     return [f"*{' '.join(words)}*"] if words else []
