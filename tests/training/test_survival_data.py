@@ -262,8 +262,8 @@ def test_a_folder_that_vanishes(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(150):
             Image.new("RGB", (16, 16), (i, i, 0)).save(tmp_path / "data" / name / f"{i}.png")
-    images = ("data.kind=image_folder", f"data.path={tmp_path / 'data'}", "data.workers=1", "model.num_classes=2")
-    images += ENDLESS
+    images = ("data.kind=image_folder", f"data.path={tmp_path / 'data'}", "data.size=null", "data.workers=1")
+    images += ("model.num_classes=2", *ENDLESS)
     vanishing = partial(vanishes, tmp_path / "data", 3)
     one_line(Launched(2, tmp_path / "run", *images, patch=vanishing), "could not be read", "does not exist")
 

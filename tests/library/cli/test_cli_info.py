@@ -26,8 +26,8 @@ def test_the_same_model_as_a_folder_and_as_a_published_file(run, tmp_path):
     model = flow(scale=1.5)
     model.save_pretrained(tmp_path / "folder")
     file = publish(model, tmp_path / "model.safetensors")
-    options = ("--batch", 2, "--in-context-start", 1)
-    folder, other = info(run, tmp_path / "folder", *options), info(run, file, *options)
+    folder = info(run, tmp_path / "folder", "--batch", 2)
+    other = info(run, file, "--batch", 2, "--in-context-start", 1)
     assert folder.pop("kind") != other.pop("kind")
     assert folder.pop("model") != other.pop("model")
     for found in (folder, other):  # what the file does not tell, as the loader has it
