@@ -1,6 +1,5 @@
 """Results of several seeds in tables: means, spreads, and claims with their verdicts."""
 
-import copy
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,8 @@ Values = Mapping[int, float | None]  # of a measure, by seed
 Sides = Mapping[str, tuple[Sequence[Values], Sequence[Values]]]  # by claim: the values of each measure, on both sides
 
 CLASSIFIED = {"frechet_distance", "precision", "recall"}  # what is measured in the features of a classifier
-LEFT_OUT = "left out"
+NOT_COMPARED = dict.fromkeys(CLASSIFIED)
+MEASURED, LEFT_OUT = ("on the way", "at the end"), "left out"
 UNKNOWN = "-"
 GUIDED, UNGUIDED, UNCLAMPED = "guided", "unguided", "guided, no clamp"
 COLUMNS = {  # of samples: what it is called, and how its numbers are written
@@ -53,45 +53,48 @@ def read(folder: Path) -> dict[str, Runs]:
 
 
 def comparable(kinds: Mapping[str, Runs]) -> dict[str, Runs]:
-    """Copies of these kinds, without what another classifier than that of their data's yardsticks has measured."""
-    copied = copy.deepcopy(dict(kinds))
-    for data in ("shapes", "emoji"):
-        if yardsticks := kinds.get(f"{data}-whole"):
-            runs = [run for runs in copied.values() for run in runs.values()]
-            runs = [run for run in runs if run["run"].get("config", "shapes64") == f"{data}64"]
-            leave_out_other_classifiers(runs, yardsticks[0].get("classifier"))
-    return copied
+    """These kinds without what another classifier than that of their data's yardsticks has measured."""
+    classifiers = {f"{data}64": kinds.get(f"{data}-whole", {}).get(0) for data in ("shapes", "emoji")}
+
+    def compared(run: dict) -> dict:
+        yardstick = classifiers.get(run["run"].get("config", "shapes64"))
+        return by_classifier(run, yardstick.get("classifier")) if yardstick else run
+
+    return {name: {seed: compared(run) for seed, run in runs.items()} for name, runs in kinds.items()}
 
 
 def by_one_classifier(kinds: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Runs]:
-    """Copies of these kinds, without what another classifier than that of most of their runs of a seed has measured.
+    """These kinds without what another classifier than that of most of their runs of a seed has measured.
 
     Their differences at a seed compare. Means over the seeds do not, if the classifiers of these are different ones.
     """
-    found = {name: copy.deepcopy(kinds[name]) for name in names if name in kinds}
+    found = {name: dict(kinds[name]) for name in names if name in kinds}
     for seed in {seed for runs in found.values() for seed in runs}:
-        runs = [runs[seed] for runs in found.values() if seed in runs]
-        classifiers = Counter(run.get("classifier") for run in runs if classified(run))
-        leave_out_other_classifiers(runs, max(classifiers, key=classifiers.__getitem__, default=None))
+        these = [runs for runs in found.values() if seed in runs]
+        classifiers = Counter(runs[seed].get("classifier") for runs in these if classified(runs[seed]))
+        for runs in these:
+            runs[seed] = by_classifier(runs[seed], max(classifiers, key=classifiers.__getitem__, default=None))
     return found
 
 
-def leave_out_other_classifiers(runs: Sequence[dict], classifier: str | None) -> None:
-    """Set to None, in place, what another classifier has measured: it does not compare.
+def by_classifier(run: dict, classifier: str | None) -> dict:
+    """A run, with None for what another classifier than this one has measured: it does not compare.
 
     classifier: as in a result; the first results do not name theirs.
     """
-    for run in runs:
-        if run.get("classifier") != classifier and (found := classified(run)):
-            for samples in found:
-                samples.update(dict.fromkeys(CLASSIFIED))
-            run[LEFT_OUT] = True
+    if run.get("classifier") == classifier or not classified(run):
+        return run
+    blank = lambda found: {key: part | NOT_COMPARED if is_classified(part) else part for key, part in found.items()}
+    return run | {key: blank(run[key]) for key in MEASURED if key in run} | {LEFT_OUT: True}
 
 
-def classified(run: dict) -> list[dict]:
-    """All that was measured of samples in the features of a classifier; nothing of `finetuning`, which is otherwise."""
-    found = [*run.get("on the way", {}).values(), *run["at the end"].values()]
-    return [part for part in found if isinstance(part, dict) and part.keys() >= CLASSIFIED]
+def classified(run: dict) -> bool:
+    """Whether anything was measured in the features of a classifier; not of `finetuning`, which is otherwise."""
+    return any(is_classified(part) for key in MEASURED for part in run.get(key, {}).values())
+
+
+def is_classified(part: object) -> bool:
+    return isinstance(part, dict) and part.keys() >= CLASSIFIED
 
 
 def held_out(run: dict) -> float:
