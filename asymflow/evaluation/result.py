@@ -5,12 +5,54 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from asymflow import files, opening
 from asymflow.errors import InputError
 from asymflow.evaluation.measures import MEASURES, ORACLE, Measured, Reference, Samples
 
 KIND = "asymflow evaluation 1"
+
+
+class Named(BaseModel):
+    name: str
+
+
+class Extractor(Named):
+    weights_sha256: str
+
+
+class Found(BaseModel):
+    value: FiniteFloat | None
+    uncertainty: FiniteFloat | None
+    remarks: list[str]
+
+
+class Scored(BaseModel):
+    interval: list[float] = []
+    step: int | None = None
+
+
+class Against(BaseModel):
+    name: str | None = None
+
+
+class Result(BaseModel):
+    """What readers of a result rely on; it has more."""
+
+    kind: Literal[KIND]
+    of: str
+    images: int
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    scored: Scored
+    protocol: Named
+    extractor: Extractor
+    reference: Against
+    measures: dict[str, Found]
+
+
 TITLES = {"kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"} | {
     "clip_score": "CLIP score",
     "count": "right count",
@@ -65,18 +107,9 @@ def read(path: Path) -> dict:
     path = path / "result.json" if path.is_dir() else path
     result = opening.read_json(path)
     try:
-        for found in result["measures"].values():
-            value, uncertainty = found["value"], found["uncertainty"]
-            if not all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in (value, uncertainty)):
-                raise ValueError
-            list(map(str.strip, found["remarks"]))
-        whole = result["kind"] == KIND and isinstance(result["protocol"], dict) and str(result["protocol"]["name"])
-        whole = whole and str(result["extractor"]["name"]) and isinstance(result["of"], str)
-        whole = whole and isinstance(result["scored"], dict) and len(result["size"]) == 2
-    except (KeyError, TypeError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is not a result of asymflow evaluate")
+        Result.model_validate(result, strict=True)
+    except ValidationError:
+        raise InputError(f"{path} is not a result of asymflow evaluate") from None
     return result
 
 

@@ -17,6 +17,10 @@ from test_cli_sample import save_model
 from torch_fidelity import calculate_metrics
 
 from asymflow.cli import main
+from asymflow.cli.card import metrics_of
+from asymflow.cli.card import table as card_table
+from asymflow.cli.evaluate_report import comparable
+from asymflow.cli.evaluate_report import table as report_table
 from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation import assets, result
@@ -201,6 +205,33 @@ def test_different_protocols_are_in_different_tables(made, tmp_path, capsys):
     tables = said.split("\n\nprotocol ")
     assert [table.count(str(made / "model")) for table in tables] == [2, 1]
     assert main(["evaluate", "report", str(made / "model")]) == 2
+
+
+def test_a_result_with_anything_missing_or_of_another_kind_is_told_in_one_line_or_not_needed(made, tmp_path, capsys):
+    whole = drawn(made, tmp_path / "a", num=20)
+    broken = tmp_path / "broken.json"
+
+    def changed(found, path=()):
+        for key in found:
+            without = {k: v for k, v in found.items() if k != key}
+            yield (*path, key), without
+            for other in (None, 3, "x", [], {}, True):
+                yield (*path, key, json.dumps(other)), found | {key: other}
+            if isinstance(found[key], dict):
+                yield from ((where, found | {key: inner}) for where, inner in changed(found[key], (*path, key)))
+
+    refused = set()
+    for path, other in changed(whole):
+        broken.write_text(json.dumps(other))
+        capsys.readouterr()
+        try:
+            read = result.read(broken)
+        except InputError as e:
+            assert str(e) == f"{broken} is not a result of asymflow evaluate"
+            refused.add(path)
+        else:
+            report_table([read]), card_table(read), list(metrics_of([read], "data")), comparable(read)
+    assert {("measures",), ("images",), ("extractor", "weights_sha256"), ("reference", "name", "3")} <= refused
 
 
 @pytest.mark.parametrize(
