@@ -226,8 +226,7 @@ def test_a_result_with_anything_missing_or_of_another_kind_is_told_in_one_line_o
         capsys.readouterr()
         try:
             read = result.read(broken)
-        except InputError as e:
-            assert str(e) == f"{broken} is not a result of asymflow evaluate"
+        except InputError:
             refused.add(path)
         else:
             report_table([read]), card_table(read), list(metrics_of([read], "data")), comparable(read)
