@@ -209,13 +209,15 @@ def abandon_snapshots(out: Path, step: int) -> str:
     Snapshots are removed only when training reaches their step again, in case somebody went back by mistake. Returns a
     remark for the user, empty if there are none.
     """
-    for picture in (out / SAMPLES).glob("*.png"):
-        if picture.stem.isdecimal() and int(picture.stem) > step:
-            picture.rename(f"{picture}.{ABANDONED}")
-    folder = out / SNAPSHOTS
-    later = [checkpoint.folder_of(folder, taken) for taken in checkpoint.steps(folder) if taken > step]
-    names = [put_aside(path, ABANDONED).name for path in later]
-    return f"; later snapshots are put aside, as {names[0]}" + " and so on" * (len(names) > 1) if names else ""
+    folder, remark = out / SNAPSHOTS, ""
+    snapshots = [checkpoint.folder_of(folder, taken) for taken in checkpoint.steps(folder) if taken > step]
+    pictures = sorted(p for p in (out / SAMPLES).glob("*.png") if p.stem.isdecimal() and int(p.stem) > step)
+    aside = {"snapshots": [put_aside(path, ABANDONED) for path in snapshots]}
+    aside["samples"] = [picture.rename(f"{picture}.{ABANDONED}") for picture in pictures]
+    for kind, paths in aside.items():
+        if names := [path.name for path in paths]:
+            remark += f"; later {kind} are put aside, as {names[0]}" + " and so on" * (len(names) > 1)
+    return remark
 
 
 def forget_abandoned(snapshot: Path) -> None:

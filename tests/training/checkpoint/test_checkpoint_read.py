@@ -170,8 +170,16 @@ def test_a_run_begins_where_it_is_told_and_then_goes_on_by_itself(out, tmp_path)
 
 def test_snapshots_that_training_goes_back_behind_are_put_aside_until_it_is_there_again(out):
     snapshots = out / run.SNAPSHOTS
+    (out / run.SAMPLES).mkdir()
     for _ in range(2):
-        assert run.abandon_snapshots(out, 4) == "; later snapshots are put aside, as 00000006.abandoned and so on"
+        for step in (4, 6):
+            (out / run.SAMPLES / f"{step:08d}.png").touch()
+        said = run.abandon_snapshots(out, 4)
+        assert said == (
+            "; later snapshots are put aside, as 00000006.abandoned and so on"
+            "; later samples are put aside, as 00000006.png.abandoned"
+        )
+        assert sorted(path.name for path in (out / run.SAMPLES).iterdir()) == ["00000004.png", "00000006.png.abandoned"]
         assert check(snapshots) == [2]
         assert run.abandon_snapshots(out, 4) == ""
         again = checkpoint.folder_of(snapshots, 6)
