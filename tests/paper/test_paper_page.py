@@ -383,3 +383,8 @@ def test_losses_that_are_burdens_correlate_with_them_fully(tmp_path):
     assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \| 1\.00 \|", text)
     assert "| shapes | 192 | nothing |" in text
     assert not re.search(r"\| nothing \| (\d+) \| \1 \|", text)
+    few = kinds | {"rank-1": {0: made_up("rank-1", 0, 0.0)}}  # a rank of fewer seeds is compared with none
+    others, _, compared = best_rank.best_ranks(few, spectra).rpartition("\n\n")
+    assert others != text.rpartition("\n\n")[0]
+    assert compared.count("| shapes |") == 3
+    assert re.search(r"\| shapes \| 192 \| the bottleneck, 64 \| (\d+) \| \1 \| 1\.00 \| 1\.00 \|", compared)

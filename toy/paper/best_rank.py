@@ -43,12 +43,16 @@ def predicted(spectra: Mapping[str, list[float]]) -> str:
 
 
 def best_ranks(kinds: Kinds, spectra: Mapping[str, list[float]]) -> str:
-    """The held-out loss of each rank, at the noise levels of the training, and how well each burden goes with it."""
+    """The held-out loss of each rank, at the noise levels of the training, and how well each burden goes with it.
+
+    Ranks of fewer seeds than others are in the first table only.
+    """
     rows, fits = [], []
     for (data, width), mark in NETWORKS.items():
         found = {r: by_seed(kinds[k], as_trained) for r in criterion.RANKS if (k := f"rank-{r}{mark}") in kinds}
-        common = set.intersection(*map(set, found.values())) if found else set()
-        means = {rank: statistics.fmean(values[s] for s in common) for rank, values in found.items() if common}
+        seeds = set(max(found.values(), key=len, default=()))
+        whole = {rank: values for rank, values in found.items() if seeds <= values.keys()}
+        means = {rank: statistics.fmean(values[seed] for seed in seeds) for rank, values in whole.items()}
         best = min(means, key=means.__getitem__, default=None)
         words = {rank: shown(values, "{:.4f}") for rank, values in found.items()}
         words |= {best: f"**{words[best]}**"} if means else {}
