@@ -102,7 +102,8 @@ class AsymFlow(
 
         The result has the shape of x_sigma. It is in float32, or float64 if x_sigma or sigma is, even under autocast.
         conditions: passed on to the backbone; for JiT `labels` (B,), of which num_classes means "no class".
-        Raises InputError if the image does not fit patch size or channels, or there is not one sigma for each image.
+        Raises InputError if the image does not fit patch size or channels, there is not one sigma for each image, or it
+        is a number outside of [0, 1] (a tensor, which may be on a GPU, is not looked at).
         """
         grid = token_grid(x_sigma, self.patch_size)
         if x_sigma.shape[-3] != self.channels:
@@ -110,6 +111,8 @@ class AsymFlow(
                 f"the model is for images of {self.channels} channels, but these have {x_sigma.shape[-3]} (their shape "
                 f"is {tuple(x_sigma.shape)})"
             )
+        if isinstance(sigma, int | float) and not 0 <= sigma <= 1:
+            raise InputError(f"sigma is a noise level from 0 to 1, a thousandth of a timestep, but it is {sigma}")
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(sigma, dtype=at_least_float32(x_sigma))
         if sigma.dtype == torch.float64 and not has_float64(x_sigma.device):

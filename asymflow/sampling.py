@@ -151,7 +151,7 @@ def guided(
         for all images, because reading sigma would wait for the GPU.
     orthogonal: in [0, 1], the fraction to remove of that part of the guidance which is parallel to the denoised image
         x0 = x - sigma u, for each image: it only raises the contrast (arXiv 2605.12964 uses 1).
-    Raises InputError if the names, the interval or `orthogonal` are not as described.
+    Raises InputError if the names, the scale, the interval or `orthogonal` are not as described.
     """
     if conditions.keys() != unconditional.keys():
         raise InputError(f"conditions are {sorted(conditions)}, but without condition they are {sorted(unconditional)}")
@@ -160,6 +160,8 @@ def guided(
         raise InputError(f"the guidance interval must be within [0, 1], low end first, but it is {low}, {high}")
     if not 0 <= orthogonal <= 1:
         raise InputError(f"orthogonal must be within [0, 1], but it is {orthogonal}")
+    if not math.isfinite(scale):
+        raise InputError(f"the scale of guidance must be a finite number, but it is {scale}")
     both = {name: stacked(name, value, unconditional[name]) for name, value in conditions.items()}
 
     def predicted(x: Tensor, sigma: Tensor, conditions: Mapping[str, object]) -> Tensor:
@@ -293,6 +295,11 @@ def generate(
         raise InputError("the model is in training mode: call flow.eval() before sampling")
     device = flow.subspace.basis.device
     labels = torch.as_tensor(labels)
+    labels = labels if labels.numel() else labels.long()  # an empty list makes it float
+    indices = list(range(labels.numel()) if indices is None else indices)
+    if labels.ndim != 1 or len(indices) != len(labels):
+        shape = tuple(labels.shape)
+        raise InputError(f"give one label for each image: {len(indices)} images, but labels of the shape {shape}")
     num_classes, grid = (getattr(unwrapped(flow.backbone), name, None) for name in ("num_classes", "grid"))
     if num_classes is not None:
         check_labels(labels, num_classes)
@@ -304,10 +311,6 @@ def generate(
     labels = labels.to(device)
     size = size or tuple(n * flow.patch_size for n in grid)
     height, width = (size, size) if isinstance(size, int) else size
-    indices = list(range(len(labels)) if indices is None else indices)
-    if labels.ndim != 1 or len(indices) != len(labels):
-        shape = tuple(labels.shape)
-        raise InputError(f"give one label for each image: {len(indices)} images, but labels of the shape {shape}")
     noise = flow.noise_scale * image_noise(seed, indices, (flow.channels, height, width), device)
     unconditional = labels if null_label is None else torch.full_like(labels, null_label)
     velocity = guided(flow, {"labels": labels}, {"labels": unconditional}, guidance, interval, orthogonal)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -69,6 +70,16 @@ def profile_of(name: str) -> Profile | None:
     value = float(match[2])
     widest = (1 / 12) ** 0.5  # of a power function; decays as short as that are of no use
     return Profile(sigma_rel=value) if match[1] or value < widest else Profile(decay=value)
+
+
+def tracked(known: Mapping[str, float | None], name: str) -> str | None:
+    """The average of a checkpoint that a name means otherwise than it is called, such as rel-0.050 by 0.05.
+
+    known: the averages of its state, with their widths, or None for those of constant decay.
+    """
+    profile = profile_of(name)
+    profiles = {own: Profile(sigma_rel=width) if width else Profile(decay=float(own)) for own, width in known.items()}
+    return next((own for own in profiles if profiles[own] == profile), None)
 
 
 def rebuilt(run_folder: Path, name: str, step: int | None, absent: str) -> Rebuilt:

@@ -42,9 +42,10 @@ def values(text: str) -> tuple[float, ...]:
             found = [float(word) for word in text.split(",")]
         else:
             start, stop, *step = (float(word) for word in text.split(":"))
-            number = min(round((stop - start) / step[0]), MOST) if step else LENGTHS - 1
+            number = min(math.floor((stop - start) / step[0] + 1e-6), MOST) if step else LENGTHS - 1
             far = [start + i * step[0] for i in range(number + 1)] if step else np.geomspace(start, stop, LENGTHS)
             found = [round(float(value), 6) for value in far]
+            found += [stop] * (bool(found) and abs(found[-1] - stop) > 1e-6)  # the last step may be shorter
     except (ValueError, ZeroDivisionError, OverflowError, MemoryError):
         found = []
     if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)) or len(found) > MOST:

@@ -136,12 +136,14 @@ def choose(folder: Path, step: int | None, ema: str | None) -> Choice:
     if step not in steps:
         raise InputError(f"{checkpoints} has no step {step}: it has {', '.join(map(str, steps))}")
     chosen = checkpoint.folder_of(checkpoints, step)
-    averages = list(checkpoint.read_state(chosen)["averages"])
-    average = ema or (averages[0] if averages else "none")
+    averages = checkpoint.read_state(chosen)["averages"]
+    average = ema or next(iter(averages), "none")
     if average in ("none", *averages):
         return Choice(folder, chosen, step, average)
-    from asymflow.cli.averages import rebuilt
+    from asymflow.cli.averages import rebuilt, tracked
 
+    if name := tracked(averages, average):
+        return Choice(folder, chosen, step, name)
     has = f"it has {', '.join(averages) or 'no averages'}, and none"
     return rebuilt(folder, average, step, f"--ema {average} is not in the checkpoint: {has}")
 

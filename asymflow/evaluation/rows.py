@@ -32,12 +32,6 @@ class Rows:
         return rows
 
     def chunks(self, size: int = 4096) -> Iterator[Tensor]:
-        """All rows, in tensors of at least `size` rows (the last may have fewer) if the parts are smaller."""
-        waiting: list[Tensor] = []
-        for part in self.parts:
-            waiting.append(part)
-            if sum(map(len, waiting)) >= size:
-                yield torch.cat(waiting)
-                waiting = []
-        if waiting:
-            yield torch.cat(waiting)
+        """All rows, in tensors of `size` rows; the last may have fewer."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))

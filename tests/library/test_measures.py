@@ -148,7 +148,10 @@ def test_rows_in_parts_are_those_of_the_whole(seed, n, size):
     whole = drawn(n, 3, seed)
     rows = cut(whole, seed)
     assert len(rows) == n
-    assert torch.equal(torch.cat(list(rows.chunks(size))), whole)
+    assert torch.equal(torch.cat(chunks := list(rows.chunks(size))), whole)
+    assert {len(chunk) for chunk in chunks[:-1]} <= {size}  # also of one large part, so that memory is bounded
+    assert len(chunks[-1]) <= size
+    assert [len(chunk) for chunk in Rows([whole]).chunks(size)] == list(map(len, chunks))
     chosen = np.random.default_rng(seed).integers(0, n, 20)
     assert torch.equal(rows.take(chosen), whole[torch.from_numpy(chosen)])
     moments = Moments()

@@ -58,6 +58,8 @@ MISTAKES = {
     "an image without a batch": (lambda: call(IMAGE[0]), "(3, 4, 6)"),
     "an image that cannot be cut": (lambda: call(torch.zeros(2, 3, 4, 5)), "4 x 5"),
     "one noise level in a list": (lambda: call(sigma=[0.5]), "(1,)"),
+    "a timestep": (lambda: call(sigma=500), "500"),
+    "a noise level that is not a number": (lambda: call(sigma=float("nan")), "nan"),
     "too many noise levels": (lambda: call(sigma=torch.ones(3)), "(3,)"),
     "a noise level for every token": (lambda: call(sigma=torch.ones(2, 6)), "(2, 6)"),
     "noise levels in a column": (lambda: call(sigma=torch.ones(2, 1)), "(2, 1)"),

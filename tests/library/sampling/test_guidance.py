@@ -188,11 +188,13 @@ def test_conditions_that_are_not_tensors_are_passed_on_as_they_are():
         (dict(interval=(0.1, 1.5)), "interval"),
         (dict(interval=(math.nan, 0.5)), "interval"),
         (dict(orthogonal=1.5), "orthogonal"),
+        (dict(scale=math.nan), "scale"),
+        (dict(scale=math.inf), "scale"),
     ],
 )
 def test_guidance_out_of_range_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        guided(Recorder(), *CONDITIONS, 2.0, **options)
+        guided(Recorder(), *CONDITIONS, **dict(scale=2.0) | options)
 
 
 def test_conditions_with_other_names_are_refused():

@@ -200,6 +200,9 @@ def test_generate_takes_a_size_and_refuses_what_does_not_fit(flow):
         generate(flow, [1, 11], steps=1)
     with pytest.raises(InputError, match="one label for each image"):
         generate(flow, [1, 2], [0], steps=1)
+    with pytest.raises(InputError, match="one label for each image"):
+        generate(flow, 5, steps=1)
+    assert generate(flow, [], steps=1).shape == (0, 3, 16, 16)
     flow.train()
     try:
         with pytest.raises(InputError, match=r"flow\.eval"):
