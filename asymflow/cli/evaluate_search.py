@@ -126,6 +126,9 @@ def run(args: argparse.Namespace) -> None:
             words = f"and half of the budget is not left for the close ones: better give {4 * first * start:,}"
         if start < args.start:
             print(f"the first {count(first, 'setting')} get {start:,} images each, {words}", file=sys.stderr)
+        drawn, known = store.classes(start)
+        if drawn < known:
+            print(f"the first {start:,} images have {drawn:,} of {count(known, 'class')}", file=sys.stderr)
     found = search(axes.sizes, store.score, start, args.budget, axes.same)
     report(args, axes, store, found)
 
@@ -230,6 +233,7 @@ def report(args: argparse.Namespace, axes: Axes, store, found) -> None:
         "forward_passes": spent,
         "forward_passes_if_each_were_drawn_alone": alone,
         "protocol": store.protocol.model_dump(mode="json"),
+        "order_of_tries": store.tries.order,
         "scored": store.about,
         "versions": result.versions(),
         "scores": rows,

@@ -36,9 +36,10 @@ class Store:
 
     def __init__(self, args: argparse.Namespace, protocol: Protocol, axes, device: torch.device):
         self.args, self.axes, self.device, self.protocol = args, axes, device, protocol
+        self.tries = renamed(protocol, order="shuffled")  # whose first images are a fair choice of the classes
         self.rank, self.world = this_process()
         self.open: tuple[str | None, Scored] | None = None  # the model that is loaded, by its average
-        first = self.scored(axes.averages[0])
+        first = self.tried(axes.averages[0])
         self.about = first.about
         self.extractor = load_extractor(protocol.extractor, protocol.weights, device)
         self.title = result.title("frechet_distance", protocol.extractor)
@@ -48,18 +49,28 @@ class Store:
         self.against.fill(args.out / REFERENCE, self.extractor, args.batch, self.rank, self.world)
         self.target: Target | None = None
 
-    def scored(self, average: str | None, **changes) -> Scored:
-        """The model with an average. Only one is held at a time."""
-        if self.open is None or self.open[0] != average or changes:
-            args = copy.copy(self.args)
-            args.images, args.ema, args.interval, args.guidance = None, average, (0.0, 1.0), 1.0
-            vars(args).update(changes.pop("args", {}))
-            self.open = None  # before the next one is loaded
-            found = Scored(args, renamed(self.protocol, **changes), self.device)
-            if changes or args.guidance != 1:
-                return found
-            self.open = (average, found)
+    def tried(self, average: str | None) -> Scored:
+        """What the search draws of the model with an average. Only one is held at a time."""
+        if self.open is None or self.open[0] != average:
+            self.open = (average, self.scored(average, self.tries))
         return self.open[1]
+
+    def scored(
+        self,
+        average: str | None,
+        protocol: Protocol,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Scored:
+        args = copy.copy(self.args)
+        args.images, args.ema, args.guidance, args.interval = None, average, guidance, interval
+        self.open = None  # before the next one is loaded
+        return Scored(args, protocol, self.device)
+
+    def classes(self, images: int) -> tuple[int, int]:
+        """How many classes the first images of a setting have, and how many there are."""
+        source = self.tried(self.axes.averages[0]).source
+        return len(set(map(source.label, range(images)))), source.num_classes
 
     def folder(self, average: str | None, guidance: Guidance) -> Path:
         return self.args.out / "features" / (average or "as-it-is") / self.name(guidance)
@@ -97,7 +108,7 @@ class Store:
         missing = {guidance: set(blocks.missing()) for guidance, blocks in stores.items()}
         numbers = sorted(set().union(*missing.values()))
         mine = [number for number in numbers if number % self.world == self.rank]
-        branches = Branches(self.scored(average).source, self.args.orthogonal) if mine else None
+        branches = Branches(self.tried(average).source, self.args.orthogonal) if mine else None
         title = f"drawing {len(points)} settings" + (f" of average {average}" if average else "")
         wanted = {number: [g for g in stores if number in missing[g]] for number in mine}
         total = UNIT * sum(map(len, wanted.values()))
@@ -127,7 +138,7 @@ class Store:
             "average": average,
             "model": {key: value for key, value in self.about.items() if key not in VARIED},
             "orthogonal": self.args.orthogonal,
-            "protocol": self.protocol.model_dump(mode="json", exclude=exclude),
+            "protocol": self.tries.model_dump(mode="json", exclude=exclude),
             "weights_sha256": self.extractor.weights,
         }
 
@@ -183,7 +194,7 @@ class Store:
         """The result of asymflow evaluate with a setting, of images that no other repeat and no search has drawn."""
         average, scale, interval = self.axes.at(point)
         images = self.args.final or self.protocol.num
-        first = 2**40 + number * images
-        scored = self.scored(average, args={"guidance": scale, "interval": interval}, num=images, first=first)
+        protocol = renamed(self.protocol, num=images, first=2**40 + number * images)
+        scored = self.scored(average, protocol, scale, interval)
         shared = self.args.out / REFERENCE
         return evaluate(scored, self.final_folder(point, number), self.device, self.args.batch, reference_folder=shared)

@@ -34,10 +34,10 @@ class Drawn:
     ):
         self.flow, self.protocol, self.precision = flow, protocol, precision
         self.size = size or tuple(n * flow.patch_size for n in flow.backbone.grid)
-        classes = num_classes or flow.backbone.num_classes
-        self.class_of = label or (lambda number: protocol.label(number, classes))
+        self.num_classes = num_classes or flow.backbone.num_classes
+        self.class_of = label or (lambda number: protocol.label(number, self.num_classes))
         self.options = guidance | dict(method=method or protocol.method, steps=protocol.steps, shift=protocol.shift)
-        self.options |= dict(seed=protocol.seed, size=self.size, null_label=classes)
+        self.options |= dict(seed=protocol.seed, size=self.size, null_label=self.num_classes)
 
     def __len__(self) -> int:
         return self.protocol.num

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from asymflow import opening, yaml12
+from asymflow import opening, streams, yaml12
 from asymflow.errors import InputError
 from asymflow.evaluation.features import EXTRACTORS
 from asymflow.evaluation.measures import CAPTIONS, FEATURES, MEASURES, ORACLE
@@ -39,8 +39,10 @@ class Protocol(BaseModel):
     first: Annotated[int, Field(ge=0, lt=2**62)] = Field(0, description="the number of the first image")
     seed: Annotated[int, Field(ge=0, lt=2**62)] = Field(0, description="with its number, fixes the noise of an image")
     classes: Literal["balanced", "data"] = Field("balanced", description="all classes as often, or as in the reference")
-    order: Literal["in turn", "sorted"] = Field(
-        "in turn", description="image i is of class i, i + 1, ..., or of the first"
+    order: Literal["in turn", "sorted", "shuffled"] = Field(
+        "in turn",
+        description="of the classes: one after the other, over and over; all images of the first, then of the next; or "
+        "each once in a random order, over and over",
     )
     method: str = Field("heun", description="the sampler")
     steps: Count = Field(50, description="of the sampler")
@@ -72,6 +74,8 @@ class Protocol(BaseModel):
         """The class of image `first`, `first` + 1, ..., if all classes are drawn as often."""
         if self.order == "in turn":
             return number % num_classes
+        if self.order == "shuffled":
+            return streams.image_index(self.seed, number, num_classes)
         return min((number - self.first) * num_classes // self.num, num_classes - 1)
 
 

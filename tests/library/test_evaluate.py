@@ -25,11 +25,8 @@ from asymflow.data.shapes import Shapes
 from asymflow.errors import InputError
 from asymflow.evaluation import assets, result
 from asymflow.evaluation.classifier import Classifier
-from asymflow.evaluation.features import CLASSIFIER, EXTRACTORS, register_classifier
+from asymflow.evaluation.features import CLASSIFIER, register_classifier
 from asymflow.evaluation.images import Batch
-from asymflow.evaluation.measures import MEASURES, ORACLE, Reference, Samples
-from asymflow.evaluation.protocol import load_protocol, shipped
-from asymflow.evaluation.rows import Rows
 from asymflow.pixels import tensor_to_pil
 
 
@@ -180,20 +177,6 @@ def test_killed_at_any_time_it_goes_on_and_counts_no_image_twice(made, tmp_path)
 
 
 # ---- Protocols -------------------------------------------------------------------------------------------------------
-def test_every_shipped_protocol_is_whole_and_says_what_it_is():
-    assert shipped() == ["adm", "captions", "edm2-dino", "jit", "quick", "shapes"]
-    for name in shipped():
-        protocol = load_protocol(name)
-        assert protocol.name == name
-        assert protocol.about
-        assert load_protocol(name, {"num": 10}).name == f"{name}, num 10"
-    adm = load_protocol("adm")
-    labels = [adm.label(i, 1000) for i in range(adm.num)]
-    assert np.bincount(labels).tolist() == [50] * 1000
-    jit = load_protocol("jit")
-    assert [jit.label(i, 1000) for i in range(50_000)] == sorted(labels)
-
-
 def test_different_protocols_are_in_different_tables(made, tmp_path, capsys):
     drawn(made, tmp_path / "a", num=20)
     drawn(made, tmp_path / "b", num=20, guidance=1.0)
@@ -249,24 +232,6 @@ def test_a_protocol_that_cannot_be_used_is_one_line(tmp_path, made, capsys, text
     assert main(words(made, tmp_path / "out", model=made / "model", protocol=tmp_path / "mine.yaml")) == 2
     assert said in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("extractor", EXTRACTORS)
-@pytest.mark.parametrize("name", MEASURES)
-def test_a_measure_fits_the_extractor_or_is_refused(extractor, name):
-    """Whatever is not refused gives a number, or says why not."""
-    changes = {"extractor": extractor, "measures": [name]}
-    if (extractor == "oracle") != (name in ORACLE):
-        with pytest.raises(InputError, match=f"the extractor {extractor} is not for {name}"):
-            load_protocol("quick", changes)
-        return
-    protocol = load_protocol("quick", changes)
-    columns = tuple(ORACLE) if extractor == "oracle" else ()
-    features = Rows([torch.rand(20, 6)])
-    sample = Samples(features, columns=columns)
-    reference = None if columns else Reference(sample.statistics(), features)
-    (found,) = result.measure(protocol.measures, sample, reference).values()
-    assert found.value is not None or found.remarks[0].startswith("not measured: ")
 
 
 def test_the_oracle_reads_what_is_right_by_the_same_command(tmp_path, capsys):

@@ -19,6 +19,7 @@ from test_evaluate import evaluated, pictures
 from asymflow.backbones.jit import JiT
 from asymflow.cli import main
 from asymflow.cli.evaluate_search import intervals, values
+from asymflow.errors import InputError
 from asymflow.evaluation.branches import Branches, Guidance
 from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.drawn import Drawn
@@ -238,13 +239,15 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     assert found["final"]["values"] == distances
     assert found["final"]["mean"] == pytest.approx(np.mean(distances))
     assert len({one["protocol"]["first"] for one in finals}) == 2
+    assert {one["protocol"]["order"] for one in finals} == {"in turn"}
     # The best is what asymflow evaluate finds of the same setting and images.
     best, options = found["best"], dict(model=made / "model", reference=made / "other", steps=4)
     options |= dict(guidance=best["guidance"], interval=",".join(map(str, best["interval"])))
     images = max(int(row["images"]) for row in rows)
     least = min((row for row in rows if int(row["images"]) == images), key=lambda row: float(row["value"]))
     assert (float(least["guidance"]), float(least["high"])) == (best["guidance"], best["interval"][1])
-    alone = evaluated(made, tmp_path / "alone", **options, num=images)
+    (tmp_path / "shuffled.yaml").write_text("num: 64\norder: shuffled\n")
+    alone = evaluated(made, tmp_path / "alone", **options, num=images, protocol=tmp_path / "shuffled.yaml")
     value = alone["measures"]["frechet_distance"]["value"]
     assert float(least["value"]) == pytest.approx(value, rel=1e-3, abs=1e-5)
     # Again, with nothing to draw; then with a larger budget.
@@ -254,6 +257,25 @@ def test_the_command_finds_a_setting_and_goes_on(made, tmp_path, capsys):
     assert (again["best"], again["scores"]) == (found["best"], found["scores"])
     assert all(path.stat().st_mtime_ns == then for path, then in features.items())
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["adm", "jit", "edm2-dino", "quick"])
+def test_few_images_are_of_as_many_classes_by_every_protocol(made, tmp_path, monkeypatch, capsys, name):
+    def as_it_begins(sizes, score, start, *_):
+        store = score.__self__
+        labels = list(map(store.tried(None).source.label, range(50)))
+        assert [len(set(labels[i : i + 10])) for i in range(0, 50, 10)] == [10] * 5  # as often as each other
+        assert labels[:10] != labels[10:20] != sorted(labels[10:20])
+        before = load_protocol(name, {"steps": 4, "extractor": "classifier"})
+        assert (store.protocol.order, store.protocol.num) == (before.order, before.num)
+        assert store.identity(None)["protocol"]["order"] == "shuffled"
+        raise InputError("enough")
+
+    monkeypatch.setattr("asymflow.evaluation.search.search", as_it_begins)
+    monkeypatch.setattr("asymflow.cli.evaluate_store.UNIT", 8)
+    assert main(words(made, tmp_path / "out", "--protocol", name, "--start", 8)) == 2
+    assert "the first 8 images have 8 of 10 classes\n" in (said := capsys.readouterr().err)
+    assert said.endswith("error: enough\n")
 
 
 @pytest.mark.slow
