@@ -8,7 +8,8 @@ from asymflow.text import count
 
 ABOUT = """A table of results of asymflow evaluate. Numbers of different protocols are never in one table."""
 UNCOMPARED = ("name", "about", "weights", "reference", "first", "clip")
-PAPER = {  # arXiv 2605.12964, ImageNet 256, 50,000 images, protocol adm
+OF_PAPER = ("adm", 50_000, [256, 256], "adm-imagenet", "inception-v3-compat")  # what results of `PAPER` are of
+PAPER = {  # arXiv 2605.12964
     "AsymFlow-H/16, rank 8, 600 epochs": {"frechet_distance": 1.76, "inception_score": 312.0},
     "JiT-H/16, 600 epochs": {"frechet_distance": 1.90, "inception_score": 300.8},
     "AsymFlow-H/16 with REPA": {"frechet_distance": 1.57},
@@ -55,13 +56,15 @@ def table(group: list[dict]) -> str:
         of = one["scored"]
         interval = ",".join(map(str, of.get("interval", [])))
         rows.append([one["of"], *cells, str(of.get("guidance", "")), str(of.get("average", "")), interval])
-    if first["protocol"]["name"] == "adm":
+    reference = first["reference"].get("name")
+    if (first["protocol"]["name"], first["images"], first["size"], reference, extractor) == OF_PAPER:
         for title, figures in PAPER.items():
             rows.append([f"{title} (published)", *(str(figures.get(name, "")) for name in names), "", "", ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows[1:1] = [["-" * width for width in widths]]
     size = "{1} x {0}".format(*first["size"])
-    lines = [f"protocol {first['protocol']['name']}, {count(first['images'], 'image')} of {size} pixels", ""]
+    against = f", against {Path(reference).name}" if reference else ""
+    lines = [f"protocol {first['protocol']['name']}, {count(first['images'], 'image')} of {size} pixels{against}", ""]
     for row in rows:
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
     remarks = sorted({f"{n}: {r}" for one in group for n, found in one["measures"].items() for r in found["remarks"]})
