@@ -164,9 +164,11 @@ def table(result: dict) -> str:
 
 def drawn(result: dict) -> list[str]:
     """How the images were drawn, such as ["step 1000", "average 0.9999", "guidance 2.3"]."""
+    from asymflow.evaluation.result import besides
+
     of = result["scored"]
     keys = ("step", "average", "guidance", "interval", *(["orthogonal"] if of.get("orthogonal") else []))
-    return [f"{key} {of[key]}" for key in keys if key in of]
+    return [f"{key} {of[key]}" for key in keys if key in of] + besides(of)
 
 
 def metrics_of(results: list[dict], data: str):

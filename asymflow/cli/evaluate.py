@@ -45,6 +45,8 @@ FEATURES, REFERENCE = "features", "reference"
 ELSEWHERE = {"name", "about", "weights", "reference", "measures", "clip"}
 GUIDANCE = {"guidance": 2.3, "interval": (0.0, 0.88), "orthogonal": 0.0}
 DRAWING = ("num", "first", "seed", "steps", "method", "precision")
+SAMPLER = ("seed", "steps", "method", "shift", "precision")  # settings of asymflow sample that a protocol has
+SHOWN = ("step", "average", *GUIDANCE)  # and those that tables show
 CHANGES = (*DRAWING, "extractor", "weights", "reference", "crop", "clip")
 
 
@@ -128,23 +130,28 @@ class Scored:
     """What is scored: images of a folder, of an .npz, or drawn of a model. about: what determines them, for records."""
 
     def __init__(self, args: argparse.Namespace, protocol, device: torch.device):
-        self.of, self.data, self.remarks = str(args.images or args.model), None, []
-        if args.images:
-            from asymflow.evaluation.images import open_source
-            from asymflow.evaluation.protocol import renamed
+        from asymflow.evaluation.result import besides
 
-            self.source = open_source(args.images, protocol.crop, protocol.turn)
-            if len(self.source) < 2:
-                raise InputError(f"{args.images} has 1 image: at least 2 are needed")
-            self.protocol = renamed(protocol, num=len(self.source))
-            self.about = {"images": self.source.identity}
-            if settings := getattr(self.source, "settings", None):
-                self.about["settings"] = settings
-            else:
-                self.remarks.append("how these images were drawn is not known")
-        else:
-            self.protocol = protocol
-            self.draws(args, device)
+        self.of, self.data, self.protocol = str(args.images or args.model), None, protocol
+        self.precision = usual_precision(device) if protocol.precision == "usual" else protocol.precision
+        self.reads(args) if args.images else self.draws(args, device)
+        self.remarks = besides(self.about)
+
+    def reads(self, args: argparse.Namespace) -> None:
+        from asymflow.evaluation.images import open_source
+        from asymflow.evaluation.protocol import renamed
+
+        self.source = open_source(args.images, self.protocol.crop, self.protocol.turn)
+        if len(self.source) < 2:
+            raise InputError(f"{args.images} has 1 image: at least 2 are needed")
+        self.about, settings = {"images": self.source.identity}, getattr(self.source, "settings", None) or {}
+        known = {name: settings[name] for name in SAMPLER if name in settings}
+        if known.get("precision") == self.precision:
+            del known["precision"]
+        known |= {"classes": "balanced", "order": "in turn"} if "classes" in settings else {}
+        self.protocol = renamed(self.protocol, num=len(self.source), **known)
+        if settings:
+            self.about |= {name: settings[name] for name in SHOWN if name in settings} | {"settings": settings}
 
     def draws(self, args: argparse.Namespace, device: torch.device) -> None:
         from asymflow.evaluation.drawn import Drawn
@@ -153,7 +160,6 @@ class Scored:
         flow = load_model(found, device, args.backbone)
         check_model(args.model, flow)
         options = {name: getattr(args, name) for name in ("guidance", "interval", "orthogonal")}
-        precision = usual_precision(device) if p.precision == "usual" else p.precision
         method = find(p.method, {}, "--method") if is_own(p.method) else p.method
         label = None
         if isinstance(found, Choice) and (p.reference == "data" or p.classes == "data"):
@@ -161,8 +167,8 @@ class Scored:
         if p.classes == "data" and label is None:
             raise InputError("classes: data means those of a training's images: give a run as --model, or balanced")
         label = label if p.classes == "data" else None
-        self.source = Drawn(flow, p, precision, options, method, label=label)
-        self.about = identity(found) | options | {"precision": precision, "sigma_min": flow.sigma_min}
+        self.source = Drawn(flow, p, self.precision, options, method, label=label)
+        self.about = identity(found) | options | {"precision": self.precision, "sigma_min": flow.sigma_min}
 
 
 def check_model(model: Path, flow) -> None:

@@ -39,10 +39,12 @@ def run(args: argparse.Namespace) -> None:
 
 def comparable(one: dict) -> str:
     """What must be equal for two results to be in one table: protocol, extractor, reference, size and captions."""
+    from asymflow.evaluation.result import besides
+
     protocol = {name: value for name, value in one["protocol"].items() if name not in UNCOMPARED}
     reference = {name: value for name, value in one["reference"].items() if name != "name"}
-    parts = (protocol, one["extractor"]["weights_sha256"], reference, one["size"], one.get("clip"))
-    return json.dumps(parts, sort_keys=True)
+    parts = [protocol, one["extractor"]["weights_sha256"], reference, one["size"], one.get("clip")]
+    return json.dumps(parts + besides(one["scored"]), sort_keys=True)
 
 
 def table(group: list[dict]) -> str:
@@ -63,8 +65,9 @@ def table(group: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows[1:1] = [["-" * width for width in widths]]
     size = "{1} x {0}".format(*first["size"])
-    against = f", against {Path(reference).name}" if reference else ""
-    lines = [f"protocol {first['protocol']['name']}, {count(first['images'], 'image')} of {size} pixels{against}", ""]
+    about = [f"protocol {first['protocol']['name']}", f"{count(first['images'], 'image')} of {size} pixels"]
+    about += [f"against {Path(reference).name}"] if reference else []
+    lines = [", ".join(about + result.besides(first["scored"])), ""]
     for row in rows:
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
     remarks = sorted({f"{n}: {r}" for one in group for n, found in one["measures"].items() for r in found["remarks"]})

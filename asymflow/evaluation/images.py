@@ -8,11 +8,12 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 from torch import Tensor
 
 from asymflow import files, opening
@@ -21,6 +22,7 @@ from asymflow.entries import Entry, UnreadableError, find_images
 from asymflow.errors import InputError
 from asymflow.passed_over import PassedOver
 from asymflow.pixels import adm_crop, decoded, in_order, to_rgb, upright
+from asymflow.precision import Precision
 from asymflow.text import count
 
 BATCH = "arr_0"  # the array of samples in a batch of ADM
@@ -38,6 +40,25 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, first: int, last: int) -> Tensor: ...
+
+
+class Settings(BaseModel):
+    """What `asymflow sample` records of how it drew images, as far as a protocol says it too, or a table shows it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    seed: int = 0
+    steps: int = 0
+    method: str = ""
+    shift: FiniteFloat = 0
+    precision: Precision = "float32"
+    classes: Literal["all"] | list[int] = "all"
+    step: int = 0
+    average: str = ""
+    guidance: FiniteFloat = 0
+    interval: list[FiniteFloat] = []
+    orthogonal: FiniteFloat = 0
+    clamp: bool = False
 
 
 class Folder:
@@ -84,6 +105,8 @@ class Folder:
             try:
                 record = opening.read_json(folder / RECORD, most=MOST_RECORD)
                 found = {one["file"]: one for one in record["images"]}
+                settings = record.get("settings") or None
+                Settings.model_validate(settings or {})
             except (KeyError, TypeError, ValueError):  # another kind of file
                 continue
             drawn = [found[name] for name in named if name in found]
@@ -99,7 +122,7 @@ class Folder:
                     f"{folder / RECORD} lists {count(len(found), 'image')}, of which {len(drawn):,} are there: run its "
                     "asymflow sample again, which draws the others"
                 )
-            return record.get("settings"), drawn
+            return settings, drawn
         return None, []
 
     def caption(self, number: int) -> str:

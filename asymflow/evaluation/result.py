@@ -33,6 +33,7 @@ class Found(BaseModel):
 class Scored(BaseModel):
     interval: list[float] = []
     step: int | None = None
+    settings: dict = {}
 
 
 class Against(BaseModel):
@@ -72,6 +73,17 @@ def title(measure: str, extractor: str) -> str:
         return patch + FRECHET.get(extractor, f"FD ({extractor})")
     plain = measure in (*ORACLE, "clip_score") or extractor == "inception-v3-compat"
     return TITLES.get(measure, measure) + ("" if plain else f" ({extractor})")
+
+
+def besides(scored: dict) -> list[str]:
+    """What of how images were drawn is not known, or no protocol says. scored: of a result."""
+    if "images" not in scored:  # they were drawn by the protocol
+        return []
+    if not (settings := scored.get("settings")):
+        return ["how these images were drawn is not known"]
+    classes = settings.get("classes", "all")
+    of_some = [f"drawn of the classes {classes} alone"] if classes != "all" else []
+    return of_some + (["clamped while they were drawn"] if settings.get("clamp") else [])
 
 
 def measure(names: tuple[str, ...], sample: Samples, reference: Reference | None) -> dict[str, Measured]:

@@ -5,11 +5,17 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import torch
 from PIL import Image
+from test_cli_sample import save_model
 from test_evaluate import pictures
 
 from asymflow.cli import main
+from asymflow.cli.card import table as card_table
+from asymflow.cli.evaluate_report import comparable, table
 from asymflow.errors import InputError
+from asymflow.evaluation import result
+from asymflow.evaluation.classifier import Classifier
 from asymflow.evaluation.images import Folder
 from asymflow.evaluation.reference import Opened
 
@@ -70,3 +76,79 @@ def test_what_another_has_put_there_is_not_overwritten(tmp_path, monkeypatch, ca
         assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
         assert (tmp_path / "out" / name).read_text() == "mine"
         shutil.rmtree(tmp_path / "out")
+
+
+SETTINGS = {"seed": 0, "steps": 50, "method": "heun", "shift": 1.0, "precision": "float32", "classes": "all"}
+SETTINGS |= {"step": 7, "average": "0.99", "guidance": 1.5, "interval": [0.0, 0.9], "orthogonal": 0.0, "clamp": False}
+
+
+def recorded(folder, settings):
+    """Images and a record, as `asymflow sample` leaves them."""
+    images = sorted(pictures(folder / "images", 12).iterdir())
+    entries = [{"file": f"images/{path.name}", "class": 0} for path in images]
+    (folder / "samples.json").write_text(json.dumps({"settings": settings, "images": entries}))
+    return folder / "images"
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """Options: what images are held against, in which features."""
+    folder = tmp_path_factory.mktemp("held")
+    torch.manual_seed(0)
+    Classifier(10, width=8).save(folder / "classifier.safetensors")
+    pictures(folder / "other", 40, seed=1, shift=0.3)
+    options = {"--reference": folder / "other", "--extractor": "classifier", "--device": "cpu"}
+    return options | {"--weights": folder / "classifier.safetensors"}
+
+
+def result_of(held, out, images, *more, of="--images"):
+    words = {of: images, "--protocol": "adm", "--out": out, **held, **dict(zip(more[::2], more[1::2], strict=True))}
+    assert main(["evaluate", *(str(word) for pair in words.items() for word in pair)]) == 0
+    return result.read(out)
+
+
+def test_samples_are_in_one_table_with_those_that_are_drawn_alike(held, tmp_path):
+    model = save_model(tmp_path / "model")
+    words = ["--model", model, "--steps", 2, "--num", 12, "--guidance", 1.5, "--interval", "0,0.9"]
+    assert main(["sample", *map(str, words), "--device", "cpu", "--out", str(tmp_path / "samples")]) == 0
+    drawn = result_of(held, tmp_path / "drawn", *words[1:], of="--model")
+    read = result_of(held, tmp_path / "read", tmp_path / "samples" / "images")
+    assert read["protocol"]["name"] == "adm, extractor classifier, num 12, steps 2"
+    assert comparable(read) == comparable(drawn)
+    for name in ("guidance", "interval", "orthogonal"):
+        assert read["scored"][name] == drawn["scored"][name]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ""),
+        ({"steps": 10}, ", steps 10"),
+        ({"method": "euler", "shift": 2.0}, ", method euler, shift 2.0"),
+        ({"seed": 3}, ", seed 3"),
+        ({"precision": "bf16"}, ", precision bf16"),
+        ({"guidance": 3.0}, ""),
+        ({"classes": [1, 5]}, ""),
+        ({"clamp": True}, ""),
+    ],
+)
+def test_how_samples_were_drawn_is_in_the_name_of_the_protocol_or_beside_it(held, tmp_path, changed, said):
+    usual = result_of(held, tmp_path / "usual", recorded(tmp_path / "a", SETTINGS))
+    other = result_of(held, tmp_path / "out", recorded(tmp_path / "b", SETTINGS | changed))
+    assert other["protocol"]["name"] == f"adm, extractor classifier, num 12{said}"
+    for name in ("step", "average", "guidance", "interval", "orthogonal"):
+        assert other["scored"][name] == (SETTINGS | changed)[name]
+    assert (f"guidance {other['scored']['guidance']}") in card_table(other)
+    is_other = changed.keys() & {"steps", "method", "seed", "precision", "classes", "clamp"}
+    assert (comparable(other) != comparable(usual)) == bool(is_other)
+    assert bool(other["remarks"]) == bool(changed.keys() & {"classes", "clamp"})
+
+
+@pytest.mark.parametrize("settings", [{}, [], SETTINGS | {"steps": "many"}, SETTINGS | {"interval": 0.9}])
+def test_images_of_unknown_origin_are_in_no_table_with_drawn_ones(held, tmp_path, settings):
+    known = result_of(held, tmp_path / "known", recorded(tmp_path / "a", SETTINGS))
+    unknown = result_of(held, tmp_path / "unknown", recorded(tmp_path / "b", settings))
+    assert unknown["remarks"] == ["how these images were drawn is not known"]
+    assert comparable(known) != comparable(unknown)
+    for said in (table([unknown]).splitlines()[0], card_table(unknown)):
+        assert "how these images were drawn is not known" in said
