@@ -117,7 +117,7 @@ def check(args: argparse.Namespace, protocol) -> None:
         new_file(args.save_npz)
     if args.images:
         refuse_choice(args.images, args.step, args.ema)
-        if drawing := [name for name in (*DRAWING, *GUIDANCE) if getattr(args, name) is not None]:
+        if drawing := [name for name in (*DRAWING, *GUIDANCE, "backbone") if getattr(args, name) is not None]:
             raise InputError(f"--{drawing[0]} is for drawing, and --images are scored as they are, all of them")
         return
     for name, usual in GUIDANCE.items():

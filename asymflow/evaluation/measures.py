@@ -77,7 +77,7 @@ def frechet(sample: Samples, reference: Reference) -> Measured:
     own, n = sample.statistics(), len(sample.features)
     _, influence = Target(reference.statistics, sample.device).distance(own)
     effects = torch.cat([influence(part) for part in sample.features.chunks()])
-    few = f"fewer images ({n:,}) than features ({sample.features.width:,}): compare it with as many only"
+    few = f"no more images ({n:,}) than features ({sample.features.width:,}): compare it with as many only"
     remarks = (few,) if n <= sample.features.width else ()
     return Measured(frechet_distance(own, reference.statistics), float(effects.std() / math.sqrt(n)), remarks)
 

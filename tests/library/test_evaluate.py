@@ -123,7 +123,7 @@ def test_so_it_is_with_the_features_of_inception(made, tmp_path, monkeypatch):
     assert main(["evaluate", *map(str, options)]) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     check_equal(values(found), theirs(tmp_path, "inception-v3-compat", weights, 14))
-    assert "fewer images (14) than features (2,048)" in found["measures"]["frechet_distance"]["remarks"][0]
+    assert "no more images (14) than features (2,048)" in found["measures"]["frechet_distance"]["remarks"][0]
 
 
 # ---- The same, however it is done ------------------------------------------------------------------------------------
@@ -320,7 +320,9 @@ def test_features_that_are_not_finite_and_other_settings_are_refused(made, tmp_p
     assert "image 0, of class 0, has numbers that are NaN" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["num=70", "first=1", "seed=0", "steps=10", "guidance=2.3", "interval=0,0.88"])
+@pytest.mark.parametrize(
+    "option", ["num=70", "first=1", "seed=0", "steps=10", "guidance=2.3", "interval=0,0.88", "backbone=a:B"]
+)
 def test_options_of_drawing_are_refused_where_nothing_is_drawn(made, tmp_path, capsys, option):
     """They would not be followed, and the name of the protocol would say that they were."""
     given = words(made, tmp_path / "out", f"--{option}", images=made / "one", reference=made / "other")
