@@ -68,7 +68,6 @@ def test_the_kernel_distance_is_torch_fidelitys(monkeypatch):
     theirs = kid_features_to_metric(one, other, kid_subsets=12, verbose=False)
     found = kernel_distance(sample_of(one), reference_of(other))
     assert found.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
-    assert found.uncertainty == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
     fewer = kernel_distance(sample_of(one[:60]), reference_of(other))
     assert "subsets of 60 images" in fewer.remarks[0]
 
@@ -116,6 +115,15 @@ def test_the_uncertainty_is_what_the_distance_varies_by_with_fresh_samples():
 def test_the_uncertainty_of_a_score_is_that_of_fresh_samples():
     found = [inception_score(sample_of(logits, logits)) for logits in (drawn(500, 6, seed, 2.0) for seed in range(60))]
     assert np.mean([o.uncertainty for o in found]) == pytest.approx(np.std([o.value for o in found]), rel=0.3)
+
+
+@pytest.mark.parametrize(("n", "m", "size", "shift"), [(100, 100, 1000, 0.3), (100, 100, 1000, 0), (500, 900, 50, 0.2)])
+def test_the_uncertainty_of_the_kernel_distance_is_that_of_fresh_samples(monkeypatch, n, m, size, shift):
+    monkeypatch.setattr("asymflow.evaluation.measures.SUBSETS", 20)
+    monkeypatch.setattr("asymflow.evaluation.measures.SUBSET", size)
+    reference = reference_of(drawn(m, 8, 99, 1.1))
+    found = [kernel_distance(sample_of(drawn(n, 8, seed, 1, shift)), reference) for seed in range(30)]
+    assert np.mean([o.uncertainty for o in found]) == pytest.approx(np.std([o.value for o in found]), rel=0.4)
 
 
 @settings(deadline=None, max_examples=15)
