@@ -93,7 +93,7 @@ def open_record(
     if existed := path.exists():
         try:
             record = opening.read_json(path, most=MOST_RECORD)
-            before = with_precision(record["settings"])
+            before = with_later(record["settings"], now)
             images = {int(entry["index"]): entry[kind] for entry in record["images"]}
             if any("/" not in entry["file"] for entry in record["images"]):
                 args.images = args.out
@@ -129,10 +129,13 @@ def open_record(
         open_record(args, now, plan, again, kind)
 
 
-def with_precision(settings: dict) -> dict:
-    """Settings with "precision". Earlier versions had --dtype instead, whose float32 means the same."""
-    old = "precision" not in settings and settings.get("dtype") == "float32"
-    return settings | {"precision": "float32"} if old else settings
+def with_later(settings: dict, now: dict) -> dict:
+    """Settings with what earlier versions did not record, as far as it may be the same as now.
+
+    They had --dtype instead of --precision, whose float32 means the same, and no checksum of a model's config.json.
+    """
+    earlier = {"precision": "float32"} if settings.get("dtype") == "float32" else {}
+    return earlier | {key: now[key] for key in ("config_sha256",) if key in now} | settings
 
 
 def finish(args: argparse.Namespace, plan: list[tuple[int, object]]) -> bool:

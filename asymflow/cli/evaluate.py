@@ -168,7 +168,8 @@ class Scored:
             raise InputError("classes: data means those of a training's images: give a run as --model, or balanced")
         label = label if p.classes == "data" else None
         self.source = Drawn(flow, p, self.precision, options, method, label=label)
-        self.about = identity(found) | options | {"precision": self.precision, "sigma_min": flow.sigma_min}
+        self.about = identity(found) | options | {"precision": self.precision}
+        self.about |= {"sigma_min": flow.sigma_min, "noise_scale": flow.noise_scale}
 
 
 def check_model(model: Path, flow) -> None:

@@ -200,10 +200,12 @@ def load_model(found: Path | Choice, device: torch.device, backbone: str | None)
 
 
 def identity(found: Path | Choice) -> dict[str, object]:
-    """What determines the weights of a model: for a file or folder its checksum."""
+    """What determines a model: for a run its checkpoint, for a file its checksum, for a folder those of both files."""
     if isinstance(found, Choice):
         return found.identity()
-    return {"model_sha256": files.sha256(found / WEIGHTS if found.is_dir() else found)}
+    if not found.is_dir():
+        return {"model_sha256": files.sha256(found)}
+    return {"model_sha256": files.sha256(found / WEIGHTS), "config_sha256": files.sha256(found / CONFIG)}
 
 
 def own_backbone(name: str | None):

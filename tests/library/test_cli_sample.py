@@ -153,11 +153,11 @@ def test_it_goes_on_where_it_stopped(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 0), ("bfloat16", 2)])
-def test_a_folder_from_before_there_was_precision_can_be_continued(model, tmp_path, dtype, status):
+def test_a_folder_of_an_earlier_version_can_be_continued(model, tmp_path, dtype, status):
     out = tmp_path / "out"
     assert run(model, out, num=1, steps=1, precision="float32") == 0
     record = json.loads((out / "samples.json").read_text())
-    del record["settings"]["precision"]
+    del record["settings"]["precision"], record["settings"]["config_sha256"]
     record["settings"]["dtype"] = dtype
     (out / "samples.json").write_text(json.dumps(record))
     assert run(model, out, num=2, steps=1, precision="float32") == status

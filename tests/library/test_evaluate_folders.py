@@ -101,9 +101,13 @@ def held(tmp_path_factory):
     return options | {"--weights": folder / "classifier.safetensors"}
 
 
-def result_of(held, out, images, *more, of="--images"):
+def evaluate(held, out, images, *more, of="--images"):
     words = {of: images, "--protocol": "adm", "--out": out, **held, **dict(zip(more[::2], more[1::2], strict=True))}
-    assert main(["evaluate", *(str(word) for pair in words.items() for word in pair)]) == 0
+    return main(["evaluate", *(str(word) for pair in words.items() for word in pair)])
+
+
+def result_of(held, out, *words, **options):
+    assert evaluate(held, out, *words, **options) == 0
     return result.read(out)
 
 
@@ -117,6 +121,25 @@ def test_samples_are_in_one_table_with_those_that_are_drawn_alike(held, tmp_path
     assert comparable(read) == comparable(drawn)
     for name in ("guidance", "interval", "orthogonal"):
         assert read["scored"][name] == drawn["scored"][name]
+
+
+@pytest.mark.parametrize(("section", "key"), [("flow", "noise_scale"), ("network", "in_context_start")])
+def test_another_configuration_of_the_same_weights_is_another_model(held, tmp_path, capsys, section, key):
+    model, out = save_model(tmp_path / "model"), str(tmp_path / "samples")
+    sample = ["sample", "--model", str(model), "--steps", "1", "--num", "3", "--device", "cpu", "--out", out]
+    assert main(sample) == 0
+    words = [model, "--steps", 1, "--num", 6]
+    about = result_of(held, tmp_path / "out", *words, of="--model")["scored"]
+    assert (about["sigma_min"], about["noise_scale"]) == (0.04, 1.0)
+    config = json.loads((model / "config.json").read_text())
+    of_key = config[section].get("config", config[section])
+    of_key[key] += 1
+    (model / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(sample) == 2
+    assert "config_sha256 " in capsys.readouterr().err
+    assert evaluate(held, tmp_path / "out", *words, of="--model") == 2
+    assert "holds features of something else (scored " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
