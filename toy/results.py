@@ -57,6 +57,9 @@ precision falls. With the average that was found both are somewhat better than w
 
 By so few images many settings cannot be told apart: the found one is one of the best, not the best. (The search stopped
 here with a third of its budget left, because it was not enough for all of them; since then it goes on with the best.)
+
+(The ± of recall is here that of other images of the reference, which is too small; since then it is that of other
+samples of the model.)
 """,
     "emoji64": """
 **Guidance matters most**, here too: from 1.61 to about 0.7. **The longer the average, the more guidance it wants**: the
@@ -65,6 +68,9 @@ best scale is 2 at width 0.05, 2.25 to 2.5 at 0.08, 2.5 to 2.75 at 0.13. An inte
 **The search gained nothing over the configuration.** Its setting has 0.76 ± 0.03, the configuration's has 0.63 ± 0.08
 in one draw: no difference that chance could not make. The average with decay 0.99 was not among those that were
 searched, and is about as long as they are. What would tell is more images: this is a budget of minutes.
+
+(The ± of recall is here that of other images of the reference, which is too small; since then it is that of other
+samples of the model.)
 """,
 }
 DATA = {"shapes": "", "emoji64": " --data emoji64.tar"}

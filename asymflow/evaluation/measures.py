@@ -6,7 +6,7 @@ one standard deviation. Features are read in parts, so that memory does not grow
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from asymflow.text import count
 NEIGHBOURS = 3  # of precision and recall, as in Kynkaanniemi et al. 2019 and ADM
 SUBSETS, SUBSET = 100, 1000  # of KID: so many, of so many images
 SPLITS = 10  # of the Inception Score
+GROUPS = 10  # of samples, for the uncertainty of recall
 SEED = 2020  # torch-fidelity's, of subsets and splits
 RESAMPLES = 200  # of a bootstrap
 QUANTILE = 1.959964  # of a normal distribution: 2.5 % are above
@@ -176,26 +177,51 @@ def precision(sample: Samples, reference: Reference) -> Measured:
 
 def recall(sample: Samples, reference: Reference) -> Measured:
     """The share of images of the reference that lie among the samples."""
-    return inside(reference.features, sample.features, sample.device)
+    points, balls = reference.features, sample.features
+    found = inside(points, balls, sample.device)
+    if found.value is None:
+        return found
+    if len(balls) < GROUPS * (NEIGHBOURS + 1):
+        few = f"{count(len(balls), 'image')} are too few for its uncertainty"
+        return replace(found, uncertainty=None, interval=None, remarks=(*found.remarks, few))
+    return replace(found, uncertainty=spread_by_balls(points, balls, sample.device), interval=None)
 
 
 def inside(points: Rows | None, balls: Rows | None, device: torch.device) -> Measured:
-    """The share of points within the distance of any ball's centre to its third nearest neighbour."""
+    """The share of points within any ball. The uncertainty is that of other points."""
     if points is None or balls is None:
         return unknown("the reference has no images, only their mean and covariance")
     if len(balls) <= NEIGHBOURS:
         return unknown(f"{len(balls)} images are too few for {NEIGHBOURS} neighbours")
+    few = len(points) < FEW or len(balls) < FEW
+    remarks = (f"of {len(points):,} and {len(balls):,} images: compare it with as many only",) if few else ()
+    return share_of(within(points, balls, device), remarks)
+
+
+def spread_by_balls(points: Rows, balls: Rows, device: torch.device) -> float:
+    """By how much the share of points within any ball varies with other balls: one standard deviation.
+
+    It is found from groups of the balls, each by itself. Points that are in the same balls vary together: that part of
+    the variance is as much less as there are more balls. The part that each point has alone stays.
+    """
+    groups = np.array_split(np.random.RandomState(SEED).permutation(len(balls)), GROUPS)
+    hits = torch.stack([within(points, Rows([balls.take(group)]), device) for group in groups]).double()
+    alone = hits.var(0).mean() / len(points)
+    together = hits.mean(1).var() - alone
+    return (alone + together / GROUPS).sqrt().item()
+
+
+def within(points: Rows, balls: Rows, device: torch.device) -> Tensor:
+    """Whether each point is nearer to the centre of any ball than that to its third nearest neighbour: (n,), bool."""
     radii = [nearest(part.to(device), balls, device) for part in balls.chunks()]
     hits = []
     for part in points.chunks():
         part = part.to(device)
-        within = torch.zeros(len(part), dtype=torch.bool, device=device)
+        hit = torch.zeros(len(part), dtype=torch.bool, device=device)
         for centers, radius in zip(balls.chunks(), radii, strict=True):
-            within |= (torch.cdist(part, centers.to(device)) <= radius).any(1)
-        hits.append(within.cpu())
-    few = len(points) < FEW or len(balls) < FEW
-    remarks = (f"of {len(points):,} and {len(balls):,} images: compare it with as many only",) if few else ()
-    return share_of(torch.cat(hits), remarks)
+            hit |= (torch.cdist(part, centers.to(device)) <= radius).any(1)
+        hits.append(hit.cpu())
+    return torch.cat(hits)
 
 
 def share_of(hits: Tensor, remarks: tuple[str, ...] = ()) -> Measured:

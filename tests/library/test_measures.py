@@ -126,6 +126,20 @@ def test_the_uncertainty_of_the_kernel_distance_is_that_of_fresh_samples(monkeyp
     assert np.mean([o.uncertainty for o in found]) == pytest.approx(np.std([o.value for o in found]), rel=0.4)
 
 
+@pytest.mark.parametrize("measure", [precision, recall])
+@pytest.mark.parametrize(("n", "m", "width", "scale"), [(300, 1500, 8, 0.9), (400, 400, 8, 0.8), (300, 1000, 16, 0.9)])
+def test_the_uncertainty_of_precision_and_recall_is_that_of_fresh_samples(measure, n, m, width, scale):
+    reference = reference_of(drawn(m, width, 999))
+    found = [measure(sample_of(drawn(n, width, seed, scale)), reference) for seed in range(30)]
+    assert np.mean([o.uncertainty for o in found]) == pytest.approx(np.std([o.value for o in found]), rel=0.4)
+
+
+def test_of_few_samples_recall_has_no_uncertainty_and_says_so():
+    found = recall(sample_of(drawn(39, 4)), reference_of(drawn(100, 4)))
+    assert found.uncertainty is None
+    assert "39 images are too few for its uncertainty" in found.remarks
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**20), st.integers(2, 6))
 def test_the_influence_is_the_derivative_of_the_distance(seed, width):

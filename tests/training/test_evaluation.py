@@ -348,7 +348,7 @@ def test_a_protocol_and_its_measures_are_those_of_the_command(tmp_path, classifi
     protocol = tmp_path / "mine.yaml"
     measures = "[frechet_distance, kid, inception_score, precision, recall]"
     sampler = "steps: 2\nreference: data\nextractor: classifier"
-    protocol.write_text(f"num: 30\nprecision: float32\nmeasures: {measures}\n{sampler}\nweights: {classifier}\n")
+    protocol.write_text(f"num: 40\nprecision: float32\nmeasures: {measures}\n{sampler}\nweights: {classifier}\n")
     both = ["evaluate.num=10000", "evaluate.extractor=inception-v3-compat", f"evaluate.protocol={protocol}"]
     run(2, tmp_path / "run", *settings(classifier, every=4), *both)
     (entry,) = evaluations(tmp_path / "run")
