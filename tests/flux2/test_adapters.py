@@ -11,6 +11,7 @@ from asymflow import InputError, Subspace, files, opening
 from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
 from asymflow.backbones.flux2.adapter import (
     ADAPTER,
+    ALWAYS,
     WEIGHTS,
     add_lora,
     fingerprint,
@@ -63,6 +64,16 @@ def adapter(flow, latent, subspace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     write_adapter(folder, changed(flow), subspace, latent.config, fingerprint(latent), base_name="models/right-base")
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(adapter, latent, subspace, tmp_path_factory):
+    """One of each kind: with LoRA, a mere lift, and of a full finetuning."""
+    folder, lifted = tmp_path_factory.mktemp("adapters"), latent_to_pixel(copy.deepcopy(latent), subspace)
+    state = published_names(dict(lifted.named_parameters()))
+    for name, tensors in (("lift", {key: state[key] for key in ALWAYS}), ("full", state)):
+        write_adapter(folder / name, tensors, subspace, latent.config, fingerprint(latent))
+    return {"lora": adapter, "lift": folder / "lift", "full": folder / "full"}
 
 
 @pytest.fixture(scope="module")
@@ -329,11 +340,16 @@ def test_the_refusal_names_the_base_that_was_given_and_a_hint_is_nothing_but_tex
     assert len(str(caught.value)) < 1000
 
 
-def test_a_base_that_is_used_up_is_refused(adapter, latent):
+@pytest.mark.parametrize("second", ["lora", "lift", "full"])
+@pytest.mark.parametrize("first", ["lora", "lift", "full"])
+def test_a_base_takes_one_adapter(adapters, latent, inputs, first, second):
     base = copy.deepcopy(latent)
-    load_adapter(base, adapter)
-    with pytest.raises(InputError, match="has LoRA layers already"):
-        load_adapter(base, adapter)
+    flow = load_adapter(base, adapters[first])
+    before = velocity(flow, inputs)
+    for used in (base, copy.deepcopy(base)):
+        with pytest.raises(InputError, match=r"load it again, or give each adapter a copy\.deepcopy"):
+            load_adapter(used, adapters[second])
+    assert torch.equal(velocity(flow, inputs), before)
 
 
 def test_other_files_are_refused_and_pickles_not_even_opened(latent, tmp_path):

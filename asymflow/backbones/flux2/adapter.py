@@ -16,7 +16,6 @@ import copy
 import hashlib
 import inspect
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +27,16 @@ from torch import Tensor, nn
 
 from asymflow import files, hub, opening
 from asymflow.backbones.flux2 import SIGMA_MIN, Flux2, check_transformer, with_projections
+from asymflow.backbones.flux2.adapter_checks import (
+    FORMAT,
+    LORA_A,
+    check_lora,
+    check_values,
+    check_whole,
+    is_lora,
+    patch_size_of,
+    scale_of,
+)
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
 from asymflow.patches import CHANNEL_FIRST
@@ -35,8 +44,6 @@ from asymflow.subspace import Subspace, checked_subspace
 
 ADAPTER = "asymflow"  # the name of its LoRA layers in the transformer, which may have other LoRAs too
 WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"
-FORMAT = "asymflow adapter 1"
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 FULL = ("x_embedder", "proj_out", "norm_out")  # modules that train in full
 BUFFERS = ("proj_buffer", "scale_buffer")
 ALWAYS = ("x_embedder.weight", "proj_out.weight", "norm_out.linear.weight")  # in every adapter, as are the buffers
@@ -209,18 +216,18 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     transformer: that of the latent model. The pixel model takes over its blocks, and adds LoRA layers called `name` to
         them, or replaces their weights if the adapter is of a full finetuning. The first and last layers of
         `transformer` do not change: with LoRA, `flow.backbone.transformer.disable_adapters()` makes `transformer` the
-        latent model again, to the last bit.
+        latent model again, to the last bit. It takes no second adapter; load it again for that, or copy it before.
     path: a folder of `write_adapter`, a safetensors file, or a repository of the Hugging Face Hub, or a file in one.
     Raises InputError if the file is damaged, a pickle, or no adapter; if a tensor is missing, unexpected, misshaped or
-    not finite, or the basis not orthonormal; if the adapter was made of another base model.
+    not finite, or the basis not orthonormal; if the adapter was made of another base model; if the blocks of
+    `transformer` have an adapter already.
     """
     check_transformer(transformer)
     path = find(path)
     tensors, metadata = opening.read_tensors(path)
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     check_values(tensors, (*ALWAYS, *BUFFERS), path)
-    if any(".lora_A." in key for key, _ in transformer.named_parameters()):
-        raise InputError(f"{path} is for a base model as it is, but this one has LoRA layers already: load it anew")
+    check_unused(transformer, path)
     check_base(transformer, tensors, metadata, path)
     patch_size = patch_size_of(len(tensors["proj_buffer"]), path)
     record = {"patch_size": patch_size, "token_order": CHANNEL_FIRST, "color_space": "oklab"}
@@ -246,12 +253,9 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
         rank = max(ranks.values())
         config = dict(r=rank, lora_alpha=rank, rank_pattern=patterns, alpha_pattern=patterns, target_modules=[*ranks])
         pixel.load_lora_adapter(lora, prefix=None, adapter_name=name, metadata=config)
+    mark_used(pixel)
     pixel.requires_grad_(False)
     return AsymFlow(Flux2(pixel, patch_size, subspace.scale), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
-
-
-def is_lora(name: str) -> bool:
-    return name.endswith((LORA_A, LORA_B))
 
 
 def find(path: str | Path, **hub_options) -> Path:
@@ -276,13 +280,18 @@ def adapter_patch_size(path: str | Path) -> int:
     raise InputError(f"{path} does not fit: missing tensors: {BUFFERS[0]}")
 
 
-def check_values(tensors: Mapping[str, Tensor], needed: Sequence[str], source: str | Path) -> None:
-    """InputError unless all `needed` tensors are there, and all tensors are of finite floating point numbers."""
-    if missing := [name for name in needed if name not in tensors]:
-        raise InputError(f"{source} does not fit: missing tensors: {', '.join(missing)}")
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):  # float8 has no isfinite
-            raise InputError(f"{source} does not fit: {name} has entries that are not finite floating point numbers")
+def mark_used(transformer: nn.Module) -> None:
+    """Note that a pixel model has these blocks: another one, which shared them, would have what is done to either."""
+    transformer.transformer_blocks.used = True
+
+
+def check_unused(transformer: nn.Module, path: Path) -> None:
+    lora = any(".lora_A." in key for key, _ in transformer.named_parameters())
+    if lora or hasattr(transformer.transformer_blocks, "used"):
+        raise InputError(
+            f"{path} is for a base model as it is, but this one has an adapter or other LoRA layers already: load it "
+            "again, or give each adapter a copy.deepcopy of it"
+        )
 
 
 def check_base(
@@ -315,73 +324,3 @@ def check_base(
             f"{path} is of another base model of the same shapes{trained_on or ' (a distilled sibling?)'}: its weights "
             f"have the fingerprint {made_of[:12]}, those of {given} {fingerprint(transformer)[:12]}"
         )
-
-
-def check_lora(transformer: nn.Module, lora: Mapping[str, Tensor], path: Path) -> None:
-    """InputError unless the LoRA tensors come in pairs that fit linear layers of the transformer."""
-    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    for key in lora:
-        module = key.removesuffix(LORA_A).removesuffix(LORA_B)
-        other = module + (LORA_B if key.endswith(LORA_A) else LORA_A)
-        if other not in lora:
-            raise InputError(f"{path} does not fit: it has {key}, but not {other}, its other half")
-        if module not in linear:
-            raise InputError(
-                f"{path} does not fit: it has LoRA for {module}, which is no linear layer of this base model"
-            )
-        layer, a, b = linear[module], lora[module + LORA_A], lora[module + LORA_B]
-        if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] > 0:
-            raise InputError(
-                f"{path} does not fit: the LoRA for {module} must be (rank, in) and (out, rank) with one rank, but it "
-                f"is {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-        if (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
-            raise InputError(
-                f"{path} is of another base model: its LoRA for {module} has {a.shape[1]} features in and {b.shape[0]} "
-                f"out, where this base has {layer.in_features} and {layer.out_features}"
-            )
-
-
-def check_whole(transformer: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """InputError if a tensor is missing.
-
-    A file of this library lists its tensors in its metadata. In any other file, a layer that has LoRA in one block must
-    have it in all blocks.
-    """
-    if metadata.get("asymflow_format") == FORMAT and "tensors" in metadata:
-        try:
-            listed = {name: tuple(shape) for name, shape in json.loads(metadata["tensors"]).items()}
-        except (ValueError, TypeError, AttributeError):
-            raise InputError(f"{path} does not fit: its list of tensors cannot be read") from None
-        opening.check_tensors(tensors, listed, str(path))
-        return
-    kind = lambda name: re.sub(r"\d+", "*", name)
-    changed = {key.removesuffix(LORA_A) for key in tensors if key.endswith(LORA_A)}
-    kinds = {kind(name) for name in changed}
-    linear = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
-    if missing := [f"{name}{LORA_A}" for name in linear if kind(name) in kinds and name not in changed]:
-        raise InputError(f"{path} does not fit: missing tensors: {', '.join(missing)}, which its other blocks have")
-
-
-def scale_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> float:
-    """The scale: from the metadata, which have it exactly, in our own files; else from the buffer.
-
-    InputError if the two differ.
-    """
-    stored = tensors["scale_buffer"].item()
-    if metadata.get("asymflow_format") != FORMAT:
-        return stored
-    try:
-        scale = float(metadata["scale"])
-    except (KeyError, ValueError):
-        scale = math.nan
-    if not math.isclose(scale, stored, rel_tol=2**-7):  # somebody may have rounded the tensors to bfloat16
-        raise InputError(f"{path} does not fit: scale_buffer is {stored:g}, its metadata say {metadata.get('scale')}")
-    return scale
-
-
-def patch_size_of(dim: int, path: str | Path) -> int:
-    patch_size = math.isqrt(dim // 3)
-    if not dim or 3 * patch_size**2 != dim:
-        raise InputError(f"{path} does not fit: tokens of dimension {dim} are no square patches of 3 channels")
-    return patch_size

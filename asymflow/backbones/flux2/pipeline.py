@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from asymflow import opening, templates
 from asymflow.backbones.flux2 import Flux2
-from asymflow.backbones.flux2.adapter import find, fingerprint, load_adapter
+from asymflow.backbones.flux2.adapter import find, fingerprint, load_adapter, mark_used
 from asymflow.color import clamp_to_gamut, oklab_to_rgb, rgb_to_oklab
 from asymflow.errors import InputError
 from asymflow.model import AsymFlow
@@ -114,8 +114,13 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline.
 
         Its LoRA layers become a part of it: methods for LoRAs are for further ones, and cannot change the pixel model.
+        InputError if it has further ones.
         """
         transformer = flow.backbone.transformer
+        own = 0 if hasattr(transformer, "pixel_model") else 1
+        if len(getattr(transformer, "peft_config", ())) > own:
+            raise InputError("the pixel model has LoRAs on top, which would become a part of it: unload them before")
+        mark_used(transformer)
         make_permanent(transformer)
         transformer.pixel_model = (flow.subspace, flow.sigma_min)  # here, so that it goes wherever `components` go
         self.register_modules(transformer=transformer)
@@ -273,6 +278,8 @@ class LowRankLinear(nn.Linear):
 
     def __init__(self, layer: BaseTunerLayer):
         base, (name,) = layer.get_base_layer(), layer.lora_A
+        if isinstance(base, LowRankLinear) or layer.merged:
+            raise InputError("a layer has its low-rank update already: unfuse its LoRA, or make the pixel model again")
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
         self.weight, self.bias = base.weight, base.bias
@@ -286,9 +293,9 @@ class LowRankLinear(nn.Linear):
 
 def make_permanent(transformer: Flux2Transformer2DModel) -> None:
     """Make the adapter of `load_adapter` a part of the transformer: diffusers and peft then know of no LoRA."""
-    for path, layer in list(transformer.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            transformer.set_submodule(path, LowRankLinear(layer))
+    layers = {path: layer for path, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for path, layer in {path: LowRankLinear(layer) for path, layer in layers.items()}.items():  # all, or none
+        transformer.set_submodule(path, layer)
     transformer.unload_lora()
 
 

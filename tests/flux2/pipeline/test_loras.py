@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS, draw, load
 
 from asymflow import InputError
-from asymflow.backbones.flux2.adapter import load_adapter, lora_modules
+from asymflow.backbones.flux2 import with_projections
+from asymflow.backbones.flux2.adapter import add_lora, load_adapter, lora_modules
 from asymflow.backbones.flux2.pipeline import AsymFlux2KleinPipeline, LowRankLinear
 from toy.tiny_flux2 import make_base
 
@@ -145,6 +146,46 @@ def test_as_a_part_of_the_transformer_it_has_the_bits_of_a_lora(base, adapter, i
     as_lora = load_adapter(transformer, adapter)
     with torch.no_grad():
         assert torch.equal(velocity(pipeline, inputs), as_lora(inputs[0], 0.5, encoder_hidden_states=inputs[1]))
+
+
+def test_two_pipelines_do_not_share_a_base(base, adapter, inputs):
+    transformer = make_base(PROMPTS).transformer
+    pipeline = load(base, adapter, transformer=transformer)
+    before = velocity(pipeline, inputs)
+    with pytest.raises(InputError, match="load it again, or give each adapter"):
+        load(base, adapter, transformer=transformer)
+    assert torch.equal(velocity(pipeline, inputs), before)
+
+
+@pytest.mark.parametrize("names", ["a", "b", "ab"])
+def test_a_pixel_model_is_not_used_again_with_styles_on_top(base, adapter, styles, inputs, names):
+    pipeline = load(base, adapter)
+    alone = velocity(pipeline, inputs)
+    assert torch.equal(velocity(pipeline.use(pipeline.flow), inputs), alone)
+    for name in names:
+        pipeline.load_lora_weights(styles / name, adapter_name=name)
+    before = velocity(pipeline, inputs)
+    with pytest.raises(InputError, match="has LoRAs on top"):
+        pipeline.use(pipeline.flow)
+    assert torch.equal(velocity(pipeline, inputs), before)
+    pipeline.unload_lora_weights()
+    assert torch.equal(velocity(pipeline.use(pipeline.flow), inputs), alone)
+
+
+def test_an_update_is_in_a_layer_once(base, adapter, inputs):
+    """Neither merged into the weight and beside it, nor instead of another one."""
+    flow = load_adapter(make_base(PROMPTS).transformer, adapter)
+    flow.backbone.transformer.fuse_lora()
+    around = load(base, adapter).flow
+    around.backbone.transformer = with_projections(
+        around.backbone.transformer, *(torch.zeros(shape) for shape in ((64, 768), (768, 64)))
+    )
+    add_lora(around.backbone.transformer, 2)
+    for wrong in (flow, around):
+        layers = [*wrong.modules()]
+        with pytest.raises(InputError, match="a layer has its low-rank update already"):
+            load(base, adapter).use(wrong)
+        assert [*wrong.modules()] == layers
 
 
 @pytest.mark.parametrize("other", ["text_encoder.model.layers.0.self_attn.q_proj", "unet.mid"])
