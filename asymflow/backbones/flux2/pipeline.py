@@ -13,7 +13,7 @@ further LoRAs,
 The adapter, which makes it a model of pixels, is a part of the transformer, and no such method changes it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, SchedulerMixin, UniPCMultistepScheduler
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.pipelines.flux2 import Flux2PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from asymflow.sampling import checked_levels, dynamic_shift, guided, sigma_grid
 
 SIZE = 1024  # pixels along each side, by default
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")  # of the base and of the adapter
+LORA_OPTIONS = (*HUB_OPTIONS, "weight_name", "subfolder", "revision", "proxies", "use_safetensors")
 NUDGE = 2e-6  # how much a scheduler may change a noise level, see `set_levels`
 
 
@@ -92,23 +95,45 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         raise InputError("a pixel pipeline is its base and its adapter, which are files already: keep these two")
 
     def load_lora_weights(self, *args, adapter_name: str | None = None, hotswap: bool = False, **options) -> None:
-        """Load a LoRA, as diffusers does. InputError if it fits no layer of the transformer, or is for more than it."""
+        """Load a LoRA, as diffusers does. InputError if not all of it is for layers of the transformer."""
         before = self.get_list_adapters().get("transformer", [])
         try:
             super().load_lora_weights(*args, adapter_name=adapter_name, hotswap=hotswap, **options)
-        except (ValueError, RuntimeError) as e:  # the latter for the latent model's first or last layer
+        except (ValueError, RuntimeError, KeyError) as e:  # the second for the latent model's first or last layer
             raise InputError(f"the LoRA cannot be loaded: {' '.join(str(e).split())[:300]}") from None
         if not hotswap and len(self.get_list_adapters().get("transformer", [])) == len(before):
             raise InputError("the LoRA cannot be loaded: it has nothing for a layer of this transformer")
 
     @classmethod
-    def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], *args, **options) -> None:
+    def lora_state_dict(cls, source: str | Path | dict[str, Tensor], **options):
+        """As in diffusers. InputError where that leaves tensors out, with a warning or without."""
+        given = {name: options.get(name) for name in LORA_OPTIONS}
+        safe = given["use_safetensors"]
+        given |= {"use_safetensors": safe is None or safe, "allow_pickle": safe is None, "user_agent": None}
+        raw, metadata = _fetch_state_dict(source, **given)
+        if dora := [key for key in raw if "dora_scale" in key]:
+            raise InputError(f"it is a DoRA, which diffusers has no place for ({dora[0]})")
+        rest = dict(raw)
+        converted = super().lora_state_dict(rest, **options | {"return_lora_metadata": False})
+        if rest and any(".lora_down.weight" in key for key in raw):  # as of kohya: what diffusers knows is taken out
+            raise InputError(unused(rest))
+        return (converted, metadata) if options.get("return_lora_metadata") else converted
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls, state_dict: dict[str, Tensor], transformer: Flux2Transformer2DModel, *args, **options
+    ) -> None:
         others = [key for key in state_dict if not key.startswith(f"{cls.transformer_name}.")]
         if 0 < len(others) < len(state_dict):  # of none for the transformer, `load_lora_weights` says so
-            raise InputError(
-                f"{len(others)} of its tensors are not for the transformer, such as {others[0]}: take one without them"
-            )
-        super().load_lora_into_transformer(state_dict, *args, **options)
+            raise InputError(unused(others))
+        before = set(getattr(transformer, "peft_config", ()))
+        super().load_lora_into_transformer(state_dict, transformer, *args, **options)
+        for name in set(getattr(transformer, "peft_config", ())) - before:
+            layers = get_peft_model_state_dict(transformer, adapter_name=name)
+            applied = {f"{cls.transformer_name}.{key}" for key in layers}
+            if len(applied) != len(state_dict):
+                transformer.delete_adapters(name)
+                raise InputError(unused(sorted(applied ^ state_dict.keys())))
 
     def use(self, flow: AsymFlow) -> "AsymFlux2KleinPipeline":
         """Sample from `flow`, which wraps a `Flux2` and models Oklab images, from now on. Returns the pipeline.
@@ -266,6 +291,13 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32)
+
+
+def unused(keys: Collection[str]) -> str:
+    return (
+        f"{len(keys)} of its tensors are not for the transformer, or halves of a layer, such as {next(iter(keys))}: "
+        "take one without them"
+    )
 
 
 # ---- The adapter -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """LoRAs on top of the pixel adapter, which is in force exactly once, at weight 1, whatever is done with the others."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -188,16 +190,74 @@ def test_an_update_is_in_a_layer_once(base, adapter, inputs):
         assert [*wrong.modules()] == layers
 
 
-@pytest.mark.parametrize("other", ["text_encoder.model.layers.0.self_attn.q_proj", "unet.mid"])
-def test_a_lora_that_is_also_for_something_else_is_refused_and_changes_nothing(base, adapter, styles, inputs, other):
+def kohya(tensors):
+    """The LoRA `whole` as kohya's trainer names it, with an alpha of half its rank."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    block = "transformer.transformer_blocks.0.attn.to_"
+    down, ups = tensors[f"{block}q.lora_A.weight"], [tensors[f"{block}{x}.lora_B.weight"] for x in "qkv"]
+    halved = torch.tensor(len(down) / 2)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": torch.cat(ups), f"{name}.alpha": halved}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A LoRA for the attention of the first double block, in diffusers' names."""
+    g = torch.Generator().manual_seed(6)
+    down = torch.randn(3, 64, generator=g)
+    prefix = "transformer.transformer_blocks.0.attn.to_"
+    return {f"{prefix}{x}.lora_A.weight": down for x in "qkv"} | {
+        f"{prefix}{x}.lora_B.weight": torch.randn(64, 3, generator=g) for x in "qkv"
+    }
+
+
+def test_a_lora_in_the_names_of_kohya_is_the_same(base, adapter, inputs, whole):
+    halved = {key: value / 2 if ".lora_A." in key else value for key, value in whole.items()}
+    found = []
+    for style in (halved, kohya(whole)):
+        pipeline = load(base, adapter)
+        pipeline.load_lora_weights(style)
+        found.append(velocity(pipeline, inputs))
+    assert torch.allclose(*found, atol=1e-5 * found[0].abs().max().item())
+
+
+PAIR = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+KOHYA = {"A": "lora_down", "B": "lora_up"}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        (dict, {f"text_encoder.model.layers.0.self_attn.q_proj.lora_{x}.weight": PAIR[x] for x in "AB"}),
+        (dict, {f"unet.mid.lora_{x}.weight": PAIR[x] for x in "AB"}),
+        (dict, {f"transformer.transformer_blocks.7.attn.to_q.lora_{x}.weight": PAIR[x] for x in "AB"}),
+        (dict, {"transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight": torch.ones(3, 64)}),
+        (dict, {"transformer.transformer_blocks.0.attn.to_q.dora_scale": torch.ones(64)}),
+        (kohya, {f"lora_te1_layers_0_q_proj.{KOHYA[x]}.weight": PAIR[x] for x in "AB"}),
+        (kohya, {f"lora_unet_double_stream_modulation_img_lin.{KOHYA[x]}.weight": PAIR[x] for x in "AB"}),
+        (kohya, {f"lora_unet_double_blocks_7_img_attn_proj.{KOHYA[x]}.weight": PAIR[x] for x in "AB"}),
+        (kohya, {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(64)}),
+    ],
+    ids=["text", "unet", "block", "half", "dora", "kohya text", "kohya modulation", "kohya block", "kohya dora"],
+)
+def test_a_lora_of_which_something_would_be_lost_is_refused_and_changes_nothing(
+    base, adapter, styles, inputs, whole, form, more, loaded, tmp_path
+):
     pipeline = load(base, adapter)
+    if loaded:
+        pipeline.load_lora_weights(styles / "b", adapter_name="b")
+        pipeline.set_adapters("b", 0.3)
     before = velocity(pipeline, inputs)
-    (file,) = (styles / "a").glob("*.safetensors")
-    more = {f"{other}.lora_A.weight": torch.ones(2, 8), f"{other}.lora_B.weight": torch.ones(8, 2)}
-    with pytest.raises(InputError, match=rf"2 of its tensors are not for the transformer, such as {other}"):
-        pipeline.load_lora_weights(load_file(file) | more, adapter_name="a")
-    assert pipeline.get_list_adapters() == {}
-    assert torch.equal(velocity(pipeline, inputs), before)
+    save_file({key: value.clone() for key, value in (form(whole) | more).items()}, tmp_path / "style.safetensors")
+    for source in (form(whole) | more, tmp_path / "style.safetensors"):
+        with pytest.raises(InputError, match="the LoRA cannot be loaded: ") as error:
+            pipeline.load_lora_weights(source, adapter_name="more")
+        assert re.search(
+            r"text_encoder|te1|unet.mid|modulation|blocks\.7|attn.to_out.0.lora_B|dora_scale", str(error.value)
+        )
+        assert "\n" not in str(error.value)
+        assert torch.equal(velocity(pipeline, inputs), before)
+        assert "more" not in pipeline.get_list_adapters().get("transformer", [])
 
 
 @pytest.mark.parametrize("layer", ["x_embedder", "proj_out"])
