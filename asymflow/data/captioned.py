@@ -8,6 +8,7 @@ import json
 import os
 import re
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,10 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions*.json"
 LINE = '{"file_name": "a.jpg", "text": "a cat"}'  # as an example
 HEAD = 1 << 16  # bytes: nearly every image file has its header in them
 TURNED = (5, 6, 7, 8)  # orientations of EXIF in which a photograph lies on its side
-ORIENTATION = 0x0112  # the tag of EXIF
+ORIENTATION, SIDES = 0x0112, (0x0100, 0x0101)  # tags of EXIF, and of TIFF: width and height as stored
+NOTES = (b"exif\0", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in a PNG with an orientation in them
+MOST_NOTE = 1 << 24  # bytes; longer ones are not looked at
+PNG_HEADER = 33  # bytes: signature and IHDR
 
 
 class Photo(NamedTuple):
@@ -215,22 +219,33 @@ def is_json(entry: Entry) -> bool:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    # A PNG has no EXIF in its header: see `png_orientation`.
-    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
-    return image.size[::-1] if turned else image.size
+    if image.format == "PNG":  # see `png_orientation`
+        return image.size
+    # As stored: some versions of Pillow open a TIFF with its sides exchanged already.
+    width, height = (image.tag_v2[tag] for tag in SIDES) if image.format == "TIFF" else image.size
+    return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 
 
 def png_orientation(entry: Entry) -> int | None:
-    """The orientation in the EXIF of a PNG, which may lie behind its pixels: these are not read."""
+    """The orientation that a PNG notes, before its pixels or behind them. These are not read.
+
+    There are several forms of it, of which Pillow knows more or fewer: it reads a PNG of one pixel with the same notes.
+    """
+    notes = []
     with open(entry.path, "rb") as file:  # noqa: PTH123
         end = entry.offset + entry.size if entry.size >= 0 else file.seek(0, os.SEEK_END)
         place = entry.offset + 8
         while place + 8 <= end:
             file.seek(place)
             length, kind = struct.unpack(">I4s", file.read(8))
-            if kind == b"eXIf" and length < HEAD:
-                exif = Image.Exif()
-                exif.load(file.read(length))
-                return exif.get(ORIENTATION)
+            if kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and length < MOST_NOTE:
+                note = file.read(length)
+                if kind == b"eXIf" or note.startswith(NOTES):
+                    notes.append(struct.pack(f">I4s{length}sI", length, kind, note, zlib.crc32(kind + note)))
             place += 12 + length
-    return None
+    if not notes:
+        return None
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "png")
+    start, rest = pixel.getvalue()[:PNG_HEADER], pixel.getvalue()[PNG_HEADER:]
+    return Image.open(io.BytesIO(b"".join([start, *notes, rest]))).getexif().get(ORIENTATION)

@@ -163,7 +163,11 @@ def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -
 def read(items: list, facts: list, size: tuple[int, int], image_format: str, number: int) -> tuple:
     """An image as it is encoded, and of its sample the number and the files, but for the tensors."""
     item, (width, height, caption, _) = items[number], facts[number]
-    image, about = fill(item.pixels(), size), {"caption": caption, "name": str(item), "width": width, "height": height}
+    pixels, about = item.pixels(), {"caption": caption, "name": str(item), "width": width, "height": height}
+    if pixels.size != (width, height):
+        found = f"{pixels.width} x {pixels.height}"
+        raise UnreadableError(f"{item} has {found} pixels, where its header says {width} x {height}")
+    image = fill(pixels, size)
     text = json.dumps({**about, "bucket": size}).encode()
     return image, number, {image_format: writing.image_bytes(image, image_format), "json": text}
 
