@@ -265,18 +265,19 @@ def get_subspace(
 
 
 def initial_subspace(config: Config, out: Path, resume: str) -> Subspace | None:
-    """The subspace that a new run is given: that of the run from whose checkpoint it resumes, or subspace.file.
+    """The subspace that a run is given: that of the run from whose checkpoint it resumes, or subspace.file.
 
-    None if it is given none, or if the run has a subspace already.
+    None if it is given none, or if the run has a subspace already; the file may be gone then. InputError if the file
+    holds another one than either run.
     """
-    other = None if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
-    file = config.finetune.subspace if config.finetune else config.subspace.file
-    if other is not None and other.exists():
-        found = load_subspace(other, config)
-        if file and fingerprint(load_subspace(Path(file), config)) != fingerprint(found):
-            raise InputError(f"{file} is another subspace than {other}, with which --resume {resume} was trained")
-        return found
-    return load_subspace(Path(file), config) if file and not (out / run.SUBSPACE).exists() else None
+    own, file = out / run.SUBSPACE, config.finetune.subspace if config.finetune else config.subspace.file
+    other = own if resume in ("auto", "never") else Path(resume).parent.parent / run.SUBSPACE
+    copies = {path: load_subspace(path, config) for path in (other, own) if path.exists()}
+    given = load_subspace(Path(file), config) if file and (Path(file).exists() or not own.exists()) else None
+    for path, copy in copies.items():
+        if given and fingerprint(given) != fingerprint(copy):
+            raise InputError(f"{file} is another subspace than {path}, with which the training began: give that one")
+    return None if own.exists() else copies.get(other, given)
 
 
 def load_subspace(path: Path, config: Config) -> Subspace:

@@ -21,7 +21,7 @@ from asymflow.subspace import Subspace
 from asymflow.training import start
 from asymflow.training.config.reading import load_config
 from asymflow.training.run.ranks import AgreedError, all_or_raise, gather, rank0_broadcast, rank0_only, resolve_rank
-from asymflow.training.start import load_subspace, make_flow
+from asymflow.training.start import initial_subspace, load_subspace, make_flow
 
 NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
@@ -309,6 +309,33 @@ def test_a_training_from_scratch_takes_no_subspace_of_another_colour_space(tmp_p
     else:
         with pytest.raises(InputError, match=r"subspace\.safetensors is for tokens in oklab, .* --color rgb$"):
             load_subspace(file, usual)
+
+
+@pytest.mark.parametrize("name", ["shapes_tiny", "asymflux2_tiny"])
+def test_a_file_is_the_subspace_that_a_run_began_with_or_gone(tmp_path, name):
+    finetune = name == "asymflux2_tiny"
+    key = "finetune.subspace" if finetune else "subspace.file"
+    about = dict(token_order="channel_first", color_space="oklab") if finetune else {}
+    one, other = (Subspace.random(48, 8, seed=seed, patch_size=4, **about) for seed in (0, 1))
+    more = ["finetune.base=base"] if finetune else ["subspace.rank=8"]
+    config = load_config(name, [f"{key}={tmp_path / 'file'}", "data.path=data", *more])
+    run, old = tmp_path / "run", tmp_path / "old"
+    resumed = {"auto": run, str(old / "checkpoints" / "00000001"): old}
+    for copy in ("run", "old"):
+        (tmp_path / copy).mkdir()
+    for resume, place in resumed.items():
+        one.save(place / "subspace.safetensors")
+        one.save(tmp_path / "file")
+        found = initial_subspace(config, run, resume)
+        assert found is None if place == run else torch.equal(found.basis, one.basis)
+        (tmp_path / "file").unlink()
+        other.save(tmp_path / "file")
+        with pytest.raises(InputError, match=rf"another subspace than {place}/subspace.safetensors"):
+            initial_subspace(config, run, resume)
+        (tmp_path / "file").unlink()
+        if place == run:
+            assert initial_subspace(config, run, resume) is None
+        (place / "subspace.safetensors").unlink()
 
 
 def test_the_full_rank_is_the_same_model_in_every_basis():

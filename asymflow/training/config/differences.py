@@ -20,7 +20,7 @@ MAY_CHANGE = (  # without making another training of it
     "loss.repa.model",  # and so is DINOv2
     "loss.perceptual.vgg",
     "finetune.base",  # that it is the same model is seen in its weights
-    "finetune.subspace",  # a copy is in the run
+    "finetune.subspace",  # a copy is in the run, and no other one is taken
     "finetune.checkpointing",
     "ema.snapshot_every",  # what is taken out, not what is averaged
     "checkpoint",
