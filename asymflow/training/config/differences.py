@@ -18,7 +18,7 @@ MAY_CHANGE = (  # without making another training of it
     "data.workers",
     "data.fewer_classes",  # what is allowed, not what there is
     "loss.repa.model",  # and so is DINOv2
-    "loss.perceptual.vgg",
+    "loss.perceptual.vgg",  # the weights of torchvision, wherever they are, but see `UNLESS`
     "finetune.base",  # that it is the same model is seen in its weights
     "finetune.subspace",  # a copy is in the run, and no other one is taken
     "finetune.checkpointing",
@@ -38,6 +38,7 @@ MAY_CHANGE = (  # without making another training of it
     "deepspeed.wall_clock_breakdown",
     "deepspeed.flops_profiler",
 )
+UNLESS = {"loss.perceptual.vgg": "random"}  # a value of such a key: to change to it, or from it, is another training
 ABSENT = object()
 
 
@@ -53,7 +54,7 @@ def everything(sections: Sections) -> dict:
 
 
 def differing(there: object, here: object, key: str) -> Iterator[str]:
-    if key in MAY_CHANGE:
+    if key in MAY_CHANGE and (key not in UNLESS or (there == UNLESS[key]) == (here == UNLESS[key])):
         return
     if isinstance(there, dict) and isinstance(here, dict):
         for name in dict.fromkeys([*there, *here]):

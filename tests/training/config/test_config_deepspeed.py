@@ -258,6 +258,15 @@ def test_what_may_change_may():
     assert differences(a, b) == differences(b, a) == []
 
 
+@pytest.mark.parametrize("other", ["null", "file", "elsewhere"])
+def test_random_weights_of_a_loss_are_not_those_of_a_file(other):
+    paths = ("finetune.base=b", "finetune.subspace=s", "data.path=d")
+    vgg = lambda value: load("asymflux2_tiny", *paths, f"loss.perceptual.vgg={value}")
+    assert differences(vgg("file"), vgg(other)) == differences(vgg("random"), vgg("random")) == []
+    assert differences(vgg("random"), vgg(other)) == [f"loss.perceptual.vgg: random there, {other} here"]
+    assert differences(vgg(other), vgg("random")) == [f"loss.perceptual.vgg: {other} there, random here"]
+
+
 def test_an_objective_that_is_given_by_name_is_the_one_that_is_taken_without():
     there, here = load("shapes_tiny"), load("shapes_tiny", "loss.objective=class_conditional")
     assert differences(there, here) == differences(here, there) == []
