@@ -109,7 +109,7 @@ class Lora(Section):
 
     rank: Count = Field(256, description="of the updates")
     dropout: BelowOne = Field(0.05, description="of their inputs")
-    targets: tuple[Text, ...] | None = Field(
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         None, strict=False, description="linear layers, by the ends of their names; null: the paper's"
     )
 

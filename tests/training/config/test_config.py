@@ -315,6 +315,7 @@ def test_they_are_found_when_the_package_is_imported_from_a_zip_file(tmp_path, m
         ),
         ("loss:\n  repa: {weight: 1}\n", "my.yaml, line 3: loss.repa.model is missing"),
         ("checkpoint: {keep_every: 750}\n", "checkpoint.keep_every must be a multiple of checkpoint.every"),
+        ("finetune: {lora: {targets: []}}\n", "finetune.lora.targets must be a list of more than 0, but it is []"),
         ("sample: {interval: [0.9, 0.1]}\n", "sample.interval must have its low end first, but it is [0.9, 0.1]"),
         (
             "sample: {method: rk4}\n",
