@@ -90,7 +90,7 @@ def save(args: argparse.Namespace, weights: Callable[[], dict[str, Tensor]], fol
         raise InputError(f"--backbone is given, but {args.folder} is a finetuning of the base model: leave it out")
     with replacing_folder(args.out) as beside:
         if config.finetune:
-            save_adapter(args, beside, weights(), config, subspace, state["base"])
+            save_adapter(args, beside, weights(), config, subspace, state)
         else:
             make_model(config, subspace, weights(), args.backbone).save_pretrained(beside)
             if (args.folder / CLASSES).is_file():
@@ -98,12 +98,15 @@ def save(args: argparse.Namespace, weights: Callable[[], dict[str, Tensor]], fol
 
 
 def save_adapter(
-    args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, fingerprint: str
+    args: argparse.Namespace, folder: Path, weights: dict[str, Tensor], config, subspace, state: dict
 ) -> None:
     """Write the weights of a finetuning as an adapter to its latent model, in the published layout."""
     from asymflow.backbones.flux2.adapter import write_adapter
     from asymflow.training.objectives.finetuning import published, transformer_config
 
     base = args.base or Path(config.finetune.base)
+    if "base" not in state:  # of a snapshot that an earlier version made
+        state = about(args.folder, choose(args.folder, None, "none").folder)[2]
     name = base.absolute().name  # not the whole path, which is private; the adapter may be published
-    write_adapter(folder, published(weights), subspace, transformer_config(base), fingerprint, base_name=name)
+    more = dict(base_name=name, prompt_length=state.get("prompt_length"))
+    write_adapter(folder, published(weights), subspace, transformer_config(base), state["base"], **more)

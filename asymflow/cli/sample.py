@@ -51,7 +51,7 @@ DEFAULTS = {
         shift=1.0,
         interval=(0.0, 0.88),
     ),
-    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, precision="bf16", max_length=512),
+    "--base": dict(steps=38, guidance=4.0, orthogonal=1.0, batch=1, precision="bf16"),
 }
 
 
@@ -112,7 +112,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     prompts.add_argument(
         "--lora", type=os.path.expanduser, action="append", metavar="FILE[:WEIGHT]", help="a further LoRA, for style"
     )
-    prompts.add_argument("--max-length", type=int, help="tokens of a prompt (default: 512)")
+    prompts.add_argument("--max-length", type=int, help="tokens of a prompt (default: as trained, or 512)")
     prompts.add_argument("--no-clamp", action="store_true", help="leave the denoised image as it is on the way")
     prompts.add_argument("--offload", action="store_true", help="keep only what runs on the device, to save memory")
     # For each of the two: its own options, as {name of the value: option}.

@@ -38,6 +38,7 @@ def run_prompts(args: argparse.Namespace) -> None:
     loras = [lora(text) for text in args.lora or ()]
     images = [read_upright(path) for path in args.image or ()]
     pipeline = load(args, loras)
+    args.max_length = args.max_length or pipeline.flow.backbone.prompt_length
     for prompt in dict.fromkeys(prompts):
         if (tokens := prompt_tokens(pipeline, prompt)) > args.max_length and this_process()[0] == 0:
             used = f"has {tokens} tokens, of which {args.max_length} are used (--max-length)"

@@ -91,6 +91,11 @@ class EncodedShards:
         return len(self.bucket)
 
     @property
+    def prompt_length(self) -> int:
+        """The positions of each prompt."""
+        return self.meta["prompt_shape"][0]
+
+    @property
     def digest(self) -> str:
         return shards_digest(self.shards, self.fingerprints)
 

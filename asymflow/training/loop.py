@@ -214,8 +214,7 @@ class Training:
             "step": self.step,
             "skipped": self.skipped,
             "zero_stage": self.engine.zero_optimization_stage(),
-            "subspace": checkpoint.fingerprint(self.engine.module.subspace),
-            "base": getattr(self.engine.module, "base", None),
+            **checkpoint.ingredients(self.engine.module, self.dataset),
             "config": self.config.model_dump(mode="json"),
             "images": len(self.dataset),
             "data": getattr(self.dataset, "digest", None),
@@ -246,7 +245,7 @@ class Training:
         pieces = (piece for profile in widths for piece in self.average_pieces(profile))
         state = {
             "step": self.step,
-            "subspace": checkpoint.fingerprint(self.engine.module.subspace),
+            **checkpoint.ingredients(self.engine.module, self.dataset),
             "averages": {profile.name: profile.sigma_rel for profile in widths},
         }
         folder = checkpoint.folder_of(self.out / run.SNAPSHOTS, self.step)

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from asymflow import InputError, Subspace, files, opening
-from asymflow.backbones.flux2 import latent_flow, latent_to_pixel
+from asymflow.backbones.flux2 import PROMPT_LENGTH, latent_flow, latent_to_pixel
 from asymflow.backbones.flux2.adapter import (
     ADAPTER,
     ALWAYS,
@@ -227,6 +227,17 @@ def test_a_lifted_model_needs_no_lora_and_full_finetuning_none_either(latent, su
     write_adapter(tmp_path / "full", state, subspace, latent.config, fingerprint(latent))
     loaded = load_adapter(copy.deepcopy(latent), tmp_path / "full")
     assert torch.equal(velocity(loaded, inputs), velocity(lifted, inputs))
+
+
+@pytest.mark.parametrize(("known", "found"), [(32, 32), (None, PROMPT_LENGTH)])
+def test_the_length_of_the_prompts_comes_back(flow, latent, subspace, tmp_path, known, found):
+    write_adapter(tmp_path / "a", changed(flow), subspace, latent.config, fingerprint(latent), prompt_length=known)
+    assert load_adapter(copy.deepcopy(latent), tmp_path / "a").backbone.prompt_length == found
+    tensors, metadata = opening.read_tensors(tmp_path / "a" / WEIGHTS)
+    for wrong in ("0", "-3", "", "many", "1" * 9):
+        files.write_tensors(tmp_path / WEIGHTS, tensors, {**metadata, "prompt_length": wrong})
+        with pytest.raises(InputError, match=f"its metadata say that prompts have '{wrong}' positions"):
+            load_adapter(copy.deepcopy(latent), tmp_path)
 
 
 def test_in_bfloat16_the_base_decides(adapter, latent, inputs):

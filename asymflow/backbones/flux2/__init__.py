@@ -27,6 +27,7 @@ from asymflow.subspace import Subspace
 
 REFERENCE_TIME = 10  # the time in the position ids of the first reference image; 20, 30, ... for the next ones
 SIGMA_MIN = 1e-4  # with which the published pixel model is sampled
+PROMPT_LENGTH = 512  # positions of a prompt, with which FLUX.2 and the published pixel model were trained
 
 
 class Flux2(nn.Module):
@@ -35,16 +36,24 @@ class Flux2(nn.Module):
     transformer: has as many input and output channels as tokens have dimensions, and no guidance embedding.
     patch_size: of the tokens; 1 for latents, which have one token for each of their "pixels".
     scale: that of the subspace of the `AsymFlow` around it; tokens of reference images are divided by it.
+    prompt_length: positions of the prompts that it was trained on.
     Raises InputError if the transformer has different numbers of input and output channels, patches of its own, or a
     guidance embedding.
     """
 
     token_order = CHANNEL_FIRST
 
-    def __init__(self, transformer: Flux2Transformer2DModel, patch_size: int, scale: float = 1.0):
+    def __init__(
+        self,
+        transformer: Flux2Transformer2DModel,
+        patch_size: int,
+        scale: float = 1.0,
+        prompt_length: int = PROMPT_LENGTH,
+    ):
         super().__init__()
         check_transformer(transformer)
         self.transformer, self.patch_size, self.scale = transformer, patch_size, scale
+        self.prompt_length = prompt_length
 
     @property
     def dtype(self) -> torch.dtype:

@@ -35,6 +35,7 @@ from asymflow.backbones.flux2.adapter_checks import (
     check_whole,
     is_lora,
     patch_size_of,
+    prompt_length_of,
     scale_of,
 )
 from asymflow.errors import InputError
@@ -156,12 +157,14 @@ def write_adapter(
     transformer_config: Mapping[str, object],
     fingerprint: str,
     base_name: str | None = None,
+    prompt_length: int | None = None,
 ) -> None:
     """Write the weights, a config.json for the reference's loader, and a model card, to a new or an empty folder.
 
     tensors: under their published names, in the dtypes that the file is to have. transformer_config: of the latent or
     the pixel transformer. fingerprint: of the latent transformer; with it, loading refuses another base model.
     base_name: the folder or repository of the base model. It is never opened; loading names it when it refuses a base.
+    prompt_length: positions of the prompts that it was trained on, if that is known.
 
     The file of weights is written last, whole or not at all, and without it the folder is no adapter. Buffers are in
     float32; the metadata have the exact scale, and names and shapes of all tensors. Raises InputError if the folder is
@@ -193,6 +196,7 @@ def write_adapter(
         "asymflow_version": own_version(),
         "base_fingerprint": fingerprint,
         **({"base": base_name} if base_name else {}),
+        **({"prompt_length": str(prompt_length)} if prompt_length else {}),
         "scale": repr(subspace.scale),
         "tensors": json.dumps({name: list(tensor.shape) for name, tensor in sorted({**tensors, **buffers}.items())}),
     }
@@ -229,7 +233,7 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
     check_values(tensors, (*ALWAYS, *BUFFERS), path)
     check_unused(transformer, path)
     check_base(transformer, tensors, metadata, path)
-    patch_size = patch_size_of(len(tensors["proj_buffer"]), path)
+    patch_size, prompt_length = patch_size_of(len(tensors["proj_buffer"]), path), prompt_length_of(metadata, path)
     record = {"patch_size": patch_size, "token_order": CHANNEL_FIRST, "color_space": "oklab"}
     subspace = checked_subspace(path, tensors["proj_buffer"], scale_of(tensors, metadata, path), **record)
     lora = {key: tensor for key, tensor in tensors.items() if is_lora(key)}
@@ -255,7 +259,8 @@ def load_adapter(transformer: Flux2Transformer2DModel, path: str | Path, name: s
         pixel.load_lora_adapter(lora, prefix=None, adapter_name=name, metadata=config)
     mark_used(pixel)
     pixel.requires_grad_(False)
-    return AsymFlow(Flux2(pixel, patch_size, subspace.scale), subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
+    backbone = Flux2(pixel, patch_size, subspace.scale, prompt_length)
+    return AsymFlow(backbone, subspace, sigma_min=SIGMA_MIN).to(pixel.device).eval()
 
 
 def find(path: str | Path, **hub_options) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from asymflow import opening
+from asymflow.backbones.flux2 import PROMPT_LENGTH
 from asymflow.errors import InputError
 
 FORMAT = "asymflow adapter 1"
@@ -96,3 +97,11 @@ def patch_size_of(dim: int, path: str | Path) -> int:
     if not dim or 3 * patch_size**2 != dim:
         raise InputError(f"{path} does not fit: tokens of dimension {dim} are no square patches of 3 channels")
     return patch_size
+
+
+def prompt_length_of(metadata: Mapping[str, str], path: Path) -> int:
+    """Positions of the prompts of its training; files that do not say so are of the usual ones."""
+    said = metadata.get("prompt_length", str(PROMPT_LENGTH))
+    if not re.fullmatch("[1-9][0-9]{0,5}", said):
+        raise InputError(f"{path} does not fit: its metadata say that prompts have {said!r:.40} positions")
+    return int(said)

@@ -147,7 +147,8 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
             raise InputError("the pixel model has LoRAs on top, which would become a part of it: unload them before")
         mark_used(transformer)
         make_permanent(transformer)
-        transformer.pixel_model = (flow.subspace, flow.sigma_min)  # here, so that it goes wherever `components` go
+        # Here, so that it goes wherever `components` go.
+        transformer.pixel_model = (flow.subspace, flow.sigma_min, flow.backbone.prompt_length)
         self.register_modules(transformer=transformer)
         return self
 
@@ -156,9 +157,9 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         """The pixel model. It is made anew each time, because users may have wrapped or compiled `transformer`."""
         if not hasattr(self.transformer, "pixel_model"):
             raise InputError("the transformer is a model of latents: make the pipeline with from_pretrained, or use()")
-        subspace, sigma_min = self.transformer.pixel_model
+        subspace, sigma_min, prompt_length = self.transformer.pixel_model
         subspace = subspace.to(self._execution_device)
-        backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale)
+        backbone = Flux2(self.transformer, subspace.patch_size, subspace.scale, prompt_length)
         return AsymFlow(backbone, subspace, sigma_min=sigma_min).eval()
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         orthogonal_guidance: float = 1.0,
         clamp_denoised: bool = True,
     ) -> Flux2PipelineOutput | tuple:
@@ -198,6 +199,7 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         generator: one, or one for each image. latents: the noise itself, (n, 3, height, width).
         output_type: "pil"; "np", (n, height, width, 3) in [0, 1]; "pt", (n, 3, height, width) in [0, 1]; or "latent",
             normalized Oklab (n, 3, height, width) in float32, not clamped.
+        max_sequence_length: positions of a prompt; by default those of the training, or 512 if they are not known.
         attention_kwargs: see diffusers. A "scale" multiplies the weights of further LoRAs; the adapter has none.
         callback_on_step_end: called as callback(pipeline, step, timestep, tensors). `tensors` are those of latents,
             prompt_embeds and negative_prompt_embeds that are named; the ones that it returns replace them.
@@ -219,9 +221,10 @@ class AsymFlux2KleinPipeline(Flux2KleinPipeline):
         timesteps = set_levels(self.scheduler, checked_levels(grid), device)
         self._num_timesteps = len(timesteps)
         levels = torch.as_tensor(self.scheduler.sigmas).tolist()
+        length = flow.backbone.prompt_length if max_sequence_length is None else max_sequence_length
 
         def encode(prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
-            embeds, _ = self.encode_prompt(prompt, device, num_images_per_prompt, embeds, max_sequence_length)
+            embeds, _ = self.encode_prompt(prompt, device, num_images_per_prompt, embeds, length)
             return embeds.to(device)
 
         prompt_embeds = encode(prompt, prompt_embeds)

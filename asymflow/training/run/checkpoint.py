@@ -32,6 +32,7 @@ from torch import Tensor
 
 from asymflow import files, opening
 from asymflow.errors import InputError
+from asymflow.model import AsymFlow
 from asymflow.subspace import Subspace
 from asymflow.training.run.ranks import gather, rank0_broadcast
 
@@ -62,6 +63,15 @@ def fingerprint(subspace: Subspace) -> str:
     """SHA-256 of basis and scale. Weights trained with one subspace are useless with another of the same shape."""
     content = (tensor.cpu().numpy().tobytes() for tensor in (subspace.basis, subspace.state_dict()["scale"]))
     return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def ingredients(model: AsymFlow, dataset) -> dict:
+    """What a model needs besides its weights, for state.json; None where it needs none."""
+    return {
+        "subspace": fingerprint(model.subspace),
+        "base": getattr(model, "base", None),  # see `finetuning.Finetuned`
+        "prompt_length": getattr(dataset, "prompt_length", None),
+    }
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

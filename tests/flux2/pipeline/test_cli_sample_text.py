@@ -58,6 +58,14 @@ def test_the_command_draws_each_prompt_and_goes_on_where_it_stopped(base, adapte
     assert "holds images made otherwise (guidance 4.0 there, 2.0 here)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, TEXT_LENGTH), (TEXT_LENGTH + 8, TEXT_LENGTH + 8)])
+def test_prompts_are_as_long_as_in_the_training_if_nothing_else_is_said(base, adapter, tmp_path, given, used):
+    assert run(base, adapter, tmp_path / "a", *PROMPT, **{"max-length": given}) == 0
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert record["settings"]["max_length"] == used
+    assert f"--max-length {used} " in record["make_again"]
+
+
 def test_the_record_makes_an_image_again(base, adapter, tmp_path):
     picture(1, 64, 80).save(tmp_path / "ref.png")
     names = lora_modules(make_base(PROMPTS).transformer, ["attn.to_q"])

@@ -152,6 +152,13 @@ def test_embeddings_several_images_and_types_of_output(pipeline, noise):
     assert np.abs(np.asarray(pil[1]) - 255 * arrays[1]).max() <= 0.51
 
 
+def test_prompts_have_the_length_of_the_training_unless_another_is_given(pipeline, noise):
+    trained = draw(pipeline, noise, max_sequence_length=None)
+    assert torch.equal(trained, draw(pipeline, noise, max_sequence_length=TEXT_LENGTH))
+    assert torch.equal(trained, draw(AsymFlux2KleinPipeline(**pipeline.components), noise, max_sequence_length=None))
+    assert differ(trained, draw(pipeline, noise, max_sequence_length=TEXT_LENGTH + 8)) > 1e-4
+
+
 def test_the_result_is_displayable(pipeline, noise):
     images = draw(pipeline, noise, guidance_scale=8.0)
     assert oklab_to_rgb(images).abs().max() < 1 + 1e-4

@@ -29,7 +29,7 @@ def save_adapter(base, folder, strength):
     tensors = {n: p.detach() for n, p in parameters.items() if "lora_" in n or n.startswith(FULL)}
     torch.manual_seed(1)
     moved = {n: p + strength * torch.randn_like(p) for n, p in tensors.items()}
-    write_adapter(folder, published_names(moved), subspace, latent.config, made_of)
+    write_adapter(folder, published_names(moved), subspace, latent.config, made_of, prompt_length=TEXT_LENGTH)
     return folder
 
 
