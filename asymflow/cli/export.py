@@ -102,9 +102,10 @@ def save_adapter(
 ) -> None:
     """Write the weights of a finetuning as an adapter to its latent model, in the published layout."""
     from asymflow.backbones.flux2.adapter import write_adapter
-    from asymflow.training.objectives.finetuning import published, transformer_config
+    from asymflow.training.objectives.finetuning import check_trained, published, transformer_config
 
     base = args.base or Path(config.finetune.base)
+    check_trained(weights, base, config, subspace)
     if "base" not in state:  # of a snapshot that an earlier version made
         state = about(args.folder, choose(args.folder, None, "none").folder)[2]
     name = base.absolute().name  # not the whole path, which is private; the adapter may be published

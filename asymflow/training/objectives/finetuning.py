@@ -167,6 +167,19 @@ def transformer_config(base: Path) -> dict:
     return config
 
 
+def check_trained(weights: dict[str, Tensor], base: Path, config: Config, subspace: Subspace) -> None:
+    """InputError unless the training of the model in the folder `base` is one of just these weights."""
+    c = transformer_config(base)
+    try:
+        with torch.device("meta"), opening.no_larger_than(0, base):
+            latent = Flux2Transformer2DModel.from_config(c)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
+        raise InputError(f"{base}/{TRANSFORMER}/config.json describes no transformer: {e}") from None
+    model = finetuned(latent, config, copy.deepcopy(subspace), base="")  # moves it to the meta device
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    opening.check_tensors(weights, shapes, f"{base}, as the base of what was trained,")
+
+
 def is_distilled(index: Path) -> bool:
     """Whether model_index.json says so. The weights cannot tell: a distilled model has the shapes of its base model."""
     try:

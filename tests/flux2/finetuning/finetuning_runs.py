@@ -41,6 +41,7 @@ def settings(made, *more):
         "optimizer.warmup_steps=2",
         "loss.sigma_shift=2.0",
         "ema.decays=[0.5]",
+        "ema.snapshot_every=6",
         *more,
     ]
 

@@ -19,6 +19,7 @@ from asymflow.data.encoded import EncodedShards
 from asymflow.training.config.reading import load_config
 from asymflow.training.objectives.encoded_batches import rare_buckets
 from asymflow.training.objectives.finetuning import load_transformer, make_finetuned
+from asymflow.training.run.checkpoint import MANIFEST, STATE, describe
 from asymflow.training.start import other_encoders
 from toy.tiny_flux2 import make_base
 
@@ -318,7 +319,54 @@ def test_a_run_that_was_moved_is_exported_with_its_base(made, runs, tmp_path, ca
     assert "/elsewhere is not a folder of FLUX.2 klein" in capsys.readouterr().err
     assert not asymflow([*command, "--base", f"{made}/base"])
     assert (tmp_path / "adapter" / "config.json").is_file()
-    assert opening.read_tensors(tmp_path / "adapter" / WEIGHTS)[1]["base"] == "base"  # without its place
+    metadata = opening.read_tensors(tmp_path / "adapter" / WEIGHTS)[1]
+    assert metadata["base"] == "base"  # without its place
+    assert metadata["prompt_length"] == "32"  # of the shards
+
+
+NEW = ("base", "prompt_length")  # in the state of a snapshot
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_average_of_snapshots_is_an_adapter_too(runs, tmp_path, earlier):
+    """Also if they are of an earlier version, and do not say of what base they are."""
+    run = shutil.copytree(runs / "alone", tmp_path / "run")
+    if earlier:
+        snapshot = run / "snapshots" / "00000006"
+        state, manifest = (json.loads((snapshot / name).read_text()) for name in (STATE, MANIFEST))
+        (snapshot / STATE).write_text(
+            json.dumps({key: state[key] for key in state if key not in ("base", "prompt_length")})
+        )
+        (snapshot / MANIFEST).write_text(json.dumps({**manifest, STATE: describe(snapshot / STATE)}))
+    assert not asymflow(["ema", "--run", f"{run}", "--sigma-rel", "0.0994", "--out", f"{tmp_path}/ema"])
+    assert not asymflow(["export", "--run", f"{run}", "--ema", "rel-0.099", "--out", f"{tmp_path}/tracked"])
+    one, other = (opening.read_tensors(tmp_path / name / WEIGHTS) for name in ("ema", "tracked"))
+    assert one[1] == other[1]
+    assert all(torch.allclose(value, other[0][name]) for name, value in one[0].items())
+
+
+@pytest.mark.parametrize("name", ["alone", "full"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_layers", 2),
+        ("num_layers", "two"),
+        ("num_single_layers", 1),
+        ("num_attention_heads", 4),
+        ("attention_head_dim", 64),
+        ("in_channels", 8),
+        ("mlp_ratio", 2.0),
+    ],
+)
+def test_the_base_of_an_export_has_the_shapes_of_what_was_trained(made, runs, tmp_path, capsys, name, key, value):
+    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    config = json.loads((made / "base/transformer/config.json").read_text()) | {key: value}
+    (tmp_path / "base/transformer/config.json").write_text(json.dumps(config))
+    command = ["export", "--run", f"{runs}/{name}", "--out", f"{tmp_path}/adapter", "--base", f"{tmp_path}/base"]
+    assert asymflow(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("asymflow export: error: ")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_needs_its_own_base(made, runs, tmp_path):
