@@ -184,10 +184,13 @@ def folder_entries(folder: str, passed: PassedOver) -> Iterator[Entry]:
     """
     if not passed.is_new(folder):
         return
+    real = os.path.realpath(folder)
     with os.scandir(folder) as items:
         for item in sorted(items, key=lambda item: item.name):
             if is_no_data(item.name):
                 continue
+            if item.is_symlink():  # known without another look at the disk
+                passed.links.add(os.path.join(real, item.name))  # noqa: PTH118
             if item.is_dir():
                 yield from folder_entries(item.path, passed)
             elif (entry := Entry(item.path)).is_image or not is_gone(item):

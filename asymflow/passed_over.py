@@ -12,6 +12,7 @@ from asymflow.text import count
 class PassedOver:
     """Names, or entries, by the reason why they are not used: others, of kinds that are not read; packed, archives;
     again, read before; gone, links to nothing. tars: those in folders, which are read. seen: real paths that were read.
+    links: files in folders that are links, each by its name in the real path of its folder.
     """
 
     others: list = field(default_factory=list)
@@ -20,6 +21,7 @@ class PassedOver:
     gone: list = field(default_factory=list)
     tars: list = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    links: set[str] = field(default_factory=set)
 
     @property
     def remarks(self) -> list[str]:

@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +155,30 @@ def with_captions(entries: Iterable[Entry]) -> Iterator[Photo]:
             stem = (entry.member or entry.path).rpartition(".")[0]
             beside = texts.get((entry.path if entry.member else None, stem), {})
             yield Photo(entry, next((beside[kind] for kind in TEXTS if kind in beside), None))
+
+
+def each_once(items: Iterable[Photo | Drawing], passed: PassedOver) -> list[Photo | Drawing]:
+    """The items without those whose image file and caption, in a file or in a line, came before together.
+
+    What is left out is noted in `passed`, that of `find_captioned`. Links to folders are followed, and links to files
+    that lie in a folder which was looked through: they are known without another look at each of millions of files.
+    """
+    real_folder, seen, kept = cache(os.path.realpath), set(), []
+
+    def real(path: str) -> str:
+        folder, name = os.path.split(path)
+        place = path if folder == real_folder(folder) else os.path.join(real_folder(folder), name)  # noqa: PTH118
+        return os.path.realpath(place) if place in passed.links else place
+
+    for item in items:
+        if isinstance(item, Photo) and item.file.member is None and isinstance(item.text, Entry | str):
+            text = item.text if isinstance(item.text, str) else real(item.text.path)
+            if (key := (real(item.file.path), text)) in seen:
+                passed.again.append(item.file)
+                continue
+            seen.add(key)
+        kept.append(item)
+    return kept
 
 
 def check_tables(folder: str, photos: list[Photo]) -> None:

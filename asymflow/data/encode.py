@@ -25,7 +25,7 @@ import torch
 from asymflow import files
 from asymflow.data import writing
 from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
-from asymflow.data.captioned import Drawing, Photo, find_captioned
+from asymflow.data.captioned import Drawing, Photo, each_once, find_captioned
 from asymflow.data.encoded import EMPTY_PROMPT
 from asymflow.data.encoders import (
     PARTS,
@@ -97,7 +97,10 @@ def encode(
     if size % form["patch_size"]:
         raise InputError(f"--size {size} is not a multiple of {form['patch_size']}, what a latent token covers")
     sizes = buckets(size * size, form["patch_size"], max_aspect)
-    items = find_captioned(data, size, None if rank == 0 else PassedOver())
+    passed = PassedOver()
+    items = each_once(find_captioned(data, size, passed), passed)
+    if rank == 0:
+        passed.say()
     listing = writing.digest(json.dumps(str(item)).encode() for item in items)
     if {*writing.gathered(lambda: listing, world)} != {listing}:  # the facts of a share would be those of other images
         raise InputError("the processes do not find the same images in --data: give all of them the same folder")

@@ -263,6 +263,20 @@ def test_pixels_of_another_size_than_the_header_says_are_left_out(base, photos, 
     assert problem.endswith("p2.v1.png has 64 x 100 pixels, where its header says 100 x 64")
 
 
+@pytest.mark.usefixtures("without_models")
+def test_what_is_given_twice_is_encoded_once_and_said(base, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (64, 64)).save(data / "a.png")
+    (data / "a.txt").write_text("a caption")
+    for name in ("png", "txt"):
+        (data / f"b.{name}").symlink_to(data / f"a.{name}")
+    (data / "list.jsonl").write_text('{"image": "a.png", "text": "another caption"}\n')
+    meta = encode([data, data / "list.jsonl", data / "list.jsonl"], base, tmp_path / "s", **SETTINGS)
+    assert meta["images"] == meta["files"] == 2
+    assert f"not read twice: 2 paths (the first: {data}/b.png)" in capsys.readouterr().err
+
+
 DEEP = "[" * 100_000
 LINES = ["no json", "[]", '{"caption": "a"}', '{"image": 3}', '{"image": ""}', '{"image": "\\0"}']
 LINES += ['{"image": "\\ud800.png"}', DEEP]
