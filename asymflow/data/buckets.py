@@ -49,6 +49,11 @@ def enlargement(bucket: tuple[int, int], width: int, height: int) -> float:
     return max(bucket[0] / height, bucket[1] / width)
 
 
+def share_kept(bucket: tuple[int, int], width: int, height: int) -> float:
+    """The part of an image of this size that fills the bucket; the rest is cropped away."""
+    return bucket[0] * bucket[1] / (width * height * enlargement(bucket, width, height) ** 2)
+
+
 def fill(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
     """Crop the centre of an RGB image to the bucket's aspect ratio, and resize it by an antialiased Lanczos filter.
 

@@ -24,7 +24,7 @@ import torch
 
 from asymflow import files
 from asymflow.data import writing
-from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket
+from asymflow.data.buckets import ENLARGED, buckets, enlargement, fill, nearest_bucket, share_kept
 from asymflow.data.captioned import Drawing, Photo, each_once, find_captioned
 from asymflow.data.encoded import EMPTY_PROMPT
 from asymflow.data.encoders import (
@@ -39,11 +39,12 @@ from asymflow.data.encoders import (
 from asymflow.data.shards import ENCODED, Index, read_meta
 from asymflow.entries import UnreadableError
 from asymflow.errors import InputError
-from asymflow.passed_over import PassedOver
+from asymflow.passed_over import PassedOver, some
 from asymflow.pixels import in_order, to_tensor
 from asymflow.progress import progress_bar
 
 CUT = "cut_captions.log"  # "name: tokens" of each caption that is longer than --max-length, sorted
+LEAST_SHARE = 0.5  # of an image that its bucket keeps; images of which it is less are counted
 LOSSLESS = ("png", "webp")  # formats of images: the image is to be what the latent was made of
 SAME = {  # what must stay the same when the command goes on, and what a user knows it as
     **writing.SAME,
@@ -131,6 +132,10 @@ def encode(
     with writing.Writer(out, ENCODED, len(items), allow_bad, rank, world) as shards:
         shards.begin(settings, SAME, beside=[EMPTY_PROMPT])
         facts = as_begun(shards, facts)
+        cropped = [item for item, fact in zip(items, facts, strict=True) if mostly_lost(fact, sizes)]
+        if cropped and rank == 0:
+            what = f"{some(cropped, 'image')} more than half of which is cropped away"
+            print(f"{what}: a larger --max-aspect keeps more of long images", file=sys.stderr)
         plan = writing.plan_shards([getattr(fact, "bucket", None) for fact in facts], per_shard)
         todo = shards.todo(plan, "encoding")
         if not (out / EMPTY_PROMPT).exists():
@@ -140,7 +145,7 @@ def encode(
             pictures = in_order(partial(read, items, facts, sizes[bucket], image_format), plan[number], threads)
             samples = encoded(encoders(), shards.readable(pictures), facts, batch, max_length, cut)
             shards.write(number, samples, partial(index_of, bucket, cut))
-        return shards.finish(len(plan), partial(summary, shards))
+        return shards.finish(len(plan), partial(summary, shards, len(cropped)))
 
 
 def inspect_all(items: list, sizes: list, threads: int, rank: int, world: int) -> list[Facts | str]:
@@ -198,14 +203,18 @@ def index_of(bucket: int, cut: list[str], numbers: list[int], spans: list[writin
     return index | {"cut": np.array(cut, np.str_)}
 
 
-def summary(shards: writing.Writer, indices: list[Index]) -> dict:
+def mostly_lost(fact: Facts | str, sizes: list[tuple[int, int]]) -> bool:
+    return isinstance(fact, Facts) and share_kept(sizes[fact.bucket], fact.width, fact.height) < LEAST_SHARE
+
+
+def summary(shards: writing.Writer, cropped: int, indices: list[Index]) -> dict:
     counts, in_bucket = [len(index["number"]) for index in indices], [int(index["bucket"]) for index in indices]
     images = np.bincount(in_bucket, counts, len(shards.meta["buckets"])).astype(int).tolist()
     cut = sorted(line for index in indices for line in index.get("cut", np.array([], np.str_)).tolist())
     if cut:
         writing.write_text(shards.out / CUT, "".join(f"{line}\n" for line in cut))
-    left_out = len(shards.problems)
-    return {"images": sum(counts), "left_out": left_out, "cut_captions": len(cut), "images_in_bucket": images}
+    known = {"left_out": len(shards.problems), "cut_captions": len(cut), "mostly_cropped": cropped}
+    return {"images": sum(counts), **known, "images_in_bucket": images}
 
 
 def as_begun(shards: writing.Writer, facts: list[Facts | str]) -> list[Facts | str]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from asymflow.cli import main
 from asymflow.data import encode as encoding
-from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket
+from asymflow.data.buckets import buckets, enlargement, fill, nearest_bucket, share_kept
 from asymflow.data.captioned import Photo, find_captioned
 from asymflow.data.encode import encode
 from asymflow.data.encoded import EncodedShards
@@ -75,6 +75,14 @@ def test_what_fills_a_bucket_is_the_centre_undistorted(width, height):
     inner = slice(6, -6)
     assert abs(found[:, inner, 0] - 255 * (0.5 + columns[inner] / scale / width)).max() < 2
     assert abs(found[inner, :, 1] - 255 * (0.5 + rows[inner] / scale / height)[:, None]).max() < 2
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_the_share_that_a_bucket_keeps_is_that_of_the_area_that_fill_crops(width, height):
+    for bucket in buckets(64**2, 16, 2):
+        kept = share_kept(bucket, width, height)
+        assert kept == pytest.approx(min((h := bucket[0] / height), (w := bucket[1] / width)) / max(h, w))
+        assert (kept == pytest.approx(1)) == (bucket[0] * width == bucket[1] * height)
 
 
 def test_an_image_of_the_size_of_its_bucket_is_not_touched():
@@ -261,6 +269,20 @@ def test_pixels_of_another_size_than_the_header_says_are_left_out(base, photos, 
     assert (meta["images"], meta["left_out"]) == (11, 1)
     (problem,) = (tmp_path / "s" / "problems.log").read_text().splitlines()
     assert problem.endswith("p2.v1.png has 64 x 100 pixels, where its header says 100 x 64")
+
+
+@pytest.mark.usefixtures("without_models")
+def test_images_that_lose_more_than_half_are_counted_and_said(base, tmp_path, capsys):
+    """A bucket for 64^2 pixels is at most 5 : 3, here: of a strip of 3.2 : 1 it keeps more than half, of 4 : 1 less."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, size in {"a": (64, 64), "b": (320, 100), "c": (400, 100), "d": (100, 900)}.items():
+        Image.new("RGB", size).save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text("a caption")
+    meta = encode([data], base, tmp_path / "s", **SETTINGS)
+    assert (meta["images"], meta["mostly_cropped"]) == (4, 2)
+    assert f"2 images (the first: {data}/c.png) more than half of which is cropped away" in capsys.readouterr().err
+    assert len(EncodedShards(tmp_path / "s")) == 4
 
 
 @pytest.mark.usefixtures("without_models")
