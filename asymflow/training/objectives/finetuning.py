@@ -173,8 +173,11 @@ def check_trained(weights: dict[str, Tensor], base: Path, config: Config, subspa
     try:
         with torch.device("meta"), opening.no_larger_than(0, base):
             latent = Flux2Transformer2DModel.from_config(c)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
-        raise InputError(f"{base}/{TRANSFORMER}/config.json describes no transformer: {e}") from None
+    except InputError:
+        raise
+    except Exception as e:  # diffusers and torch raise many types of errors for what does not fit together
+        reason = " ".join(str(e).split())[:300]
+        raise InputError(f"{base}/{TRANSFORMER}/config.json describes no transformer ({reason})") from None
     model = finetuned(latent, config, copy.deepcopy(subspace), base="")  # moves it to the meta device
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     opening.check_tensors(weights, shapes, f"{base}, as the base of what was trained,")
