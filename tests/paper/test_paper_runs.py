@@ -1,24 +1,15 @@
 """toy.paper: a run from its training to its JSON file, in small."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import nn
 
-from asymflow.model import AsymFlow
-from asymflow.patches import patchify, unpatchify
 from asymflow.subspace import Subspace
 from asymflow.training.config.reading import load_config
-from asymflow.training.config.sections import Loss
-from asymflow.training.objectives.class_conditional import ClassConditional
 from asymflow.training.start import make_flow
 from toy.paper import __main__ as paper
 from toy.paper.measures import LEVELS
-from toy.paper.outside import Outside
 from toy.paper.runs import EMBEDDED, EULER, HERE, SWITCHED_AT, checksum
 
 
@@ -61,10 +52,6 @@ def test_a_run_is_trained_and_measured_once(tmp_path, capsys):
     assert len(aligned["alignment"]) == 1
     assert aligned["teacher"] == checksum(tmp_path / "teacher" / "model.safetensors")
     assert aligned["classifier"] == found["classifier"] != ""
-    assert paper.main(["directions", *words[1:4], "--only", "directions-rank-0-outside-seed-0"]) == 0
-    freed = json.loads((tmp_path / "directions-rank-0-outside-seed-0.json").read_text())
-    assert freed["hours"]["training"] > 0
-    assert freed["at the end"]["outside"].keys() == parts["outside"].keys()
     assert not any((tmp_path / f"{what}-rank-8-seed-0").exists() for what in ("guidance", "directions", "speed"))
     files = ("pca-8-shapes64-0.safetensors", "rank-8-seed-0/subspace.safetensors")
     assert torch.equal(*(Subspace.load(tmp_path / file).basis for file in files))
@@ -89,23 +76,6 @@ def test_a_run_that_there_is_not_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--only rank-9-seed-0 is none of rank-8-seed-0, rank-0-seed-0" in error
     assert error.count("\n") == 1
-
-
-@given(st.integers(0, 12), st.integers(0, 1000))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_loss_outside_is_what_an_error_inside_leaves_of_the_whole(tmp_path, rank, seed):
-    asked = Subspace.random(12, rank, seed=seed, patch_size=2)
-    asked.save(tmp_path / "asked.safetensors")
-    flow, config = AsymFlow(nn.Identity(), Subspace.empty(12, patch_size=2)), SimpleNamespace(loss=Loss())
-    objectives = ClassConditional(config, flow), Outside(config, flow, str(tmp_path / "asked.safetensors"))
-    generator = torch.Generator().manual_seed(seed)
-    x0, eps, error = torch.randn(3, 2, 3, 4, 4, generator=generator)
-    batch = SimpleNamespace(x0=x0, eps=eps, normal=torch.randn(2, generator=generator), labels=None)
-    inside = unpatchify(asked.project(patchify(error, 2)), (2, 2), 2)
-    losses = lambda error: [o.losses(lambda *_, **__: eps - x0 + error, batch) for o in objectives]
-    whole, outside = losses(error)
-    torch.testing.assert_close(outside, whole - losses(inside)[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses(error - 9 * inside)[1], outside, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 8, 32])

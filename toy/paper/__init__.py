@@ -7,7 +7,7 @@
 The experiments, and what each needs besides `pip install -e ".[train]"`:
 
     rank          Figures 5 and 6 and Table 1: ranks from 0 to D, and a random subspace
-    directions    what was trained for rank, its losses inside and outside of the subspace; then the loss outside alone
+    directions    what was trained for rank, its losses inside and outside of the subspace
     embedding     with another start of the patch embedding than the subspace gives
     switch        ranks 32 and 8, in one drawing
     renew         what was trained for embedding, drawn with new noise in each step

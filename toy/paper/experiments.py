@@ -35,14 +35,8 @@ def speed(out: Path) -> list[Run]:
 
 
 def directions(out: Path) -> list[Run]:
-    """The held-out losses of what was trained before, inside of rank 8's subspace and outside: where is the gain?
-
-    Then rank 0 with the loss outside alone: does it gain there if nothing is asked of it inside?
-    """
-    settings = ("loss.objective=toy.paper.outside:Outside",)
-    freed = [replace(of_rank("0", s, "-outside", settings), given="loss.options.subspace") for s in SEEDS]
-    freed = [replace(run, trained="") for run in again("directions", freed)]
-    return again("directions", [*of_ranks(RANKS[:3]), *embedding(out)]) + freed
+    """The held-out losses of what was trained before, inside of rank 8's subspace and outside: where is the gain?"""
+    return again("directions", [*of_ranks(RANKS[:3]), *embedding(out)])
 
 
 def embedding(out: Path) -> list[Run]:
@@ -112,10 +106,10 @@ def own_rate(out: Path) -> list[Run]:
 
 
 def repa(out: Path) -> list[Run]:
-    """Table 2: whom does alignment help more? Against the runs of `rank`, which have none; then with a tenth of it."""
+    """Table 2: whom does alignment help more? Against the runs of `rank`, which have none; then rank 8 with a tenth."""
     settings = ("loss.repa.after=2", "loss.repa.hidden=512")
-    aligned = {"-repa": settings, "-repa-weak": (*settings, "loss.repa.weight=0.05")}
-    runs = [of_rank(r, seed, mark, words) for mark, words in aligned.items() for seed in SEEDS for r in RANKS[:2]]
+    runs = [of_rank(r, seed, "-repa", settings) for seed in SEEDS for r in RANKS[:2]]
+    runs += [of_rank("8", seed, "-repa-weak", (*settings, "loss.repa.weight=0.05")) for seed in SEEDS]
     return [replace(run, repa=True, drawn="at the end") for run in runs]
 
 

@@ -22,7 +22,6 @@ SWITCHED = "switch-rank-32-unseeded"
 STARTS = {"rank-0": "0", "rank-0-seeded": "0, start of rank 8", "rank-8-unseeded": "8, random start", "rank-8": "8"}
 STARTS |= {"rank-32-unseeded": "32, random start", "rank-32": "32"}
 PARTED = {f"directions-rank-{rank}": rank.replace("-", " ") for rank in ("0", "8", "random-8")}
-PARTED["directions-rank-0-outside"] = "0, loss outside alone"
 PARTED |= {f"directions-{name}": title for name, title in STARTS.items() if name not in RANKS}
 
 
@@ -30,8 +29,7 @@ def directions(kinds: Kinds) -> str:
     """The held-out losses along the first eight directions of the data, and along all others."""
     rows = []
     for part in ("inside", "outside"):
-        asked = [name for name in PARTED if part == "outside" or not name.endswith("-outside")]
-        for name in filter(kinds.__contains__, asked):
+        for name in filter(kinds.__contains__, PARTED):
             at = lambda run, part=part: list(run["at the end"][part].values())
             mean = by_seed(kinds[name], lambda run, at=at: statistics.fmean(at(run)))
             levels = [by_seed(kinds[name], lambda run, at=at, i=i: at(run)[i]) for i in range(len(LEVELS))]
