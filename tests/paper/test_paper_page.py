@@ -154,7 +154,7 @@ def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences
             (results / f"rank-{rank}-repa-weak-seed-{seed}.json").write_text(json.dumps(found))
     three = "**-3.0000 ± 0.0000** | **-3.00 ± 0.00** | **-3.0 ± 0.0** | **-3.0000 ± 0.0000**"
     assert (
-        f"| with a tenth of its weight rank 8 gains more than rank 0, or loses less | {three} | shown | shown |"
+        f"| with a tenth of the weight of alignment † rank 8 gains more than rank 0, or loses less | {three} | shown | shown |"
         in blocks.repa(tables.read(results))
     )
 

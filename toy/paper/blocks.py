@@ -200,7 +200,7 @@ def clamp_sides(kinds: Kinds) -> Sides:
 
 
 # ---- Table 2 ---------------------------------------------------------------------------------------------------------
-ALIGNMENT = {"-repa": "alignment", "-repa-weak": "a tenth of its weight"}
+ALIGNMENT = {"-repa": "alignment", "-repa-weak": "a tenth of the weight of alignment †"}
 ALIGNED = {"rank-0": "0", "rank-8": "8"}
 ALIGNED |= {f"rank-{r}{mark}": f"{r}, with {title}" for mark, title in ALIGNMENT.items() for r in (0, 8)}
 
