@@ -153,10 +153,8 @@ def test_what_helps_one_more_than_the_other_is_the_difference_of_the_differences
             found = made_up(f"rank-{rank}-repa-weak", seed, 10.0 + 0.01 * seed)
             (results / f"rank-{rank}-repa-weak-seed-{seed}.json").write_text(json.dumps(found))
     three = "**-3.0000 ± 0.0000** | **-3.00 ± 0.00** | **-3.0 ± 0.0** | **-3.0000 ± 0.0000**"
-    assert (
-        f"| with a tenth of the weight of alignment † rank 8 gains more than rank 0, or loses less | {three} | shown | shown |"
-        in blocks.repa(tables.read(results))
-    )
+    claim = "with a tenth of the weight of alignment † rank 8 gains more than rank 0, or loses less"
+    assert f"| {claim} | {three} | shown | shown |" in blocks.repa(tables.read(results))
 
 
 def test_a_rank_whose_best_rate_is_that_of_all_stands_with_its_runs_at_that_rate(results):
