@@ -45,8 +45,8 @@ def fit_pca(
     The directions are eigenvectors of sum x x^T, largest eigenvalue first. No mean is subtracted, since the network has
     to predict the mean of the patches too. Signs: the entry of largest magnitude in each is positive (the first, if
     several are equal to 1e-6). The spectrum is that of the mean of x x^T. The scale is 1.
-    Raises InputError if there are no tokens, all are 0, one is not finite, D changes, rank or record do not fit, or
-    fewer than `rank` < D directions have any energy: rounding would decide the others, differently on each machine.
+    If fewer than `rank` directions have any energy, as of flat images, rounding decides the others.
+    Raises InputError if there are no tokens, all are 0, one is not finite, D changes, or rank or record do not fit.
     """
     threshold = energy_threshold(noise_scale, sigma)
     if rank != "auto":
@@ -63,12 +63,6 @@ def fit_pca(
         energies, directions = torch.linalg.eigh(gram / count)
         spectrum = energies.flip(0).clamp(min=0)
         r = int((spectrum > threshold).sum()) if rank == "auto" else rank
-        known = int((spectrum > len(gram) * torch.finfo(spectrum.dtype).eps * spectrum[0]).sum())
-        if known < r < len(gram):
-            raise InputError(
-                f"only {known} of {len(gram)} directions have any energy, in {int(count)} tokens, fewer than the rank "
-                f"{r}: give more images, or a lower rank"
-            )
         return canonical_signs(directions.flip(-1)[:, :r]), 1.0, spectrum
 
     basis, scale, spectrum = solve_together(lambda: add_up(batches, read_tokens, check), solve, group)

@@ -101,11 +101,8 @@ def test_full_rank_is_a_whole_basis_even_when_there_are_fewer_tokens_than_dimens
     fit = fit_pca([x], 16)
     assert fit.basis.shape == (16, 16)
     assert (fit.basis.mT @ fit.basis - torch.eye(16)).abs().max() <= 100 * 16 * EPS
-    for rank in range(count + 1):  # ranks are nested
+    for rank in range(17):  # ranks are nested
         assert torch.equal(fit_pca([x], rank).basis, fit.basis[:, :rank])
-    for rank in range(count + 1, 16):  # rounding would decide what is in it
-        with pytest.raises(InputError, match=f"only {count} of 16 directions have any energy, .*lower rank"):
-            fit_pca([x], rank)
 
 
 def test_the_mean_is_a_direction_as_any_other():
