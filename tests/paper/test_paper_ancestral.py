@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymflow.sampling import image_noise, sample, sigma_grid
@@ -22,6 +22,7 @@ def of_normal(scale):
     return velocity
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.5, 2))
 def test_what_is_drawn_is_as_wide_as_the_data_and_other_than_without_new_noise(scale):
     """As far as 100 steps and 4,800 numbers tell: both err by some 2 %."""
