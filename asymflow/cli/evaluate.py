@@ -134,7 +134,10 @@ class Scored:
 
         self.of, self.data, self.protocol = str(args.images or args.model), None, protocol
         self.precision = usual_precision(device) if protocol.precision == "usual" else protocol.precision
-        self.reads(args) if args.images else self.draws(args, device)
+        if args.images:
+            self.reads(args)
+        else:
+            self.draws(args, device)
         self.remarks = besides(self.about)
 
     def reads(self, args: argparse.Namespace) -> None:
